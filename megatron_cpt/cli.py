@@ -17,13 +17,25 @@ from megatron_cpt.errors import CptError
 
 # name -> (module:function, one line of help). The help stands here so that `--help` imports no command.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "preprocess": ("megatron_cpt.commands.preprocess:preprocess", "Tokenise raw text into .bin/.idx datasets."),
-    "inspect": ("megatron_cpt.commands.dataset:inspect", "Show a dataset's manifest, statistics and documents."),
+    "preprocess": (
+        "megatron_cpt.commands.preprocess:preprocess",
+        "Tokenise raw text into .bin/.idx datasets.",
+    ),
+    "inspect": (
+        "megatron_cpt.commands.dataset:inspect",
+        "Show a dataset's manifest, statistics and documents.",
+    ),
     "verify": ("megatron_cpt.commands.dataset:verify", "Prove a dataset sound in one pass."),
-    "plan": ("megatron_cpt.commands.plan:plan", "Validate a config and print what it derives from the token budget."),
+    "plan": (
+        "megatron_cpt.commands.plan:plan",
+        "Validate a config and print what it derives from the token budget.",
+    ),
     "train": ("megatron_cpt.commands.train:train", "Start or continue the run that a config describes."),
     "eval": ("megatron_cpt.commands.eval:eval_group", "Measure a model: perplexity on a dataset or text."),
-    "convert": ("megatron_cpt.commands.convert:convert", "Convert checkpoints between Hugging Face and Megatron."),
+    "convert": (
+        "megatron_cpt.commands.convert:convert",
+        "Convert checkpoints between Hugging Face and Megatron.",
+    ),
 }
 
 
@@ -71,7 +83,9 @@ def cli(verbose: bool) -> None:
       megatron-cpt convert runs/JOB export/JOB --to hf
     """
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s"
+        level=logging.DEBUG if verbose else logging.INFO,
+        stream=sys.stderr,
+        format="%(levelname)s %(message)s",
     )
 
 

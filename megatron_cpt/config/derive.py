@@ -1,0 +1,232 @@
+"""What follows from a config: Megatron's numbers out of tokens and ranks, and every cross-field rule.
+
+`derive` reports all problems together, each with a legal value, before any process group starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_cpt.budget import broken_rule, plan_steps
+from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.config.problems import Problem, raise_problems
+from megatron_cpt.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Numbers that nobody types. Tokens count the whole job, iterations are optimizer steps."""
+
+    world_size: int
+    data_parallel_size: int
+    gradient_accumulation_steps: int  # micro-batches per optimizer step and data-parallel rank
+    tokens_per_step: int
+    train_iters: int
+    train_tokens: int  # what will be trained: train_iters whole steps
+    added_tokens: int  # of them, added by rounding the request up
+    warmup_tokens: int
+    decay_tokens: int  # of the final decay: wsd's own, or all after the warm-up
+    sequence_parallel: bool
+    padded_vocab_size: int | None  # None while the architecture is unknown
+    parameters: int | None
+    layers_per_stage: int | None
+    notes: tuple[str, ...] = field(default=())  # what a careful user would want to be told
+
+
+def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "config") -> Derived:
+    """Check `config` across its fields, and against the model where `arch` is known.
+
+    Raises:
+        ConfigError: all broken rules at once.
+    """
+    problems = [*_layout_problems(config), *_budget_problems(config), *_data_problems(config)]
+    if arch is not None:
+        problems += _architecture_problems(config, arch)
+    raise_problems(problems, origin)
+
+    parallel, batch = config.parallel, config.batch
+    world_size = parallel.nodes * parallel.gpus_per_node
+    dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
+    steps = plan_steps(config.budget.train_tokens, batch.global_batch_size * batch.seq_length, config.budget.rounding)
+    sequence_parallel = parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
+    return Derived(
+        world_size=world_size,
+        data_parallel_size=dp,
+        gradient_accumulation_steps=batch.global_batch_size // (batch.micro_batch_size * dp),
+        tokens_per_step=steps.tokens_per_step,
+        train_iters=steps.train_iters,
+        train_tokens=steps.train_tokens,
+        added_tokens=steps.added_tokens,
+        warmup_tokens=config.budget.warmup_tokens,
+        decay_tokens=decay_tokens(config, steps.train_tokens),
+        sequence_parallel=sequence_parallel,
+        padded_vocab_size=arch and arch.padded_vocab_size(parallel.tp),
+        parameters=arch and arch.num_parameters,
+        layers_per_stage=arch and arch.num_layers // parallel.pp,
+        notes=tuple(_notes(config, steps.added_tokens, steps.train_iters, steps.tokens_per_step)),
+    )
+
+
+def decay_tokens(config: RunConfig, train_tokens: int) -> int:
+    """Tokens of the final decay: `wsd` takes schedule.decay_tokens or 10 %, the others all after the warm-up."""
+    if config.schedule.kind != "wsd":
+        return 0 if config.schedule.kind == "constant" else train_tokens - config.budget.warmup_tokens
+    if config.schedule.decay_tokens is not None:
+        return config.schedule.decay_tokens
+    return train_tokens // 10
+
+
+def _divisors(number: int, limit: int = 64) -> list[int]:
+    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
+
+
+def _layout_problems(config: RunConfig) -> Iterator[Problem]:
+    parallel, batch = config.parallel, config.batch
+    world_size = parallel.nodes * parallel.gpus_per_node
+    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    if parallel.gpus_per_node % parallel.tp:
+        yield Problem(
+            "parallel.tp",
+            parallel.tp,
+            f"must divide gpus_per_node = {parallel.gpus_per_node}: tensor parallelism "
+            "across nodes is bound by the network",
+            f"one of {_divisors(parallel.gpus_per_node)}",
+        )
+    if world_size % model_ranks:
+        yield Problem(
+            "parallel",
+            None,
+            f"tp x pp x cp = {parallel.tp} x {parallel.pp} x {parallel.cp} = {model_ranks} must divide "
+            f"nodes x gpus_per_node = {parallel.nodes} x {parallel.gpus_per_node} = {world_size}",
+            f"choose a product among {_divisors(world_size, world_size)}",
+        )
+    else:
+        dp = world_size // model_ranks
+        per_round = batch.micro_batch_size * dp
+        if batch.global_batch_size % per_round:
+            low = batch.global_batch_size // per_round * per_round
+            yield Problem(
+                "batch.global_batch_size",
+                batch.global_batch_size,
+                f"must be a multiple of micro_batch_size x dp = {batch.micro_batch_size} x {dp} = {per_round}",
+                f"{low} or {low + per_round}" if low else str(per_round),
+            )
+        elif parallel.vpp and (batch.global_batch_size // per_round) % parallel.pp:
+            accumulation = batch.global_batch_size // per_round
+            yield Problem(
+                "batch.global_batch_size",
+                batch.global_batch_size,
+                "the interleaved schedule needs micro-batches per step "
+                f"({accumulation}) to be a multiple of pp = {parallel.pp}",
+                f"a multiple of {per_round * parallel.pp}",
+            )
+    if parallel.vpp is not None and parallel.pp < 2:
+        yield Problem("parallel.vpp", parallel.vpp, "virtual stages need pp > 1", "leave vpp out or set parallel.pp")
+    if parallel.cp > 1 and batch.seq_length % (2 * parallel.cp):
+        yield Problem(
+            "batch.seq_length",
+            batch.seq_length,
+            f"context parallelism cuts a sequence into 2 x cp = {2 * parallel.cp} chunks",
+            f"a multiple of {2 * parallel.cp}",
+        )
+    wants_sp = parallel.sequence_parallel is True or (parallel.sequence_parallel is None and parallel.tp > 1)
+    if wants_sp and parallel.tp == 1:
+        yield Problem("parallel.sequence_parallel", True, "needs tp > 1", "leave it out")
+    if wants_sp and batch.seq_length % (parallel.tp * parallel.cp):
+        yield Problem(
+            "batch.seq_length",
+            batch.seq_length,
+            f"sequence parallelism splits each sequence over tp x cp = {parallel.tp * parallel.cp}",
+            f"a multiple of {parallel.tp * parallel.cp}, or parallel.sequence_parallel: false",
+        )
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        yield Problem(
+            "parallel.overlap_param_gather",
+            True,
+            "needs distributed_optimizer and overlap_grad_reduce",
+            "switch both on, or this off",
+        )
+
+
+def _budget_problems(config: RunConfig) -> Iterator[Problem]:
+    budget, batch, optimizer = config.budget, config.batch, config.optimizer
+    tokens_per_step = batch.global_batch_size * batch.seq_length
+    if broken := broken_rule(budget.train_tokens, tokens_per_step, budget.rounding):
+        yield Problem("budget.train_tokens", budget.train_tokens, *broken)
+        return
+    train_tokens = plan_steps(budget.train_tokens, tokens_per_step, budget.rounding).train_tokens
+    if optimizer.min_lr > optimizer.lr:
+        yield Problem(
+            "optimizer.min_lr",
+            optimizer.min_lr,
+            f"is above optimizer.lr = {optimizer.lr}",
+            f"at most {optimizer.lr}",
+        )
+    if budget.warmup_tokens > train_tokens:
+        yield Problem(
+            "budget.warmup_tokens",
+            budget.warmup_tokens,
+            f"exceeds train_tokens = {train_tokens:,}",
+            f"about 1 % of it: {train_tokens // 100:,}",
+        )
+    elif config.schedule.kind == "wsd" and budget.warmup_tokens + decay_tokens(config, train_tokens) > train_tokens:
+        yield Problem(
+            "schedule.decay_tokens",
+            config.schedule.decay_tokens,
+            f"with warmup_tokens = {budget.warmup_tokens:,} exceeds train_tokens = {train_tokens:,}",
+            f"at most {train_tokens - budget.warmup_tokens:,}",
+        )
+    if config.schedule.kind != "wsd" and config.schedule.decay_tokens is not None:
+        yield Problem(
+            "schedule.decay_tokens",
+            config.schedule.decay_tokens,
+            f"means nothing to kind {config.schedule.kind!r}",
+            "leave it out, or schedule.kind: wsd",
+        )
+
+
+def _data_problems(config: RunConfig) -> Iterator[Problem]:
+    names = [source.name for source in config.data.train]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Problem("data.train", None, f"two sources are named {name!r}", "give each source its own name")
+
+
+def _architecture_problems(config: RunConfig, arch: Architecture) -> Iterator[Problem]:
+    parallel, batch = config.parallel, config.batch
+    for what, count in (
+        ("attention heads", arch.num_attention_heads),
+        ("key/value heads", arch.num_query_groups),
+        ("MLP rows", arch.ffn_hidden_size),
+    ):
+        if count % parallel.tp:
+            yield Problem(
+                "parallel.tp",
+                parallel.tp,
+                f"must divide the model's {count} {what}",
+                f"one of {_divisors(count)}",
+            )
+    chunks = parallel.pp * (parallel.vpp or 1)
+    if arch.num_layers % chunks:
+        shown = "parallel.pp" if parallel.vpp is None else "parallel.vpp"
+        yield Problem(
+            shown,
+            parallel.pp if parallel.vpp is None else parallel.vpp,
+            f"pp x vpp = {chunks} must divide the model's {arch.num_layers} layers",
+            f"a product among {_divisors(arch.num_layers, 128)}",
+        )
+    if batch.seq_length > arch.max_position_embeddings:
+        yield Problem(
+            "batch.seq_length",
+            batch.seq_length,
+            f"exceeds the model's {arch.max_position_embeddings:,} positions",
+            f"at most {arch.max_position_embeddings}",
+        )
+
+
+def _notes(config: RunConfig, added_tokens: int, train_iters: int, tokens_per_step: int) -> Iterator[str]:
+    if added_tokens:
+        yield f"{added_tokens:,} tokens are added so that the last step is whole (budget.rounding: up)"
+    every = config.checkpoint.save_every
+    if every is None or every.in_tokens(tokens_per_step) > train_iters * tokens_per_step:
+        yield f"checkpoint.save_every = {every} is longer than the run: only the last step saves"

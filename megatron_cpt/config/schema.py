@@ -1,0 +1,195 @@
+"""One YAML is one run: the typed, frozen schema. Each field is checked alone here; `derive` checks across.
+
+Every field has a description with its unit; docs/config.md is generated from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from megatron_cpt.budget import Interval, parse_count
+
+
+def _count(value: Any) -> Any:
+    return value if value is None else parse_count(value)
+
+
+def _interval(value: Any) -> Any:
+    return value if value is None else Interval.parse(value)
+
+
+Tokens = Annotated[int, BeforeValidator(_count), Field(ge=0)]
+Every = Annotated[Interval, BeforeValidator(_interval), PlainSerializer(str, return_type=str)]
+Positive = Annotated[int, BeforeValidator(_count), Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class ModelConfig(Section):
+    """Which model is trained and where its weights come from."""
+
+    init_from: str = Field(
+        description="Hugging Face directory, Megatron torch_dist checkpoint, or a run folder to take the first "
+        "weights from; the word `random` trains from scratch."
+    )
+    architecture: str | None = Field(
+        None,
+        description="Directory or config.json in Hugging Face form that describes the model. Needed when init_from "
+        "is `random` or not yet on this machine; default: beside the weights of init_from.",
+    )
+    allow_instruct: bool = Field(
+        False, description="Continue from an Instruct/Chat checkpoint; off, because CPT damages its tuning."
+    )
+    attention: Literal["auto", "te", "sdpa", "unfused"] = Field(
+        "auto",
+        description="Core attention: TransformerEngine, torch SDPA or Megatron's unfused; auto picks TE on "
+        "CUDA where installed, else SDPA.",
+    )
+    document_attention: bool = Field(False, description="Keep packed documents from attending to each other.")
+
+
+class BudgetConfig(Section):
+    """How many tokens the run sees. Iterations and samples are derived, never typed."""
+
+    train_tokens: Tokens = Field(1_638_400, description="Tokens to train on, counted from the start of the run.")
+    warmup_tokens: Tokens = Field(163_840, description="Tokens over which the learning rate rises from 0 to lr.")
+    rounding: Literal["up", "exact"] = Field(
+        "up",
+        description="`up`: a last partial step is made whole, and that is printed; `exact`: a remainder is an error.",
+    )
+
+
+class BatchConfig(Section):
+    """What one optimizer step sees."""
+
+    seq_length: Positive = Field(1024, description="Tokens per training sample.")
+    micro_batch_size: Positive = Field(1, description="Samples per forward pass of one data-parallel rank.")
+    global_batch_size: Positive = Field(32, description="Samples per optimizer step, over all ranks.")
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a pure function of consumed tokens."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = Field(
+        "cosine", description="Shape after the warm-up; wsd = warm-up, stable, decay."
+    )
+    decay_tokens: Tokens | None = Field(
+        None, description="Tokens of the final decay of `wsd`; default 10 % of train_tokens."
+    )
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = Field("linear", description="Shape of the decay of `wsd`.")
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: float = Field(5e-5, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(5e-6, ge=0, description="Learning rate at the end of the schedule.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay; not applied to norms and biases.")
+    adam_beta1: float = Field(0.9, gt=0, lt=1, description="Decay of the first moment.")
+    adam_beta2: float = Field(0.95, gt=0, lt=1, description="Decay of the second moment.")
+    adam_eps: float = Field(1e-8, gt=0, description="Term added to the denominator.")
+    clip_grad: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0 switches it off.")
+
+
+class ParallelConfig(Section):
+    """How the model is laid out. Data parallelism is what remains: dp = nodes * gpus_per_node / (tp * pp * cp)."""
+
+    nodes: Positive = Field(1, description="Machines of the job.")
+    gpus_per_node: Positive = Field(1, description="GPUs per machine; on a CPU host: processes.")
+    tp: Positive = Field(1, description="Tensor-parallel ranks; within one node.")
+    pp: Positive = Field(1, description="Pipeline stages.")
+    vpp: Positive | None = Field(None, description="Virtual pipeline chunks per stage (interleaved schedule).")
+    cp: Positive = Field(1, description="Context-parallel ranks that share one sequence.")
+    sequence_parallel: bool | None = Field(
+        None,
+        description="Shard norms and dropout along the sequence within the TP group; default: on when tp > 1.",
+    )
+    distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks.")
+    overlap_grad_reduce: bool = Field(False, description="Overlap the gradient reduction with the backward pass.")
+    overlap_param_gather: bool = Field(False, description="Overlap the parameter all-gather with the forward pass.")
+
+
+class PrecisionConfig(Section):
+    """Numbers and memory."""
+
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Weights and activations; master weights and gradient sums are fp32 either way."
+    )
+
+
+class RecomputeConfig(Section):
+    """Activations that are computed again in the backward pass instead of kept."""
+
+    granularity: Literal["none", "selective", "full"] = Field("none", description="What is recomputed.")
+
+
+class DataSource(Section):
+    """One tokenised dataset in the training blend."""
+
+    name: str = Field(description="Name in metrics and ledgers.")
+    prefix: str = Field(description="Path of the .bin/.idx pair without the ending.")
+    weight: float = Field(1.0, gt=0, description="Share of training tokens, relative to the other sources.")
+
+
+class DataConfig(Section):
+    """What is trained on and what is measured."""
+
+    train: tuple[DataSource, ...] = Field((), description="Sources of the training blend.")
+    validation: dict[str, str] = Field(
+        default_factory=dict, description="Named held-out sets: name -> prefix; each is evaluated apart."
+    )
+    max_epochs: float = Field(4.0, gt=0, description="More repeats than this of any source is an error.")
+    cache_dir: str | None = Field(None, description="Folder of index caches; default <run_dir>/index_cache.")
+
+
+class EvalConfig(Section):
+    """Perplexity on the validation sets inside the loop."""
+
+    every: Every | None = Field(None, description="Interval; the first and the last step always evaluate.")
+    tokens: Tokens | None = Field(None, description="Tokens per validation set; default: the whole set.")
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk. The last step always saves."""
+
+    save_every: Every | None = Field(
+        Interval(1000, "iters"), validate_default=True, description="Interval between saves."
+    )
+    keep_last: Positive = Field(2, description="Newest checkpoints kept.")
+    async_save: bool = Field(True, description="Write in the background while training goes on.")
+
+
+class LogConfig(Section):
+    """Metrics. `metrics.jsonl` is always written."""
+
+    every: Every = Field(Interval(1, "iters"), validate_default=True, description="Interval between metric lines.")
+
+
+class RunConfig(Section):
+    """One run. Relative paths are relative to the directory the command is started in."""
+
+    job_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run.")
+    run_dir: str | None = Field(None, description="Folder of the run; default runs/<job_name>.")
+    seed: int = Field(1234, ge=0, description="Seed of data order, dropout and random initialisation.")
+    model: ModelConfig
+    budget: BudgetConfig = BudgetConfig()
+    batch: BatchConfig = BatchConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def folder(self) -> str:
+        return self.run_dir or f"runs/{self.job_name}"
