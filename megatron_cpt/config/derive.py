@@ -61,9 +61,9 @@ def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "c
         warmup_tokens=config.budget.warmup_tokens,
         decay_tokens=decay_tokens(config, steps.train_tokens),
         sequence_parallel=sequence_parallel,
-        padded_vocab_size=arch and arch.padded_vocab_size(parallel.tp),
-        parameters=arch and arch.num_parameters,
-        layers_per_stage=arch and arch.num_layers // parallel.pp,
+        padded_vocab_size=arch.padded_vocab_size(parallel.tp) if arch else None,
+        parameters=arch.num_parameters if arch else None,
+        layers_per_stage=arch.num_layers // parallel.pp if arch else None,
         notes=tuple(_notes(config, steps.added_tokens, steps.train_iters, steps.tokens_per_step)),
     )
 
