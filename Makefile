@@ -1,0 +1,55 @@
+# One line per job, over the `megatron-cpt` command. `make` alone prints this help.
+SHELL  := bash
+PYTHON ?= python3.11
+SIZE   ?= 135m
+CONFIG ?= examples/qwen2_72b/config.yaml
+TO     ?= hf
+BIN    := .venv/bin
+
+.PHONY: help setup quickstart preprocess plan train convert eval test test-fast check docs clean
+.DEFAULT_GOAL := help
+
+help:         ## this help
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1  /' | awk '{printf "  %s %-11s ", $$1, $$2; $$1=$$2=""; print}'
+
+setup: .venv/.installed  ## create .venv and install everything the tests and the quickstart need
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -c 'import sys; sys.exit("megatron-cpt needs Python 3.11, found %d.%d; hint: make PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info[:2] != (3, 11) else 0)'
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,quickstart]'
+	touch $@
+
+quickstart: setup  ## the whole job on a real 135M model and real text; SIZE=tiny for two minutes
+	$(BIN)/python examples/quickstart/quickstart.py --size $(SIZE)
+
+preprocess: setup  ## tokenise a corpus: make preprocess CORPUS=examples/medical/corpus.yaml
+	$(BIN)/megatron-cpt preprocess $(or $(CORPUS),$(error say which corpus: make preprocess CORPUS=corpus.yaml))
+
+plan: setup  ## validate a config and print its numbers: make plan CONFIG=config.yaml
+	$(BIN)/megatron-cpt plan $(CONFIG)
+
+train: setup  ## start or continue a run: make train CONFIG=config.yaml
+	$(BIN)/megatron-cpt train $(CONFIG)
+
+convert: setup  ## export a run to Hugging Face: make convert RUN=runs/JOB [OUT=folder] [TO=hf]
+	$(BIN)/megatron-cpt convert $(or $(RUN),$(error say which run: make convert RUN=runs/JOB)) $(or $(OUT),$(RUN)/export/$(TO)) --to $(TO)
+
+eval: setup  ## perplexity of a model: make eval MODEL=dir DATA=prefix-or-text
+	$(BIN)/megatron-cpt eval perplexity $(or $(MODEL),$(error say which model: make eval MODEL=dir DATA=prefix)) --data $(or $(DATA),$(error say which data: make eval MODEL=dir DATA=prefix))
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## the tests that take seconds
+	$(BIN)/python -m pytest -m 'not slow' tests/unit
+
+check: setup  ## format, lint and types
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+docs: setup  ## write docs/config.md from the schema
+	$(BIN)/python docs/generate.py
+
+clean:  ## forget the quickstart, caches and the virtual environment; runs/ and data/ stay
+	rm -rf .quickstart .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,0 +1,132 @@
+"""Write the reference pages of docs/ from the code: config.md from the schema, cli.md from the commands.
+
+`make docs` runs it; a test fails when a page differs from what this writes.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+
+import click
+import pydantic
+
+from megatron_cpt.cli import COMMANDS, cli
+from megatron_cpt.config.load import ALIASES, WITHOUT_MEANING
+from megatron_cpt.config.schema import RunConfig, Section
+
+DOCS = Path(__file__).resolve().parent
+NOTE = "<!-- written by docs/generate.py (make docs); edit the code instead -->\n"
+
+
+def config_page() -> str:
+    lines = [
+        NOTE,
+        "# The run's config\n",
+        "One YAML file is one run. Precedence: defaults, then the file, then `key.sub=value` on the command line. "
+        "Counts of tokens may be written `1_638_400`, `100M` or `1.5B`; an interval is `100M tokens`, `1000 iters`, or "
+        "a bare number of tokens. Unknown keys are errors.\n",
+    ]
+    top = {n: f for n, f in RunConfig.model_fields.items() if _section(f) is None}
+    lines += ["## Top level\n", *_table(top), ""]
+    for name, field in RunConfig.model_fields.items():
+        section = _section(field)
+        if section is not None:
+            lines += [f"## {name}\n", (section.__doc__ or "").strip() + "\n", *_table(section.model_fields, name), ""]
+            for sub in _list_items(section):
+                lines += [f"Each item of `{name}.{sub[0]}`:\n", *_table(sub[1].model_fields), ""]
+    lines += ["## Aliases\n", "Other names that are accepted at the top level.\n", "| alias | key |", "| --- | --- |"]
+    lines += [
+        f"| `{alias}` | `{path}`{' (iterations)' if alias == 'save_interval' else ''} |"
+        for alias, path in ALIASES.items()
+    ]
+    lines += [f"| `{name}` | none: {why} |" for name, why in WITHOUT_MEANING.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _section(field: pydantic.fields.FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _list_items(section: type[Section]) -> list[tuple[str, type[Section]]]:
+    found = []
+    for name, field in section.model_fields.items():
+        for arg in typing.get_args(field.annotation):
+            if isinstance(arg, type) and issubclass(arg, Section):
+                found.append((name, arg))
+    return found
+
+
+def _table(fields: dict[str, pydantic.fields.FieldInfo], prefix: str = "") -> list[str]:
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in fields.items():
+        key = f"{prefix}.{name}" if prefix else name
+        rows.append(f"| `{key}` | {_type(field)} | {_default(field)} | {field.description} |")
+    return rows
+
+
+def _type(field: pydantic.fields.FieldInfo) -> str:
+    return _type_name(field.annotation, tuple(field.metadata)).replace("|", "\\|")
+
+
+def _type_name(kind: typing.Any, metadata: tuple[typing.Any, ...] = ()) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _type_name(args[0])
+    if origin is typing.Literal:
+        return " | ".join(f"`{arg}`" for arg in args)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(arg) for arg in args if arg is not type(None))
+    if origin in (tuple, list):
+        return "list of " + _type_name(args[0])
+    if origin is dict:
+        return f"{_type_name(args[0])} to {_type_name(args[1])}"
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false", "Interval": "interval"}
+    return names.get(kind) or names.get(getattr(kind, "__name__", "")) or str(getattr(kind, "__name__", kind))
+
+
+def _default(field: pydantic.fields.FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return "" if value is None or value == () or value == {} else f"`{value}`"
+
+
+def cli_page() -> str:
+    lines = [NOTE, "# Commands\n", "```\n" + _help(cli, ["megatron-cpt"]) + "\n```\n"]
+    for name in COMMANDS:
+        lines += _command_pages(_get(cli, name), ["megatron-cpt", name])
+    return "\n".join(lines)
+
+
+def _get(group: click.Group, name: str) -> click.Command:
+    command = group.get_command(click.Context(group), name)
+    assert command is not None, name
+    return command
+
+
+def _command_pages(command: click.Command, path: list[str]) -> list[str]:
+    pages = [f"## {' '.join(path)}\n", "```\n" + _help(command, path) + "\n```\n"]
+    if isinstance(command, click.Group):
+        for sub in command.list_commands(click.Context(command)):
+            pages += _command_pages(_get(command, sub), [*path, sub])
+    return pages
+
+
+def _help(command: click.Command, path: list[str]) -> str:
+    context = click.Context(command, info_name=" ".join(path), terminal_width=110, max_content_width=110)
+    return command.get_help(context).rstrip()
+
+
+PAGES = {"config.md": config_page, "cli.md": cli_page}
+
+
+def main() -> None:
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

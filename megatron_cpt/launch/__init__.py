@@ -1,0 +1,1 @@
+"""What surrounds a job: where the model's files are, the run folder, the processes. No torch, no megatron."""
