@@ -222,6 +222,13 @@ def _architecture_problems(config: RunConfig, arch: Architecture) -> Iterator[Pr
             f"exceeds the model's {arch.max_position_embeddings:,} positions",
             f"at most {arch.max_position_embeddings}",
         )
+    if arch.sliding_window is not None and batch.seq_length > arch.sliding_window:
+        yield Problem(
+            "batch.seq_length",
+            batch.seq_length,
+            f"exceeds the model's sliding window of {arch.sliding_window:,} tokens, which is not implemented",
+            f"at most {arch.sliding_window}, where the window changes nothing",
+        )
 
 
 def _notes(config: RunConfig, added_tokens: int, train_iters: int, tokens_per_step: int) -> Iterator[str]:

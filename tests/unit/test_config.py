@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,10 @@ def test_the_resolved_config_round_trips_through_yaml() -> None:
     config = load_config(REPO / "examples/qwen2_72b/config.yaml")
     again = build_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
     assert again == config
+
+
+def test_a_sliding_window_that_matters_at_this_length_is_refused() -> None:
+    arch = dataclasses.replace(read_architecture(REPO / "examples/qwen2_72b"), sliding_window=4096)
+    assert derive(config_of("seq_length=4096"), arch).tokens_per_step == 32 * 4096
+    with pytest.raises(ConfigError, match="sliding window of 4,096"):
+        derive(config_of("seq_length=8192"), arch)
