@@ -1,0 +1,7 @@
+"""Architecture facts -> Megatron-Core's GPTModel, with weights from Hugging Face.
+
+build.py      facts and config -> TransformerConfig -> GPTModel, one per pipeline chunk of this rank
+spec.py       which modules a layer is made of: TransformerEngine's, or torch's with SDPA or unfused attention
+attention.py  the core attention back ends outside TransformerEngine
+load_hf.py    Hugging Face safetensors (or random weights) -> the slices of this rank, each proven set once
+"""

@@ -1,0 +1,151 @@
+"""Architecture facts and a run's config -> this rank's part of Megatron-Core's GPTModel.
+
+Nothing about a model is typed by hand: sizes, rope base and scaling, norm eps, biases and tied embeddings all
+come from its config.json by way of `Architecture`. The models come back without values: `load_hf` sets them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.errors import ConfigError
+from megatron_cpt.model.spec import layer_spec, resolve_attention
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class CptModel(GPTModel):
+    """GPTModel whose padding rows of the vocabulary take no part in the softmax.
+
+    The vocabulary is padded so that it divides by the TP size. Left in, the padding rows would take probability
+    away from real tokens, by an amount that depends on the layout.
+    """
+
+    true_vocab_size: int
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [b, s], logits [s, b, padded vocabulary / TP], overwritten -> loss per token [b, s], fp32."""
+        rows = logits.shape[-1]
+        real = self.true_vocab_size - parallel_state.get_tensor_model_parallel_rank() * rows
+        if real < rows:
+            with torch.no_grad():  # the softmax of -inf is 0, and so is its gradient: nothing to record
+                logits[..., max(real, 0) :].fill_(float("-inf"))
+        return super().compute_language_model_loss(labels, logits)
+
+
+def sequence_parallel(config: RunConfig) -> bool:
+    """On with tensor parallelism unless switched off; never without it."""
+    parallel = config.parallel
+    return parallel.tp > 1 and parallel.sequence_parallel is not False
+
+
+def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConfig:
+    """Megatron-Core's config of the transformer, for this layout and precision."""
+    parallel, dtype = config.parallel, DTYPES[config.precision.dtype]
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=_vpp(config),
+        context_parallel_size=parallel.cp,
+        sequence_parallel=sequence_parallel(config),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Each token weighs the same, whichever micro batch, data-parallel or context-parallel rank it falls to.
+        calculate_per_token_loss=True,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        attention_softmax_in_fp32=True,
+        gradient_accumulation_fusion=False,
+        **_interleaving(config),
+    )
+
+
+def _vpp(config: RunConfig) -> int | None:
+    vpp = config.parallel.vpp
+    return vpp if vpp is not None and vpp > 1 else None
+
+
+def _interleaving(config: RunConfig) -> dict[str, Any]:
+    """Megatron-Core 0.16's interleaved schedule gives wrong gradients at PP2 without the overlapped exchange."""
+    return {"overlap_p2p_comm": True, "batch_p2p_comm": False} if _vpp(config) else {}
+
+
+def build_model(config: RunConfig, arch: Architecture) -> list[GPTModel]:
+    """This rank's model: one GPTModel per virtual pipeline chunk, on its device, weights not yet set.
+
+    Needs `init_runtime` before. Raises ConfigError for what the model's config asks for and this layout lacks.
+    """
+    _refuse_sliding_window(config, arch)
+    engine_config = transformer_config(config, arch)
+    if (vpp := _vpp(config)) is None:
+        return [_build_chunk(config, arch, engine_config, None)]
+    return [_build_chunk(config, arch, engine_config, stage) for stage in range(vpp)]
+
+
+def _build_chunk(
+    config: RunConfig, arch: Architecture, engine_config: TransformerConfig, vp_stage: int | None
+) -> GPTModel:
+    where: dict[str, Any] = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
+    attention = resolve_attention(config.model.attention)
+    model = CptModel(
+        config=engine_config,
+        transformer_layer_spec=layer_spec(
+            engine_config, attention, document_attention=config.model.document_attention, vp_stage=vp_stage
+        ),
+        vocab_size=arch.padded_vocab_size(config.parallel.tp),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,  # type: ignore[arg-type]  # any number will do
+        vp_stage=vp_stage,
+    )
+    model.true_vocab_size = arch.vocab_size
+    if scaling := arch.rope_scaling:  # Megatron-Core's own switch knows the factor only
+        model.rotary_pos_emb.inv_freq = model.rotary_pos_emb._apply_scaling(
+            model.rotary_pos_emb.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
+    return model if not torch.cuda.is_available() else model.cuda()
+
+
+def _refuse_sliding_window(config: RunConfig, arch: Architecture) -> None:
+    window, length = arch.sliding_window, config.batch.seq_length
+    if window is not None and length > window:
+        raise ConfigError(
+            f"the model attends within a sliding window of {window} tokens, and batch.seq_length = {length} "
+            "is longer; full attention would not be what the model computes",
+            hint=f"set batch.seq_length to at most {window}",
+        )

@@ -1,0 +1,79 @@
+"""Which modules a transformer layer is made of: the one place where an attention back end is chosen.
+
+All back ends write the same checkpoint keys, TransformerEngine's: there the norms are part of the linear layer
+that follows them, and Megatron-Core's local spec maps its own norms onto those names. So a checkpoint written on
+a laptop continues on a GPU cluster, and back. To add a back end: a class with the interface of
+`attention.SdpaAttention`, and a line in `CORE_ATTENTION`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_cpt.errors import ConfigError
+from megatron_cpt.model.attention import SdpaAttention, UnfusedAttention
+
+CORE_ATTENTION: dict[str, type] = {"sdpa": SdpaAttention, "unfused": UnfusedAttention}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root mean square norm (Zhang and Sennrich, arXiv:1910.07467) that knows sequence parallelism.
+
+    Under sequence parallelism each TP rank sees a part of the tokens; the mark on the weight makes Megatron-Core
+    sum its gradient over the TP group. Megatron-Core's wrapper of torch's norm refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def transformer_engine_is_usable() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def resolve_attention(asked: str) -> str:
+    """`auto` -> `te` where TransformerEngine can run, else `sdpa`; ConfigError when `te` is asked for in vain."""
+    if asked == "auto":
+        return "te" if transformer_engine_is_usable() else "sdpa"
+    if asked == "te" and not transformer_engine_is_usable():
+        why = "is not installed" if torch.cuda.is_available() else "needs CUDA, which is not available here"
+        raise ConfigError(
+            f"model.attention = te, but TransformerEngine {why}", hint="set model.attention: auto or sdpa"
+        )
+    return asked
+
+
+def layer_spec(
+    config: TransformerConfig, attention: str, *, document_attention: bool = False, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec for GPTModel. `attention` is `te`, `sdpa` or `unfused`.
+
+    With documents kept apart, TransformerEngine's linear layers and norms work with torch's SDPA, which needs
+    neither a mask nor another data layout.
+    """
+    if attention == "te":
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        if document_attention:
+            layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+        return layer
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    heads = parts.self_attention.submodules
+    heads.core_attention = CORE_ATTENTION[attention]
+    if config.qk_layernorm:
+        heads.q_layernorm = heads.k_layernorm = RMSNorm
+    layers = [layer] * get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -1,0 +1,205 @@
+"""Megatron-Core on CPU + gloo: the one module that adapts the engine, inert where CUDA is available.
+
+Megatron-Core names CUDA in many places (`device="cuda"`, `torch.cuda.current_device()`, streams, the CUDA
+random generator) and has no hook for another device. `adapt_megatron_core_to_cpu` installs an import hook:
+every module of `megatron.core` sees, under its global name `torch`, a stand-in that answers those calls for
+the CPU and passes everything else on to the real torch. Nothing else in the process is touched: the real
+`torch`, and so transformers' `from_pretrained`, stay as they are. Two tensor methods that Megatron-Core
+calls on tensors (`.cuda()`, `.type()`) are wrapped, and answer differently to Megatron-Core's modules only.
+
+`torch.cuda.is_available()` is never faked. With a newer Megatron-Core, check `_MODULE_EDITS` first: it holds
+every place that depends on the engine's internals. Tested with 0.16.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.machinery
+import logging
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_ENGINE = "megatron.core"
+_FACTORIES = (
+    "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn",
+    "empty_like", "zeros_like", "ones_like", "full_like",
+)  # fmt: skip
+
+
+def adapt_megatron_core_to_cpu() -> bool:
+    """Make `import megatron.core` work without CUDA; return whether anything was adapted.
+
+    Call it before the first import of Megatron-Core; further calls do nothing.
+    """
+    if torch.cuda.is_available():
+        return False
+    if any(isinstance(finder, _EngineFinder) for finder in sys.meta_path):
+        return True
+    early = [name for name in sys.modules if _is_engine(name)]
+    assert not early, f"{early[0]} was imported before it could be adapted to the CPU"
+    sys.meta_path.insert(0, _EngineFinder())
+    torch.Tensor.cuda = _tensor_cuda(torch.Tensor.cuda)  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign, assignment]
+    return True
+
+
+def _is_engine(module_name: str) -> bool:
+    return module_name == _ENGINE or module_name.startswith(_ENGINE + ".")
+
+
+class _EngineFinder:
+    """Finds Megatron-Core's modules as Python does, and loads them through `_EngineLoader`."""
+
+    @staticmethod
+    def find_spec(
+        fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not _is_engine(fullname):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _EngineLoader(fullname, spec.loader.path)
+        return spec
+
+
+class _EngineLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        if module.__dict__.get("torch") is torch:
+            module.torch = _TORCH_ON_CPU  # type: ignore[attr-defined]
+        if edit := _MODULE_EDITS.get(module.__name__):
+            edit(module)
+
+
+class _StandIn(ModuleType):
+    """A module that answers some names itself and passes all others on to the module it stands for."""
+
+    def __init__(self, real: ModuleType, **names: Any) -> None:
+        super().__init__(real.__name__)
+        self.__dict__.update(names)
+        self.__dict__["_real"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+
+class _Stream:
+    """Accepts every call of torch.cuda.Stream and torch.cuda.Event; on a CPU everything is in order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def _null_context(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _cpu_device(*args: Any) -> torch.device:
+    return torch.device("cpu")
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`factory` with `device="cuda"` read as the CPU, where memory is not pinned either."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _called_by_engine() -> bool:
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith(_ENGINE + ".")
+
+
+def _tensor_cuda(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(real)
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if _called_by_engine() else real(self, *args, **kwargs)
+
+    return cuda
+
+
+def _tensor_type(real: Callable[..., Any]) -> Callable[..., Any]:
+    """The optimizer sorts parameters by `param.type() == "torch.cuda.FloatTensor"`."""
+
+    @functools.wraps(real)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = real(self, *args, **kwargs)
+        if not args and not kwargs and _called_by_engine():
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    return type_
+
+
+_NVTX = _StandIn(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing, mark=_nothing)
+_CUDA_ON_CPU = _StandIn(
+    torch.cuda,
+    current_device=_cpu_device,
+    synchronize=_nothing,
+    empty_cache=_nothing,
+    Stream=_Stream,
+    Event=_Stream,
+    current_stream=_Stream,
+    default_stream=_Stream,
+    stream=_null_context,
+    get_rng_state=_get_rng_state,
+    set_rng_state=_set_rng_state,
+    manual_seed=torch.manual_seed,
+    nvtx=_NVTX,
+)
+_TORCH_ON_CPU = _StandIn(torch, cuda=_CUDA_ON_CPU, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+
+
+def _do_not_compile(jit: ModuleType) -> None:
+    """torch.compile would build each small fused function with the C++ compiler, half a minute in all."""
+    jit.jit_fuser = jit.noop_decorator  # type: ignore[attr-defined]
+
+
+def _track_cpu_generator(random: ModuleType) -> None:
+    """The tracker that keeps tensor-parallel randomness apart drives the CPU's generator."""
+    random._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
+
+
+def _fork_results_queue(writer: ModuleType) -> None:
+    """A spawned Manager imports `__main__` anew in every rank, seconds per checkpoint; forking does not."""
+
+    @functools.cache
+    def queue(*args: Any) -> Any:
+        return multiprocessing.get_context("fork").Manager().Queue()
+
+    writer._get_write_results_queue = queue  # type: ignore[attr-defined]  # the name in 0.16
+    writer.get_write_results_queue = queue  # type: ignore[attr-defined]  # the name in 0.19
+
+
+_MODULE_EDITS: dict[str, Callable[[ModuleType], None]] = {
+    "megatron.core.jit": _do_not_compile,
+    "megatron.core.tensor_parallel.random": _track_cpu_generator,
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": _fork_results_queue,
+}
