@@ -1,0 +1,112 @@
+"""The run's data: from a ledger to the micro-batches of the next step, on any layout.
+
+Samples are numbered over the whole run. Step by step the blend says which source gives each sample, and the
+ledger where that source stands. Micro-batch i of data-parallel rank r holds samples [(i * dp + r) * mbs, + mbs)
+of the step, so a step has the same samples under every layout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.blend import Blend
+from megatron_cpt.data.epochs import EpochStream, build_indices
+from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.data.sources import Datasets, SourcePlan, blend_of
+
+# tokens, labels [b, s] int64; loss_mask [b, s] float32; position_ids [b, s] int64; source [b] int64
+MicroBatch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where one training sample lies."""
+
+    number: int  # over the whole run
+    source: str
+    position: int  # tokens of the source before it
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The samples of one optimizer step, and the ledger after it."""
+
+    samples: tuple[Sample, ...]
+    ledger: Ledger
+
+
+class BatchStream:
+    """Reads samples. It has no position of its own: everything follows from the ledger it is handed."""
+
+    def __init__(self, blend: Blend, streams: dict[str, EpochStream], seq_length: int) -> None:
+        self.blend = blend
+        self.streams = streams
+        self.seq_length = seq_length
+
+    def plan_step(self, ledger: Ledger, global_batch_size: int) -> StepPlan:
+        """The next `global_batch_size` samples after `ledger`."""
+        drawn: Counter[str] = Counter()
+        samples = []
+        for number in range(ledger.samples, ledger.samples + global_batch_size):
+            source = self.blend.source_of(number)
+            samples.append(Sample(number, source, ledger.sources[source].tokens + drawn[source] * self.seq_length))
+            drawn[source] += 1
+        return StepPlan(tuple(samples), ledger.advanced(drawn, self.seq_length))
+
+    def micro_batches(self, plan: StepPlan, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[MicroBatch]:
+        """This data-parallel rank's share of the step, in order."""
+        for start in range(dp_rank * micro_batch_size, len(plan.samples), micro_batch_size * dp_size):
+            yield self._read(plan.samples[start : start + micro_batch_size])
+
+    def _read(self, samples: tuple[Sample, ...]) -> MicroBatch:
+        pairs = [self.streams[s.source].read(s.position, self.seq_length) for s in samples]
+        tokens = torch.stack([tokens for tokens, _ in pairs])
+        names = list(self.streams)
+        return {
+            "tokens": tokens,
+            "labels": torch.stack([labels for _, labels in pairs]),
+            "loss_mask": torch.ones(tokens.shape, dtype=torch.float32),
+            "position_ids": torch.arange(self.seq_length).expand(len(samples), -1).contiguous(),
+            "source": torch.tensor([names.index(sample.source) for sample in samples]),
+        }
+
+    def documents(self, plan: StepPlan) -> list[dict[str, Any]]:
+        """Which documents the step's samples were cut from, for the log of a skipped batch."""
+        return [
+            {
+                "sample": sample.number,
+                "source": sample.source,
+                "position_tokens": sample.position,
+                "documents": self.streams[sample.source].documents(sample.position, self.seq_length),
+            }
+            for sample in plan.samples
+        ]
+
+
+def open_batches(
+    config: RunConfig, datasets: Datasets, ledger: Ledger, plans: tuple[SourcePlan, ...], cache_dir: Path
+) -> BatchStream:
+    """The data of a run from `ledger` on, its missing indices built. Call it before the process group exists."""
+    streams = {
+        dataset.name: EpochStream(dataset, ledger.sources[dataset.name].block_tokens, config.seed, cache_dir)
+        for dataset in datasets.train
+    }
+    wanted = [
+        (streams[plan.name], range(int(plan.epochs_done), max(int(plan.epochs_done), _last_epoch(plan)) + 1))
+        for plan in plans
+    ]
+    build_indices(wanted, cache_dir)
+    return BatchStream(blend_of(config), streams, config.batch.seq_length)
+
+
+def _last_epoch(plan: SourcePlan) -> int:
+    """Index of the epoch that holds the last token needed."""
+    done = round(plan.epochs_at_end * plan.available_tokens)
+    return max(0, done - 1) // plan.available_tokens

@@ -1,0 +1,70 @@
+"""What a run has consumed: the position of every source, in tokens. It is stored in each checkpoint.
+
+The ledger is the truth on resume. The next sample follows from it and the current config alone, so a resume, a
+new layout, a new batch size or sequence length, a longer budget or a changed blend continues each source where
+it stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from megatron_cpt.errors import DataError
+
+
+@dataclass(frozen=True)
+class SourcePosition:
+    """Where one source stands.
+
+    `block_tokens` is the sequence length with which the source was first read: its documents are cut into
+    blocks of that many tokens, and the blocks are shuffled; it stays, so that the order stays.
+    """
+
+    manifest: str  # manifest_hash of the dataset: the position means nothing in another one
+    block_tokens: int
+    tokens: int = 0  # read so far, over all epochs
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Samples and tokens consumed, in all and by source. Sources that left the blend keep their position."""
+
+    samples: int = 0
+    tokens: int = 0
+    sources: Mapping[str, SourcePosition] = field(default_factory=dict)
+
+    def advanced(self, samples: Mapping[str, int], seq_length: int) -> Ledger:
+        """The ledger after `samples[name]` more samples of `seq_length` tokens from each source."""
+        moved = {
+            name: replace(self.sources[name], tokens=self.sources[name].tokens + count * seq_length)
+            for name, count in samples.items()
+        }
+        drawn = sum(samples.values())
+        return Ledger(self.samples + drawn, self.tokens + drawn * seq_length, {**self.sources, **moved})
+
+    def with_sources(self, manifests: Mapping[str, str], seq_length: int) -> Ledger:
+        """This ledger for a blend of the sources in `manifests` (name -> manifest hash): new ones start at 0.
+
+        Raises:
+            DataError: a source keeps its name but is another dataset now.
+        """
+        sources = dict(self.sources)
+        for name, manifest in manifests.items():
+            known = sources.setdefault(name, SourcePosition(manifest, seq_length))
+            if known.manifest != manifest:
+                raise DataError(
+                    f"source {name!r} stands at token {known.tokens:,} of another dataset: its content changed "
+                    f"(manifest {known.manifest}, now {manifest})",
+                    hint="give the new dataset a new source name; it then starts from its beginning",
+                )
+        return replace(self, sources=sources)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Ledger:
+        sources = {name: SourcePosition(**position) for name, position in raw["sources"].items()}
+        return cls(raw["samples"], raw["tokens"], sources)

@@ -1,0 +1,52 @@
+"""Named held-out sets, cut as `megatron-cpt eval perplexity` cuts them, so that both give the same number.
+
+A set is one stream of tokens in file order, in blocks of `seq_length` inputs; consecutive blocks overlap by one
+token, so each token but the first is predicted once. The last block is padded, and its padding is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from megatron_cpt.corpus.indexed import open_indexed
+from megatron_cpt.data.batches import MicroBatch
+from megatron_cpt.data.sources import Dataset
+
+
+class ValidationSet:
+    def __init__(self, dataset: Dataset, seq_length: int, max_tokens: int | None = None) -> None:
+        self.name = dataset.name
+        self.seq_length = seq_length
+        self._stream = open_indexed(dataset.prefix).tokens
+        available = len(self._stream) - 1
+        self.predicted_tokens = available if max_tokens is None else min(available, max_tokens)
+        self.blocks = -(-self.predicted_tokens // seq_length)
+
+    def rounds(self, micro_batch_size: int, dp_size: int) -> int:
+        """Micro-batches that every data-parallel rank runs; the last may be all padding on some ranks."""
+        return -(-self.blocks // (micro_batch_size * dp_size))
+
+    def micro_batches(self, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[MicroBatch]:
+        for round_ in range(self.rounds(micro_batch_size, dp_size)):
+            first = (round_ * dp_size + dp_rank) * micro_batch_size
+            yield self._read(range(first, first + micro_batch_size))
+
+    def _read(self, blocks: range) -> MicroBatch:
+        shape = (len(blocks), self.seq_length)
+        tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        mask = np.zeros(shape, np.float32)
+        for row, block in enumerate(blocks):
+            start = block * self.seq_length
+            count = max(0, min(self.seq_length, self.predicted_tokens - start))
+            window = self._stream[start : start + count + 1]
+            if count:
+                tokens[row, :count], labels[row, :count], mask[row, :count] = window[:-1], window[1:], 1.0
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
+            "loss_mask": torch.from_numpy(mask),
+            "position_ids": torch.arange(self.seq_length).expand(len(blocks), -1).contiguous(),
+        }
