@@ -1,0 +1,223 @@
+"""Position, epochs and ledger over real Megatron-Core indices on tiny datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from synthetic_data import EOD, random_documents, write_dataset
+
+from megatron_cpt.config.load import build_config
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.corpus.manifest import bin_path, manifest_hash, read_manifest
+from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.data.sources import Dataset, Datasets, plan_sources
+from megatron_cpt.errors import DataError
+from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+
+adapt_megatron_core_to_cpu()
+
+from megatron_cpt.data.batches import BatchStream, open_batches  # noqa: E402
+from megatron_cpt.data.validation import ValidationSet  # noqa: E402
+
+SEQ = 32
+
+
+def make_config(folder: Path, seq_length: int = SEQ, train_tokens: int = SEQ * 200, **weights: float) -> RunConfig:
+    train = [{"name": n, "prefix": str(folder / n), "weight": w} for n, w in (weights or {"a": 3, "b": 1}).items()]
+    return build_config(
+        {
+            "job_name": "t",
+            "seed": 5,
+            "model": {"init_from": "m"},
+            "batch": {"seq_length": seq_length, "global_batch_size": 8},
+            "budget": {"train_tokens": train_tokens, "warmup_tokens": 0},
+            "data": {"train": train, "max_epochs": 50},
+        }
+    )
+
+
+def datasets_of(config: RunConfig) -> Datasets:
+    def one(name: str, prefix: str) -> Dataset:
+        m = read_manifest(prefix)
+        return Dataset(name, prefix, manifest_hash(m), m.token_count, EOD, m.tokenizer.vocab_size)
+
+    return Datasets(tuple(one(s.name, s.prefix) for s in config.data.train), ())
+
+
+def open_run(config: RunConfig, folder: Path, ledger: Ledger | None = None) -> tuple[BatchStream, Ledger]:
+    datasets = datasets_of(config)
+    ledger = (ledger or Ledger()).with_sources(datasets.manifests(), config.batch.seq_length)
+    plans = plan_sources(config, datasets, ledger, config.budget.train_tokens)
+    return open_batches(config, datasets, ledger, plans, folder / "cache"), ledger
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("a", 60), ("b", 25), ("c", 25)):
+        write_dataset(folder / name, random_documents(count, 128, seed=ord(name)))
+    return folder
+
+
+def consume(stream: BatchStream, ledger: Ledger, batches: list[int]) -> tuple[list[object], Ledger]:
+    seen: list[object] = []
+    for size in batches:
+        plan = stream.plan_step(ledger, size)
+        seen += plan.samples
+        ledger = plan.ledger
+    return seen, ledger
+
+
+@given(st.lists(st.sampled_from([4, 8, 16, 24]), min_size=2, max_size=8), st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_resume_point_and_batch_size_reads_the_same_samples(
+    data: Path, batches: list[int], draw: st.DataObject
+) -> None:
+    config = make_config(data)
+    stream, ledger = open_run(config, data)
+    whole, end = consume(stream, ledger, [sum(batches)])
+    cut = draw.draw(st.integers(0, len(batches)))
+    first, middle = consume(stream, ledger, batches[:cut])
+    # what a restart does: the ledger goes through JSON, the stream is opened anew
+    again, resumed = open_run(config, data, Ledger.from_json(middle.to_json()))
+    second, last = consume(again, resumed, batches[cut:])
+    assert first + second == whole
+    assert last == end
+    assert {n: s.tokens // SEQ for n, s in end.sources.items()} == stream.blend.counts(0, sum(batches))
+
+
+@pytest.mark.parametrize(("micro", "dp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (4, 2)])
+def test_a_step_has_the_same_tokens_under_every_layout(data: Path, micro: int, dp: int) -> None:
+    stream, ledger = open_run(make_config(data), data)
+    plan = stream.plan_step(ledger, 8)
+    reference = torch.cat([m["tokens"] for m in stream.micro_batches(plan, 8, 0, 1)])
+    rows = {}
+    for rank in range(dp):
+        for i, batch in enumerate(stream.micro_batches(plan, micro, rank, dp)):
+            for j, row in enumerate(batch["tokens"]):
+                rows[(i * dp + rank) * micro + j] = row
+    assert len(rows) == 8
+    assert all(torch.equal(rows[n], reference[n]) for n in range(8))
+
+
+def test_an_epoch_reads_every_block_once_and_the_next_in_another_order(data: Path) -> None:
+    config = make_config(data, a=1.0)
+    stream, _ = open_run(config, data)
+    source = stream.streams["a"]
+    blocks = source.blocks_per_epoch
+    epochs = [[tuple(source.read((e * blocks + i) * SEQ, SEQ)[0].tolist()) for i in range(blocks)] for e in (0, 1)]
+    whole = np.fromfile(bin_path(data / "a"), np.uint16)
+    for epoch in epochs:
+        # all documents are read, but for the tail shorter than a block
+        counted = np.bincount(np.concatenate([np.array(b) for b in epoch]), minlength=128)
+        assert 0 <= (np.bincount(whole, minlength=128) - counted).sum() <= 2 * SEQ
+    assert epochs[0] != epochs[1]
+    assert set(epochs[0]) != set(epochs[1])  # the documents are shuffled anew, so the blocks differ
+
+
+def test_labels_are_the_next_tokens_and_documents_are_named(data: Path) -> None:
+    stream, ledger = open_run(make_config(data), data)
+    plan = stream.plan_step(ledger, 2)
+    batch = next(iter(stream.micro_batches(plan, 2, 0, 1)))
+    assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
+    entry = stream.documents(plan)[0]
+    names = [s.name for s in make_config(data).data.train]
+    assert names[int(batch["source"][0])] == entry["source"] == plan.samples[0].source
+    reader = {tuple(d.tolist()) for d in random_documents(60, 128, ord("a")) + random_documents(25, 128, ord("b"))}
+    inside = batch["tokens"][0].tolist()
+    ends = [i for i, t in enumerate(inside) if t == EOD]
+    if len(ends) >= 2:
+        assert tuple(inside[ends[0] + 1 : ends[1] + 1]) in reader
+    assert len(entry["documents"]) >= len(ends)
+
+
+def test_a_new_sequence_length_goes_on_at_the_same_token(data: Path) -> None:
+    """Changing seq_length in mid-run: the tokens read are those that the old length would have read."""
+    config = make_config(data, a=1.0)
+    stream, ledger = open_run(config, data)
+    _, ledger = consume(stream, ledger, [8, 3])
+    old = [stream.streams["a"].read(ledger.sources["a"].tokens + i * SEQ, SEQ) for i in range(6)]
+    for length in (16, 48, 64, 96):
+        again, resumed = open_run(make_config(data, seq_length=length, a=1.0), data, ledger)
+        position = resumed.sources["a"].tokens
+        assert resumed.sources["a"].block_tokens == SEQ
+        read = [again.streams["a"].read(position + i * length, length) for i in range(6 * SEQ // length)]
+        for part in (0, 1):
+            expected = torch.cat([pair[part] for pair in old])
+            assert torch.equal(torch.cat([pair[part] for pair in read]), expected[: len(read) * length])
+
+
+def test_a_changed_blend_continues_each_source(data: Path) -> None:
+    stream, ledger = open_run(make_config(data), data)
+    before, middle = consume(stream, ledger, [40])
+    changed = make_config(data, a=1.0, b=1.0, c=1.0)
+    again, resumed = open_run(changed, data, middle)
+    after, _ = consume(again, resumed, [60])
+    for name in "abc":
+        positions = [s.position for s in before + after if s.source == name]
+        assert positions == [i * SEQ for i in range(len(positions))]
+    without_b = make_config(data, a=1.0, c=1.0)
+    _, kept = open_run(without_b, data, resumed)
+    assert kept.sources["b"] == resumed.sources["b"]
+
+
+def test_a_dataset_that_changed_under_its_name_is_refused(data: Path, tmp_path: Path) -> None:
+    _, ledger = open_run(make_config(data), data)
+    with pytest.raises(DataError, match="another dataset") as caught:
+        ledger.with_sources({"a": "feedfeedfeedfeed"}, SEQ)
+    assert "new source name" in str(caught.value)
+
+
+def test_a_longer_budget_keeps_the_order_and_indices_are_reused(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short, ledger = open_run(make_config(data), data)
+    longer, _ = open_run(make_config(data, train_tokens=SEQ * 800), data)
+    plan = short.plan_step(ledger, 64)
+    assert longer.plan_step(ledger, 64) == plan
+    first = next(short.micro_batches(plan, 64, 0, 1))["tokens"]
+    assert torch.equal(first, next(iter(longer.micro_batches(plan, 64, 0, 1)))["tokens"])
+    caplog.clear()
+    with caplog.at_level("INFO", "megatron_cpt.data.epochs"):
+        open_run(make_config(data, train_tokens=SEQ * 800), data)
+    assert "built" not in caplog.text
+
+
+def test_a_half_built_index_is_built_again(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, a=1.0)
+    stream, _ = open_run(config, tmp_path)
+    folder = stream.streams["a"]._folder(0)
+    partial = folder.with_name(folder.name + ".partial")
+    folder.rename(partial)
+    next(partial.glob("*shuffle_index.npy")).write_bytes(b"cut")
+    again, _ = open_run(config, tmp_path)
+    assert torch.equal(again.streams["a"].read(0, SEQ)[0], open_run(config, data)[0].streams["a"].read(0, SEQ)[0])
+
+
+def test_too_many_epochs_are_refused(data: Path) -> None:
+    config = make_config(data, train_tokens=SEQ * 3000)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_epochs": 2.0})})
+    with pytest.raises(DataError, match="max_epochs allows 2") as caught:
+        open_run(config, data)
+    assert "data.max_epochs=" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("micro", "dp", "limit"), [(1, 1, None), (2, 2, None), (4, 3, 700)])
+def test_validation_predicts_every_token_once(data: Path, micro: int, dp: int, limit: int | None) -> None:
+    config = make_config(data)
+    held_out = ValidationSet(datasets_of(config).train[1], SEQ, limit)
+    stream = np.fromfile(bin_path(data / "b"), np.uint16)
+    batches = [list(held_out.micro_batches(micro, rank, dp)) for rank in range(dp)]
+    assert len({len(b) for b in batches}) == 1
+    pairs = []
+    for round_ in range(len(batches[0])):
+        for rank in range(dp):
+            m = batches[rank][round_]
+            keep = m["loss_mask"] > 0
+            pairs += list(zip(m["tokens"][keep].tolist(), m["labels"][keep].tolist(), strict=True))
+    count = held_out.predicted_tokens
+    assert pairs == list(zip(stream[:count].tolist(), stream[1 : count + 1].tolist(), strict=True))
+    assert count == (limit or len(stream) - 1)
