@@ -31,6 +31,7 @@ class CptModel(GPTModel):
     """
 
     true_vocab_size: int
+    document_attention: bool  # whether packed documents are kept from attending to each other
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, padded vocabulary / TP], overwritten -> loss per token [b, s], fp32."""
@@ -82,6 +83,7 @@ def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConf
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         attention_softmax_in_fp32=True,
+        deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=False,
         **_interleaving(config),
     )
@@ -130,6 +132,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     model.true_vocab_size = arch.vocab_size
+    model.document_attention = config.model.document_attention
     if scaling := arch.rope_scaling:  # Megatron-Core's own switch knows the factor only
         model.rotary_pos_emb.inv_freq = model.rotary_pos_emb._apply_scaling(
             model.rotary_pos_emb.inv_freq,

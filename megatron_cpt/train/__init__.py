@@ -1,0 +1,1 @@
+"""Training: the state that a step works on, the step, and the loop around it."""
