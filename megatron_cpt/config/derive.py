@@ -69,12 +69,13 @@ def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "c
 
 
 def decay_tokens(config: RunConfig, train_tokens: int) -> int:
-    """Tokens of the final decay: `wsd` takes schedule.decay_tokens or 10 %, the others all after the warm-up."""
-    if config.schedule.kind != "wsd":
-        return 0 if config.schedule.kind == "constant" else train_tokens - config.budget.warmup_tokens
-    if config.schedule.decay_tokens is not None:
-        return config.schedule.decay_tokens
-    return train_tokens // 10
+    """Tokens of the final decay: schedule.decay_tokens or 10 % of the budget where the kind has one of its own."""
+    kind, decay = config.schedule.kind, config.schedule.decay_tokens
+    if kind in ("wsd", "infinite"):
+        return train_tokens // 10 if decay is None else decay
+    if kind == "constant":
+        return 0
+    return train_tokens - config.schedule.start_tokens - config.budget.warmup_tokens
 
 
 def _divisors(number: int, limit: int = 64) -> list[int]:
@@ -163,26 +164,84 @@ def _budget_problems(config: RunConfig) -> Iterator[Problem]:
             f"is above optimizer.lr = {optimizer.lr}",
             f"at most {optimizer.lr}",
         )
-    if budget.warmup_tokens > train_tokens:
+    if config.schedule.start_tokens >= train_tokens:
+        yield Problem(
+            "schedule.start_tokens",
+            config.schedule.start_tokens,
+            f"is not before the end of the budget, train_tokens = {train_tokens:,}",
+            "raise budget.train_tokens: it counts from the start of the run, not from here",
+        )
+    elif budget.warmup_tokens > train_tokens - config.schedule.start_tokens:
         yield Problem(
             "budget.warmup_tokens",
             budget.warmup_tokens,
-            f"exceeds train_tokens = {train_tokens:,}",
+            f"exceeds train_tokens = {train_tokens:,}"
+            + (
+                f" less schedule.start_tokens = {config.schedule.start_tokens:,}"
+                if config.schedule.start_tokens
+                else ""
+            ),
             f"about 1 % of it: {train_tokens // 100:,}",
         )
-    elif config.schedule.kind == "wsd" and budget.warmup_tokens + decay_tokens(config, train_tokens) > train_tokens:
+    else:
+        yield from _schedule_problems(config, train_tokens)
+
+
+def _schedule_problems(config: RunConfig, train_tokens: int) -> Iterator[Problem]:
+    schedule, optimizer = config.schedule, config.optimizer
+    room = train_tokens - schedule.start_tokens - config.budget.warmup_tokens - schedule.cooldown_tokens
+    if schedule.kind in ("wsd", "infinite"):
+        if decay_tokens(config, train_tokens) > room:
+            yield Problem(
+                "schedule.decay_tokens",
+                schedule.decay_tokens,
+                f"with warmup_tokens = {config.budget.warmup_tokens:,}"
+                + (f" and cooldown_tokens = {schedule.cooldown_tokens:,}" if schedule.cooldown_tokens else "")
+                + f" exceeds train_tokens = {train_tokens:,}",
+                f"at most {max(0, room):,}",
+            )
+    elif schedule.decay_tokens is not None:
         yield Problem(
             "schedule.decay_tokens",
-            config.schedule.decay_tokens,
-            f"with warmup_tokens = {budget.warmup_tokens:,} exceeds train_tokens = {train_tokens:,}",
-            f"at most {train_tokens - budget.warmup_tokens:,}",
-        )
-    if config.schedule.kind != "wsd" and config.schedule.decay_tokens is not None:
-        yield Problem(
-            "schedule.decay_tokens",
-            config.schedule.decay_tokens,
-            f"means nothing to kind {config.schedule.kind!r}",
+            schedule.decay_tokens,
+            f"means nothing to kind {schedule.kind!r}",
             "leave it out, or schedule.kind: wsd",
+        )
+    if schedule.kind == "infinite":
+        if schedule.constant_lr is None or not optimizer.min_lr <= schedule.constant_lr <= optimizer.lr:
+            yield Problem(
+                "schedule.constant_lr",
+                schedule.constant_lr,
+                "kind 'infinite' needs it, between min_lr and lr",
+                f"a value from {optimizer.min_lr:g} to {optimizer.lr:g}",
+            )
+        if optimizer.min_lr == 0:
+            yield Problem("optimizer.min_lr", 0.0, "the exponential anneal of 'infinite' never reaches 0", "above 0")
+    else:
+        for name, value, unset in (
+            ("constant_lr", schedule.constant_lr, None),
+            ("cooldown_tokens", schedule.cooldown_tokens, 0),
+        ):
+            if value != unset:
+                yield Problem(
+                    f"schedule.{name}",
+                    value,
+                    f"means nothing to kind {schedule.kind!r}",
+                    "leave it out, or kind: infinite",
+                )
+    if schedule.kind == "inverse_sqrt" and config.budget.warmup_tokens == 0:
+        yield Problem(
+            "budget.warmup_tokens",
+            0,
+            "is the time scale of kind 'inverse_sqrt', which needs one",
+            f"about 1 % of train_tokens: {train_tokens // 100:,}",
+        )
+    if schedule.warmup_from_lr > optimizer.lr:
+        yield Problem(
+            "schedule.warmup_from_lr",
+            schedule.warmup_from_lr,
+            f"is above optimizer.lr = {optimizer.lr}",
+            "a lower rate",
         )
 
 

@@ -76,13 +76,23 @@ class BatchConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate as a pure function of consumed tokens."""
 
-    kind: Literal["cosine", "wsd", "linear", "constant"] = Field(
-        "cosine", description="Shape after the warm-up; wsd = warm-up, stable, decay."
+    kind: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt", "infinite"] = Field(
+        "cosine",
+        description="Shape after the warm-up. wsd: warm-up, stable, decay; infinite: warm-up, cool-down, constant, "
+        "anneal.",
     )
     decay_tokens: Tokens | None = Field(
-        None, description="Tokens of the final decay of `wsd`; default 10 % of train_tokens."
+        None, description="Tokens of the final decay of `wsd` and `infinite`; default 10 % of train_tokens."
     )
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = Field("linear", description="Shape of the decay of `wsd`.")
+    cooldown_tokens: Tokens = Field(0, description="`infinite`: tokens from lr down to constant_lr.")
+    constant_lr: float | None = Field(None, gt=0, description="`infinite`: rate between cool-down and anneal.")
+    start_tokens: Tokens = Field(
+        0,
+        description="Token of the run at which this schedule begins. Set it to the tokens consumed so far to "
+        "re-warm a continued run: the warm-up then starts there.",
+    )
+    warmup_from_lr: float = Field(0.0, ge=0, description="Rate at which the warm-up starts.")
 
 
 class OptimizerConfig(Section):
@@ -126,7 +136,14 @@ class PrecisionConfig(Section):
 class RecomputeConfig(Section):
     """Activations that are computed again in the backward pass instead of kept."""
 
-    granularity: Literal["none", "selective", "full"] = Field("none", description="What is recomputed.")
+    granularity: Literal["none", "selective", "full"] = Field(
+        "none", description="`selective`: the modules below; `full`: whole layers, which keep only their input."
+    )
+    modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = Field(
+        ("mlp",),
+        min_length=1,
+        description="What `selective` recomputes. core_attn saves nothing under flash attention (TE, SDPA).",
+    )
 
 
 class DataSource(Section):
