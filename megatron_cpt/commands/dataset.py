@@ -1,0 +1,67 @@
+"""`megatron-cpt verify` and `inspect`: look at a finished dataset."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from megatron_cpt.corpus.verify import describe_dataset, verify_dataset
+from megatron_cpt.errors import DataError
+
+
+@click.command()
+@click.argument("prefix")
+@click.option("--tokenizer", help="Also check the tokenizer's fingerprint and decode a sample.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(prefix: str, tokenizer: str | None, as_json: bool) -> None:
+    """Prove the dataset PREFIX sound in one pass: sizes, offsets, ids, EOD, sha256."""
+    result = verify_dataset(prefix, tokenizer)
+    if as_json:
+        click.echo(json.dumps(asdict(result) | {"ok": result.ok}))
+    elif result.ok:
+        click.echo("\n".join([f"{prefix}: sound", *(f"  ok  {check}" for check in result.checks)]))
+    if not result.ok:
+        raise DataError(
+            f"{prefix} is not sound: " + "; ".join(result.problems), hint="copy it again, or preprocess again"
+        )
+
+
+@click.command()
+@click.argument("prefix")
+@click.option("--tokenizer", help="Show text as well as ids.")
+@click.option("--documents", default=3, show_default=True, help="How many documents to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(prefix: str, tokenizer: str | None, documents: int, as_json: bool) -> None:
+    """Show the manifest, length statistics and first documents of the dataset PREFIX."""
+    described = describe_dataset(prefix, documents, tokenizer)
+    described["manifest"] = asdict(described["manifest"])
+    click.echo(json.dumps(described) if as_json else _text(described))
+
+
+def _text(described: dict[str, Any]) -> str:
+    manifest = described["manifest"]
+    tokenizer = manifest["tokenizer"]
+    lines = [
+        f"{described['prefix']}: {manifest['document_count']:,} documents, {manifest['sequence_count']:,} sequences, "
+        f"{manifest['token_count']:,} tokens ({manifest['dtype']}, {manifest['bin_bytes']:,} bytes)",
+        f"tokenizer {tokenizer['name']} ({tokenizer['kind']}, vocabulary {tokenizer['vocab_size']:,}), "
+        f"EOD {tokenizer['eod_token']!r} = {tokenizer['eod_id']}, appended: {manifest['append_eod']}",
+        "tokens per document: " + "  ".join(f"{k} {v:,}" for k, v in described["document_tokens"].items()),
+    ]
+    lines += [
+        f"source {s['name']}: {s['files']} files, {s['documents']:,} documents, "
+        f"{s['tokens']:,} tokens ({s['share']:.1%})"
+        for s in manifest["sources"]
+    ]
+    lines += [f"rejected in the run: {reason} {count:,}" for reason, count in manifest["rejects"].items()]
+    for document in described["documents"]:
+        lines.append(
+            f"document {document['document']}: {document['tokens']:,} tokens  "
+            f"{document['first_ids']} ... {document['last_ids']}"
+        )
+        if "text_start" in document:
+            lines += [f"  begins {document['text_start']!r}", f"  ends   {document['text_end']!r}"]
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""`megatron-cpt preprocess`: a corpus.yaml or flags to .bin/.idx datasets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from megatron_cpt.corpus.preprocess import Outcome
+from megatron_cpt.corpus.preprocess import preprocess as run_preprocess
+from megatron_cpt.corpus.progress import progress_view
+from megatron_cpt.corpus.schema import Corpus, load_corpus, parse_corpus
+
+
+def parse_split(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, float]:
+    """`train=0.98,valid=0.02` as a mapping."""
+    if not value:
+        return {}
+    try:
+        return {name.strip(): float(part) for name, part in (item.split("=") for item in value.split(","))}
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not NAME=FRACTION,NAME=FRACTION") from None
+
+
+@click.command()
+@click.argument("files", nargs=-1, metavar="[CORPUS.yaml | more input files]")
+@click.option("--input", "inputs", multiple=True, help="Input files, folders or globs; several may follow.")
+@click.option("--output-prefix", help="PREFIX of the dataset: PREFIX.bin, .idx, .manifest.json.")
+@click.option("--tokenizer", help="Model folder or tokenizer.json.")
+@click.option("--json-key", help="Key of the text in jsonl and parquet.  [default: text]")
+@click.option("--eod-token", help="End-of-document token; default: see docs/corpus.md.")
+@click.option("--append-eod/--no-append-eod", default=None, help="End each document with EOD.  [default: append]")
+@click.option("--split", callback=parse_split, help="Split by document, e.g. train=0.98,valid=0.02.")
+@click.option("--special-tokens-in-text", type=click.Choice(["literal", "parse", "reject"]))
+@click.option("--max-reject-ratio", type=float, help="Fail above this ratio of unreadable documents.  [default: 0.001]")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
+@click.option("--overwrite", is_flag=True, help="Replace datasets of another input, configuration or tokenizer.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def preprocess(
+    files: tuple[str, ...],
+    inputs: tuple[str, ...],
+    workers: int | None,
+    overwrite: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Tokenise raw text into .bin/.idx datasets.
+
+    \b
+    megatron-cpt preprocess CORPUS.yaml
+    megatron-cpt preprocess --input a.jsonl b.jsonl --output-prefix data/corpus --tokenizer MODEL_DIR
+    """
+    corpus = _corpus(files, inputs, flags)
+    with progress_view() as start:
+        outcome = run_preprocess(corpus, workers=workers, overwrite=overwrite, start_progress=start)
+    click.echo(json.dumps(outcome_fields(outcome)) if as_json else outcome_text(outcome))
+
+
+def _corpus(files: tuple[str, ...], inputs: tuple[str, ...], flags: dict[str, Any]) -> Corpus:
+    """The corpus that the arguments describe: a YAML file, or the flags."""
+    given = {name: value for name, value in flags.items() if value not in (None, {})}
+    if not inputs:
+        if len(files) != 1 or not files[0].endswith((".yaml", ".yml")):
+            raise click.UsageError("give one CORPUS.yaml, or --input FILES --output-prefix PREFIX --tokenizer T")
+        if given:
+            raise click.UsageError(f"{', '.join('--' + n.replace('_', '-') for n in given)}: set it in {files[0]}")
+        return load_corpus(files[0])
+    for name in ("output_prefix", "tokenizer"):
+        if name not in given:
+            raise click.UsageError(f"--{name.replace('_', '-')} is required with --input")
+    source = {"files": [*inputs, *files], "text": given.pop("json_key", "text")}
+    return parse_corpus({**given, "sources": [source]}, "command line")
+
+
+def outcome_fields(outcome: Outcome) -> dict[str, Any]:
+    """The JSON object of a run: one entry per dataset, without the config that its manifest holds."""
+    datasets = {
+        prefix: {key: value for key, value in asdict(manifest).items() if key != "config"}
+        for prefix, manifest in outcome.datasets.items()
+    }
+    return asdict(outcome) | {"datasets": datasets}
+
+
+def outcome_text(outcome: Outcome) -> str:
+    lines = ["already done, nothing to do"] if outcome.already_done else []
+    for prefix, manifest in outcome.datasets.items():
+        lines.append(
+            f"{prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens, "
+            f"{manifest.dtype}, EOD {manifest.tokenizer.eod_token!r} = {manifest.tokenizer.eod_id}"
+        )
+    lines.append(f"documents read: {outcome.documents_read:,}; rejected: {sum(outcome.rejects.values()):,}")
+    lines += [f"  {reason}: {count:,}" for reason, count in outcome.rejects.items()]
+    if outcome.rejects_file:
+        lines.append(f"each rejected document with its place and reason: {outcome.rejects_file}")
+    return "\n".join(lines)

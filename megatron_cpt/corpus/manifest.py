@@ -1,0 +1,151 @@
+"""The record beside every dataset: what PREFIX.bin holds, who wrote it, and whether it is whole.
+
+A dataset is three files: PREFIX.bin (token ids), PREFIX.idx (lengths and offsets, Megatron's format) and
+PREFIX.manifest.json. The manifest is renamed into place last, so its presence means that the other two are
+complete; whoever reads a dataset calls `read_manifest` first and gets an error for anything half-written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.corpus.files import write_atomically
+from megatron_cpt.errors import DataError
+
+FORMAT_VERSION = 1
+ITEM_BYTES = {"uint16": 2, "int32": 4}
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that wrote the ids; `fingerprint` is a sha256 of its content, not of its path."""
+
+    name: str
+    kind: str  # "huggingface", "sentencepiece" or "tiktoken"
+    fingerprint: str
+    vocab_size: int  # largest id + 1, added tokens included
+    eod_id: int
+    eod_token: str
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """What one source of the corpus gave to this dataset."""
+
+    name: str
+    files: int
+    documents: int
+    tokens: int
+    share: float  # of the dataset's tokens
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Facts of one dataset. Counts are of this dataset; `rejects` are of the whole run that wrote it."""
+
+    tool_version: str
+    complete: bool
+    dtype: str  # "uint16" or "int32"
+    document_count: int
+    sequence_count: int
+    token_count: int
+    input_bytes: int  # raw bytes read by the run, all splits together
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+    tokenizer: TokenizerRecord
+    append_eod: bool
+    sources: tuple[SourceRecord, ...]
+    rejects: dict[str, int] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.manifest.json")
+
+
+def bin_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+    """Write PREFIX.manifest.json atomically; call it after .bin and .idx have their final names."""
+    write_atomically(manifest_path(prefix), manifest.to_json().encode())
+
+
+def read_manifest(prefix: str | Path) -> Manifest:
+    """The manifest of a whole dataset, after an O(1) check of the sizes of its files.
+
+    Raises DataError when the manifest is missing or unreadable, the dataset is incomplete, or a file's size
+    is not the recorded one. `verify` (one pass over the data) proves more.
+    """
+    manifest = _parse(prefix)
+    if not manifest.complete:
+        raise DataError(
+            f"{prefix}: the manifest says that the dataset is incomplete",
+            hint="run the same preprocess command again; it continues where it stopped",
+        )
+    for path, expected_bytes in ((bin_path(prefix), manifest.bin_bytes), (idx_path(prefix), manifest.idx_bytes)):
+        if not path.exists():
+            raise DataError(f"{path} is missing but {manifest_path(prefix)} describes it", hint="preprocess again")
+        if (actual_bytes := path.stat().st_size) != expected_bytes:
+            raise DataError(
+                f"{path} has {actual_bytes:,} bytes, its manifest says {expected_bytes:,}: the copy is damaged",
+                hint="copy it again, or preprocess again with --overwrite",
+            )
+    return manifest
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """16 hex digits that change whenever the dataset's content changes: the key for caches built from it."""
+    return hashlib.sha256(f"{manifest.bin_sha256} {manifest.idx_sha256}".encode()).hexdigest()[:16]
+
+
+def _parse(prefix: str | Path) -> Manifest:
+    path = manifest_path(prefix)
+    if not path.exists():
+        raise _why_missing(prefix)
+    try:
+        raw = json.loads(path.read_bytes())
+        if raw["format_version"] != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format version {raw['format_version']}, this tool reads {FORMAT_VERSION}",
+                hint="read it with the version that wrote it, or preprocess again",
+            )
+        raw["tokenizer"] = TokenizerRecord(**raw["tokenizer"])
+        raw["sources"] = tuple(SourceRecord(**source) for source in raw["sources"])
+        known = {f.name for f in fields(Manifest)}
+        return Manifest(**{key: value for key, value in raw.items() if key in known})
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a manifest: {error}", hint="preprocess again with --overwrite") from error
+
+
+def _why_missing(prefix: str | Path) -> DataError:
+    """The error for an absent manifest; the ways to get there are different mistakes."""
+    if Path(f"{prefix}.partial").exists():
+        return DataError(
+            f"{prefix}: the dataset is half-written ({prefix}.partial exists)",
+            hint="run the same preprocess command again; it continues where it stopped",
+        )
+    if bin_path(prefix).exists() or idx_path(prefix).exists():
+        return DataError(
+            f"{prefix}: there is a .bin or .idx but no {manifest_path(prefix).name}: "
+            "half-written, or written by another tool",
+            hint="preprocess again; tokens without a manifest have no known tokenizer",
+        )
+    near = sorted(str(p)[: -len(".manifest.json")] for p in Path(prefix).parent.glob("*.manifest.json"))
+    hint = f"datasets in that folder: {', '.join(near[:5])}" if near else "megatron-cpt preprocess writes one"
+    return DataError(f"{prefix}: no such dataset ({manifest_path(prefix)} does not exist)", hint=hint)

@@ -1,0 +1,147 @@
+"""Parts: what a worker leaves for one unit, so that a killed run continues and shards run anywhere.
+
+For unit 12 the staging folder holds `000012.SPLIT.part` per split and then `000012.json`, renamed into place
+last: a unit is done when its .json is there. A part is the ids (in the dataset's dtype), then the sequence
+lengths (i32), then the number of sequences of each document (i32); the .json holds the counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_cpt.corpus.documents import Ledger
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    documents: int
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """The committed result of a unit."""
+
+    unit: int
+    source: str
+    size_bytes: int
+    documents_read: int
+    lines_read: int
+    parts: dict[str, PartCounts]
+    reject_counts: dict[str, int] = field(default_factory=dict)
+
+
+class PartWriter:
+    """Streams the documents of one unit and split to disk; only the lengths stay in memory."""
+
+    def __init__(self, folder: Path, unit: int, split: str, dtype: str) -> None:
+        self._final = part_path(folder, unit, split)
+        # named by process: a worker that outlives its killed parent must not touch the next run's part
+        self._path = self._final.with_name(f"{self._final.name}.{os.getpid()}")
+        self._file: BinaryIO = self._path.open("wb")
+        self._dtype = np.dtype(dtype)
+        self._lengths: list[Array] = []
+        self._sequences: list[Array] = []
+        self._tokens = 0
+
+    def write(self, ids: Array, sequence_lengths: Array, sequences_per_document: Array) -> None:
+        self._file.write(ids.astype(self._dtype, copy=False).tobytes())
+        self._lengths.append(sequence_lengths.astype(np.int32))
+        self._sequences.append(sequences_per_document.astype(np.int32))
+        self._tokens += len(ids)
+
+    def close(self) -> PartCounts:
+        for pieces in (self._lengths, self._sequences):
+            for piece in pieces:
+                self._file.write(piece.tobytes())
+        self._file.close()
+        self._path.replace(self._final)
+        documents = sum(map(len, self._sequences))
+        return PartCounts(documents, sum(map(len, self._lengths)), self._tokens)
+
+
+def part_path(folder: Path, unit: int, split: str) -> Path:
+    return folder / f"{unit:06d}.{split}.part"
+
+
+def record_path(folder: Path, unit: int) -> Path:
+    return folder / f"{unit:06d}.json"
+
+
+def rejects_path(folder: Path, unit: int) -> Path:
+    return folder / f"{unit:06d}.rejects.jsonl"
+
+
+def commit_unit(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
+    """Leave the rejects and, last, the record that makes the unit done."""
+    if ledger.rejects:
+        lines = [json.dumps(_reject_fields(record.source, r), ensure_ascii=False) for r in ledger.rejects]
+        text = "\n".join(lines) + "\n"
+        rejects_path(folder, record.unit).write_text(text, encoding="utf-8", errors="backslashreplace")
+    final = record_path(folder, record.unit)
+    partial = final.with_suffix(f".json.{os.getpid()}")
+    partial.write_text(json.dumps(asdict(record)))
+    partial.replace(final)
+
+
+def _reject_fields(source: str, reject: Any) -> dict[str, Any]:
+    return {
+        "source": source,
+        "file": reject.path,
+        "line": reject.place,
+        "reason": reject.reason,
+        "detail": reject.detail,
+    }
+
+
+def read_record(folder: Path, unit: int) -> UnitRecord | None:
+    """The record of a done unit whose parts have the size it states, else None."""
+    path = record_path(folder, unit)
+    try:
+        raw = json.loads(path.read_bytes())
+        raw["parts"] = {split: PartCounts(**counts) for split, counts in raw["parts"].items()}
+        return UnitRecord(**raw)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def part_arrays(folder: Path, unit: int, split: str, counts: PartCounts, dtype: str) -> tuple[Array, Array, Array]:
+    """(ids, sequence lengths, sequences per document) of a part, mapped."""
+    path = part_path(folder, unit, split)
+    if not path.stat().st_size:
+        return np.empty(0, dtype), np.empty(0, np.int32), np.empty(0, np.int32)
+    raw = np.memmap(path, np.uint8, mode="r")
+    ids_end = counts.tokens * np.dtype(dtype).itemsize
+    lengths_end = ids_end + 4 * counts.sequences
+    return raw[:ids_end].view(dtype), raw[ids_end:lengths_end].view(np.int32), raw[lengths_end:].view(np.int32)
+
+
+def part_bytes(counts: PartCounts, dtype: str) -> int:
+    return counts.tokens * np.dtype(dtype).itemsize + 4 * counts.sequences + 4 * counts.documents
+
+
+def parts_are_whole(folder: Path, record: UnitRecord, dtype: str) -> bool:
+    """True when every part of the record lies there in full size."""
+
+    def size(split: str) -> int:
+        path = part_path(folder, record.unit, split)
+        return path.stat().st_size if path.exists() else -1
+
+    return all(size(split) == part_bytes(counts, dtype) for split, counts in record.parts.items())
+
+
+def iterate_rejects(folder: Path, unit: int) -> Iterator[dict[str, Any]]:
+    path = rejects_path(folder, unit)
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)

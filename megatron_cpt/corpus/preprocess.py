@@ -1,0 +1,196 @@
+"""The whole run: plan units, load the tokenizer, let workers make parts, assemble the datasets."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_cpt.corpus.assemble import Assembly, write_dataset
+from megatron_cpt.corpus.manifest import Manifest, bin_path, manifest_path, read_manifest
+from megatron_cpt.corpus.parts import UnitRecord, parts_are_whole, read_record
+from megatron_cpt.corpus.pipeline import WHOLE, Job, process_unit, sample_texts, worker_count
+from megatron_cpt.corpus.rejects import absolute_rejects, check_bad_input, count_rejects, write_rejects
+from megatron_cpt.corpus.schema import Corpus
+from megatron_cpt.corpus.sources import Unit, plan_units
+from megatron_cpt.corpus.staging import plan_fingerprint, staging_folder, staging_path
+from megatron_cpt.corpus.tokenizer import load_tokenizer
+from megatron_cpt.corpus.workers import run_units
+from megatron_cpt.errors import CptError, DataError
+
+log = logging.getLogger(__name__)
+
+# A run that reads nothing but garbage stops after this many documents instead of at the end of the corpus.
+EARLY_CHECK_DOCUMENTS = 1_000
+EARLY_BAD_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: the manifest of each dataset by prefix, and its rejects."""
+
+    datasets: dict[str, Manifest]
+    documents_read: int
+    rejects: dict[str, int]
+    rejects_file: str | None
+    already_done: bool = False
+
+
+Progress = Callable[[UnitRecord], None]
+
+
+def preprocess(
+    corpus: Corpus,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    start_progress: Callable[[int], Progress] | None = None,
+) -> Outcome:
+    """Make the datasets of `corpus`. The files are the same for any number of workers.
+
+    A killed run continues when called again with the same input; a finished one returns at once.
+    `start_progress(total_bytes)` gives a function that is called with each finished unit.
+    Raises DataError for bad input, a second writer, or other datasets under the same prefix.
+    """
+    units = plan_units(corpus)
+    tokenizer = load_tokenizer(
+        corpus.tokenizer,
+        eod_token=corpus.eod_token,
+        special_tokens_in_text=corpus.special_tokens_in_text,
+        sample=sample_texts(units, corpus.max_document_bytes),
+    )
+    fingerprint = plan_fingerprint(corpus, units, tokenizer.record())
+    prefixes = dataset_prefixes(corpus)
+    if not overwrite and (done := _already_done(corpus, prefixes, fingerprint)):
+        return done
+    Path(corpus.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with staging_folder(corpus.output_prefix, fingerprint) as staging:
+            job = Job(corpus, tokenizer, staging)
+            records = _process(job, units, worker_count(workers), start_progress)
+            return _finish(job, units, records, prefixes, fingerprint)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CptError(
+            f"the disk of {corpus.output_prefix} is full; nothing was written under the final name",
+            hint="about 2x the size of the .bin is needed; free some space and run the same command again",
+        ) from error
+
+
+def dataset_prefixes(corpus: Corpus) -> dict[str, str]:
+    """Split name -> prefix of its dataset."""
+    if not corpus.split:
+        return {WHOLE: corpus.output_prefix}
+    return {name: f"{corpus.output_prefix}_{name}" for name in corpus.split}
+
+
+def _already_done(corpus: Corpus, prefixes: dict[str, str], fingerprint: str) -> Outcome | None:
+    """The outcome of an earlier run of the same plan; DataError when other datasets are in the way."""
+    if not any(bin_path(p).exists() or manifest_path(p).exists() for p in prefixes.values()):
+        return None
+    datasets = {}
+    for prefix in prefixes.values():
+        if not manifest_path(prefix).exists():
+            if staging_path(corpus.output_prefix).exists():  # killed between two of the final renames
+                return None
+            raise _in_the_way(prefix, "")
+        manifest = read_manifest(prefix)
+        if manifest.config.get("plan") != fingerprint:
+            raise _in_the_way(prefix, " of another input, configuration or tokenizer")
+        datasets[prefix] = manifest
+    first = next(iter(datasets.values()))
+    rejects_file = Path(f"{corpus.output_prefix}.rejects.jsonl")
+    return Outcome(
+        datasets, int(first.config["documents_read"]), first.rejects,
+        str(rejects_file) if rejects_file.exists() else None, already_done=True,
+    )  # fmt: skip
+
+
+def _in_the_way(prefix: str, what: str) -> DataError:
+    return DataError(
+        f"{prefix}: there is already a dataset{what}", hint="choose another --output-prefix, or give --overwrite"
+    )
+
+
+def _process(
+    job: Job, units: Sequence[Unit], workers: int, start_progress: Callable[[int], Progress] | None
+) -> list[UnitRecord]:
+    """All units' records in unit order; units that an earlier run finished are not repeated."""
+    records: dict[int, UnitRecord] = {}
+    for unit in units:
+        record = read_record(job.staging, unit.index)
+        if record is not None and parts_are_whole(job.staging, record, job.tokenizer.dtype):
+            records[unit.index] = record
+    if records:
+        log.info("continuing: %d of %d units are done", len(records), len(units))
+    progress = start_progress(sum(u.size_bytes for u in units)) if start_progress else lambda record: None
+    for record in records.values():
+        progress(record)
+    todo = [unit for unit in units if unit.index not in records]
+    for record in run_units(partial(process_unit, job), todo, workers):
+        records[record.unit] = record
+        progress(record)
+        _check_early(job, units, records)
+    return [records[unit.index] for unit in units]
+
+
+def _check_early(job: Job, units: Sequence[Unit], records: dict[int, UnitRecord]) -> None:
+    """Stop soon when most documents are unreadable: a wrong key should not cost hours."""
+    read = sum(record.documents_read for record in records.values())
+    if read >= EARLY_CHECK_DOCUMENTS and len(records) < len(units):
+        _check_rejects(job, units, records, max(EARLY_BAD_RATIO, job.corpus.max_reject_ratio))
+
+
+def _check_rejects(job: Job, units: Sequence[Unit], records: dict[int, UnitRecord], max_ratio: float) -> None:
+    done = [unit for unit in units if unit.index in records]
+    ordered = [records[unit.index] for unit in done]
+    read = sum(record.documents_read for record in ordered)
+    check_bad_input(count_rejects(ordered), read, max_ratio, absolute_rejects(job.staging, done, ordered))
+
+
+def _finish(
+    job: Job, units: Sequence[Unit], records: list[UnitRecord], prefixes: dict[str, str], fingerprint: str
+) -> Outcome:
+    """Check the whole, write the rejects file and the datasets."""
+    corpus = job.corpus
+    _check_rejects(job, units, {r.unit: r for r in records}, corpus.max_reject_ratio)
+    documents_read = sum(record.documents_read for record in records)
+    rejects = count_rejects(records)
+    _check_not_empty(records, prefixes, documents_read, rejects)
+    rejects_file = Path(f"{corpus.output_prefix}.rejects.jsonl")
+    write_rejects(rejects_file, absolute_rejects(job.staging, units, records))
+    assembly = Assembly(
+        staging=job.staging,
+        records=records,
+        tokenizer=job.tokenizer.record(),
+        dtype=job.tokenizer.dtype,
+        append_eod=corpus.append_eod,
+        files_per_source=_files_per_source(units),
+        rejects=rejects,
+        config=corpus.model_dump(mode="json") | {"plan": fingerprint, "documents_read": documents_read},
+    )
+    datasets = {prefix: write_dataset(assembly, split, prefix) for split, prefix in prefixes.items()}
+    return Outcome(datasets, documents_read, rejects, str(rejects_file) if rejects else None)
+
+
+def _check_not_empty(
+    records: list[UnitRecord], prefixes: dict[str, str], documents_read: int, rejects: dict[str, int]
+) -> None:
+    for split in prefixes:
+        if not sum(record.parts[split].tokens for record in records):
+            what = "the corpus" if split == WHOLE else f"split {split!r}"
+            raise DataError(
+                f"{what} has no token: {documents_read:,} documents read, rejects {rejects or 'none'}",
+                hint="check the input and the filters" if split == WHOLE else "give it a larger fraction",
+            )
+
+
+def _files_per_source(units: Sequence[Unit]) -> dict[str, int]:
+    files: dict[str, set[str]] = {}
+    for unit in units:
+        files.setdefault(unit.source, set()).update(unit.paths)
+    return {name: len(paths) for name, paths in files.items()}

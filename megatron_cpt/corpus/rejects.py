@@ -1,0 +1,69 @@
+"""Rejected documents made known: absolute places, examples in messages, the rejects file, the threshold."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
+from megatron_cpt.corpus.parts import UnitRecord, iterate_rejects
+from megatron_cpt.corpus.sources import Unit
+from megatron_cpt.errors import DataError
+
+EXAMPLES_SHOWN = 3
+
+
+def count_rejects(records: Sequence[UnitRecord]) -> dict[str, int]:
+    """Reason -> documents, over all units, most frequent first."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.reject_counts)
+    return dict(total.most_common())
+
+
+def absolute_rejects(staging: Path, units: Sequence[Unit], records: Sequence[UnitRecord]) -> Iterator[dict[str, Any]]:
+    """Every reject in input order, its line counted from the start of the file."""
+    lines_before: Counter[tuple[str, str]] = Counter()  # (source, path) -> lines in its earlier units
+    for unit, record in zip(units, records, strict=True):
+        key = (unit.source, unit.paths[0])
+        for reject in iterate_rejects(staging, unit.index):
+            yield reject | {"line": reject["line"] + lines_before[key]}
+        lines_before[key] += record.lines_read
+
+
+def write_rejects(path: Path, rejects: Iterator[dict[str, Any]]) -> None:
+    """Write one JSON object per reject; without any, no file (and an old one is removed)."""
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for count, reject in enumerate(rejects, 1):  # noqa: B007
+            file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+    if count:
+        partial.replace(path)
+    else:
+        partial.unlink()
+        path.unlink(missing_ok=True)
+
+
+def check_bad_input(
+    counts: dict[str, int], documents_read: int, max_ratio: float, examples: Iterator[dict[str, Any]]
+) -> None:
+    """Raise DataError when more documents were unreadable than `max_ratio` allows, naming the first ones."""
+    bad = {reason: n for reason, n in counts.items() if reason in BAD_INPUT_REASONS}
+    total = sum(bad.values())
+    if total <= max_ratio * documents_read:
+        return
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in bad.items())
+    shown = [r for _, r in zip(range(10_000), examples, strict=False) if r["reason"] in BAD_INPUT_REASONS]
+    lines = [f"  {r['file']}:{r['line']}: {r['reason']}: {r['detail']}" for r in shown[:EXAMPLES_SHOWN]]
+    hint = "mend the input, or accept the loss with --max-reject-ratio"
+    if bad.get("missing_key", 0) == total:
+        hint = "name the key that holds the text: --json-key KEY (`text:` of the source in corpus.yaml)"
+    raise DataError(
+        f"{total:,} of {documents_read:,} documents cannot be read ({reasons}), more than the allowed "
+        f"{max_ratio:.3%}; nothing was written\n" + "\n".join(lines),
+        hint=hint,
+    )

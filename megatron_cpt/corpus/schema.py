@@ -1,0 +1,139 @@
+"""A corpus described once: the frozen schema of corpus.yaml, which the command line's flags also fill.
+
+Unknown keys are errors with a near match; `load_corpus` reports all problems at once. Nothing here opens a
+data file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_cpt.errors import ConfigError
+
+Format = Literal["auto", "jsonl", "parquet", "text"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(Section):
+    """One named source: which files, how to find the text in them."""
+
+    name: str = Field("corpus", description="Name in the manifest, the report and reject records.")
+    files: tuple[str, ...] = Field(description="Files, folders or globs, relative to the working directory.")
+    format: Format = Field("auto", description="File format; auto goes by the file names.")
+    text: str = Field("text", description="Key of the text in jsonl and parquet.")
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("files")
+    @classmethod
+    def _some_file(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("names no file")
+        return value
+
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Corpus(Section):
+    """One corpus: its sources, the tokenizer, where the dataset goes."""
+
+    output_prefix: str = Field(description="PREFIX of the files written: PREFIX.bin, .idx, .manifest.json.")
+    tokenizer: str = Field(description="Model folder or tokenizer.json.")
+    eod_token: str | None = Field(None, description="End-of-document token; null: see the guide's order.")
+    append_eod: bool = Field(True, description="End each document with the end-of-document token.")
+    special_tokens_in_text: Literal["literal", "parse", "reject"] = Field(
+        "literal", description="A special token spelled in the text: plain text, the token, or a reject."
+    )
+    keep_empty_documents: bool = Field(
+        False, description="Keep documents without text as documents without tokens, as Megatron-LM does."
+    )
+    sources: tuple[Source, ...] = Field(description="What to read, in this order.")
+    split: dict[str, Fraction] = Field(
+        default_factory=dict, description="Name -> fraction of documents; each gives PREFIX_NAME. Empty: one dataset."
+    )
+    max_reject_ratio: float = Field(
+        0.001, ge=0, le=1, description="Fail when more than this ratio of the documents cannot be read."
+    )
+    max_document_bytes: int = Field(64 << 20, gt=0, description="Longer documents are rejected, in bytes.")
+
+    @field_validator("split")
+    @classmethod
+    def _whole(cls, value: dict[str, float]) -> dict[str, float]:
+        if value and abs(sum(value.values()) - 1) > 1e-9:
+            raise ValueError(f"the fractions sum to {sum(value.values()):g}, not 1")
+        if bad := [name for name in value if not name.replace("-", "").replace("_", "").isalnum()]:
+            raise ValueError(f"{bad[0]!r} cannot be part of a file name")
+        return value
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Corpus:
+        names = [source.name for source in self.sources]
+        if not names:
+            raise ValueError("sources is empty")
+        if len(set(names)) < len(names):
+            raise ValueError("two sources have the same name")
+        return self
+
+
+def load_corpus(path: str | Path) -> Corpus:
+    """Read corpus.yaml. Raises ConfigError that lists every problem with its place in the file."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", hint="give the path of a corpus.yaml") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}", hint="examples/medical/corpus.yaml is one") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no keys", hint="examples/medical/corpus.yaml is one")
+    return parse_corpus(raw, str(path))
+
+
+def parse_corpus(raw: dict[str, Any], where: str) -> Corpus:
+    """Validate a corpus; `where` names it in messages."""
+    try:
+        return Corpus.model_validate(raw)
+    except ValidationError as error:
+        problems = [_problem(dict(item)) for item in error.errors()]
+        hints = [hint for _, hint in problems if hint]
+        message = "\n".join(f"{where}: {text}" for text, _ in problems)
+        raise ConfigError(message, hint=hints[0] if hints else "docs/corpus-reference.md lists the keys") from error
+
+
+def _problem(item: dict[str, Any]) -> tuple[str, str | None]:
+    """One line for one pydantic error, and a near match for an unknown key."""
+    place = ".".join(str(part) for part in item["loc"]) or "corpus"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(item["loc"][:-1]), n=1)
+        return f"{place}: unknown key", f"did you mean {near[0]!r}?" if near else None
+    if item["type"] == "missing":
+        return f"{place}: is required", None
+    return f"{place}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r:.80})", None
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    """Keys of the section at `location`, found by walking the schema's field types."""
+    model: type[BaseModel] = Corpus
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            sections = [t for t in _types_in(model.model_fields[part].annotation) if issubclass(t, BaseModel)]
+            model = sections[0] if sections else model
+    return list(model.model_fields)
+
+
+def _types_in(annotation: Any) -> list[type]:
+    """All classes inside a possibly nested annotation such as tuple[Source, ...] or Dedup | None."""
+    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _types_in(part)]

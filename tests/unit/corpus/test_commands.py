@@ -1,0 +1,71 @@
+"""The commands as a shell sees them: exit codes, one JSON object on stdout, hints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.corpus.conftest import TEXTS, write_jsonl
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from megatron_cpt.cli import main; main()", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    first, second = write_jsonl(folder / "a.jsonl", TEXTS[:3]), write_jsonl(folder / "b.jsonl", TEXTS[3:])
+    result = run("preprocess", "--input", first, second, "--output-prefix", folder / "set", "--tokenizer",
+                 tokenizer_dir, "--workers", 2, "--json")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    fields = json.loads(result.stdout)
+    assert fields["datasets"][str(folder / "set")]["document_count"] == len(TEXTS)
+    assert fields["documents_read"] == len(TEXTS) and not fields["rejects"]
+    return folder / "set"
+
+
+def test_verify_and_inspect(dataset: Path, tokenizer_dir: Path) -> None:
+    result = run("verify", dataset, "--tokenizer", tokenizer_dir, "--json")
+    assert result.returncode == 0 and json.loads(result.stdout)["ok"] is True
+    result = run("inspect", dataset, "--tokenizer", tokenizer_dir, "--json")
+    described = json.loads(result.stdout)
+    assert described["manifest"]["complete"] and len(described["documents"]) == 3
+    assert described["documents"][0]["text_start"].startswith("The patient")
+    assert "EOD '<|endoftext|>'" in run("inspect", dataset).stdout
+
+
+def test_user_errors_exit_2_with_a_hint(dataset: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("output_prefx: x\nsources: [{files: a.jsonl, txt: b}]\n")
+    cases = {
+        ("verify", tmp_path / "none"): "no such dataset",
+        ("preprocess", tmp_path / "none.yaml"): "No such file",
+        ("preprocess", tmp_path / "bad.yaml"): "did you mean 'output_prefix'?",
+        ("preprocess",): "give one CORPUS.yaml",
+        ("preprocess", "--input", "none.jsonl", "--output-prefix", tmp_path / "x", "--tokenizer", tokenizer_dir):
+            "matches no file",
+        ("preprocess", "--input", "none.jsonl", "--output-prefix", tmp_path / "x"): "--tokenizer is required",
+    }  # fmt: skip
+    for args, message in cases.items():
+        result = run(*args)
+        assert result.returncode == 2, (args, result.stderr)
+        assert message in result.stderr and not result.stdout and "Traceback" not in result.stderr
+    result = run("preprocess", tmp_path / "bad.yaml")
+    for problem in ("output_prefx: unknown key", "sources.0.txt: unknown key", "tokenizer: is required"):
+        assert problem in result.stderr
+
+
+def test_verify_of_a_damaged_dataset_exits_2(dataset: Path) -> None:
+    path = Path(f"{dataset}.idx")
+    original = path.read_bytes()
+    try:
+        path.write_bytes(original[:-1] + b"\x01")
+        result = run("verify", dataset, "--json")
+        assert result.returncode == 2 and json.loads(result.stdout)["ok"] is False
+    finally:
+        path.write_bytes(original)
