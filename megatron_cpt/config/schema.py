@@ -179,7 +179,19 @@ class CheckpointConfig(Section):
         Interval(1000, "iters"), validate_default=True, description="Interval between saves."
     )
     keep_last: Positive = Field(2, description="Newest checkpoints kept.")
+    keep_every: Tokens | None = Field(
+        None, description="Also keep, for good, the first checkpoint at or after each multiple of this many tokens."
+    )
+    best_by: str | None = Field(
+        None,
+        description="Also keep the checkpoint with the lowest loss on this validation set (checkpoints/best.json).",
+    )
     async_save: bool = Field(True, description="Write in the background while training goes on.")
+    optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = Field(
+        "fully_reshardable",
+        description="How the distributed optimizer is stored. fully_reshardable loads under any layout but gathers 12 "
+        "bytes per parameter of a model-parallel rank in host memory; dp_reshardable saves faster and fixes tp and pp.",
+    )
 
 
 class LogConfig(Section):

@@ -68,7 +68,9 @@ def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConf
         qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        perform_initialization=False,
+        # Not perform_initialization=False: that leaves out the marks by which TP shards count in the gradient norm.
+        init_method=_leave,
+        output_layer_init_method=_leave,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=_vpp(config),
@@ -83,10 +85,26 @@ def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConf
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         attention_softmax_in_fp32=True,
-        deallocate_pipeline_outputs=True,
+        # Frees what was sent to the next stage. NCCL keeps what it still sends alive; gloo does not.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
+        **_recompute(config),
         **_interleaving(config),
     )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    """Initialise nothing: the weights are set, each element once, by `load_hf` or `load_megatron`."""
+    return weight
+
+
+def _recompute(config: RunConfig) -> dict[str, Any]:
+    match config.recompute.granularity:
+        case "full":  # every layer keeps only its input
+            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        case "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": list(config.recompute.modules)}
+    return {}
 
 
 def _vpp(config: RunConfig) -> int | None:
