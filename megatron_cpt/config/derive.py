@@ -249,6 +249,14 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
     names = [source.name for source in config.data.train]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield Problem("data.train", None, f"two sources are named {name!r}", "give each source its own name")
+    best_by, known = config.checkpoint.best_by, list(config.data.validation)
+    if best_by is not None and best_by not in known:
+        yield Problem(
+            "checkpoint.best_by",
+            best_by,
+            "is not a validation set",
+            f"one of {known}" if known else "name held-out sets under data.validation",
+        )
 
 
 def _architecture_problems(config: RunConfig, arch: Architecture) -> Iterator[Problem]:

@@ -1,0 +1,99 @@
+"""`megatron-cpt train`: start or continue the run that a config describes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import click
+
+from megatron_cpt.budget import format_count
+from megatron_cpt.data.sources import plan_sources
+from megatron_cpt.errors import LaunchError
+from megatron_cpt.launch.exit_codes import FINISHED, STOPPED
+from megatron_cpt.launch.local import adopt_slurm_ranks, run_ranks, under_launcher
+from megatron_cpt.launch.run_folder import RunFolder, prepare_run_folder, record_start
+from megatron_cpt.train.checkpoint_folder import complete_checkpoints
+from megatron_cpt.train.job import Job, check_job, standing_ledger
+
+logger = logging.getLogger(__name__)
+
+
+@click.command()
+@click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option(
+    "--accept-changes", is_flag=True, help="Continue a run folder although its model, seed or name in CONFIG changed."
+)
+def train(config_path: Path, overrides: tuple[str, ...], accept_changes: bool) -> int:
+    """Start the run that CONFIG describes, or continue it from its newest complete checkpoint.
+
+    \b
+    On one machine it starts one process per GPU itself (on a CPU host: gpus_per_node processes).
+    Over several, start it once per process: under torchrun, or under srun with one task per GPU.
+      megatron-cpt train config.yaml optimizer.lr=1e-5
+    Exit codes: 0 finished, 1 failed, 2 user error, 75 stopped after saving, 76 do not restart, 77 hung.
+    """
+    os.environ.update(adopt_slurm_ranks())
+    flags = ["--accept-changes"] if accept_changes else []
+    arguments = [str(config_path), *overrides, *flags]
+    if under_launcher():
+        from megatron_cpt.train.rank import main
+
+        return main(arguments)
+    job = check_job(config_path, overrides)
+    if job.config.parallel.nodes > 1:
+        raise LaunchError(
+            f"parallel.nodes = {job.config.parallel.nodes}: one machine cannot start the others",
+            hint="submit slurm/qwen2_72b_cpt.sbatch, or run this command under torchrun on every node",
+        )
+    folder = RunFolder(Path(job.config.folder))
+    ledger = standing_ledger(job)
+    if ledger.tokens >= job.derived.train_tokens:
+        click.echo(
+            f"{folder.root} is finished: {ledger.tokens:,} tokens trained, the last checkpoint is "
+            f"{complete_checkpoints(folder.checkpoints)[0][0]}. Raise budget.train_tokens to go on."
+        )
+        return FINISHED
+    plans = plan_sources(job.config, job.datasets, ledger, job.derived.train_tokens)
+    folder, changes = prepare_run_folder(job.config, job.model_dir, accept_changes=accept_changes)
+    record_start(folder, job.config, changes)
+    _announce(job)
+    for change in changes:
+        logger.info("changed since the last start: %s", change)
+    for plan in plans:
+        logger.info(
+            "source %s: %s of %s tokens needed, %.2f epochs at the end",
+            plan.name,
+            format_count(plan.needed_tokens),
+            format_count(plan.available_tokens),
+            plan.epochs_at_end,
+        )
+    code = run_ranks(folder, arguments, job.derived.world_size)
+    if code == STOPPED:
+        logger.info("stopped after saving; the same command continues")
+    return code
+
+
+def _announce(job: Job) -> None:
+    parallel, derived = job.config.parallel, job.derived
+    logger.info(
+        "%s: %s parameters on %d ranks (TP %d x PP %d x CP %d x DP %d)",
+        job.config.job_name,
+        f"{job.arch.num_parameters:,}",
+        derived.world_size,
+        parallel.tp,
+        parallel.pp,
+        parallel.cp,
+        derived.data_parallel_size,
+    )
+    logger.info(
+        "%s tokens = %s steps of %s tokens, %d micro-batches per step and rank",
+        format_count(derived.train_tokens),
+        f"{derived.train_iters:,}",
+        f"{derived.tokens_per_step:,}",
+        derived.gradient_accumulation_steps,
+    )
+    for note in derived.notes:
+        logger.info("note: %s", note)

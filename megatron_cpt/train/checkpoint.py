@@ -1,0 +1,300 @@
+"""Save and load the whole training state as a Megatron torch_dist checkpoint.
+
+Inside: model (the keys of `GPTModel.sharded_state_dict()`), optimizer with fp32 master weights and moments, each
+rank's random states, and in complete.json the ledger, tokens, layout and versions. The schedule is not state.
+
+A save is collective. With `async_save` Megatron-Core forks a writer from each rank and the loop goes on; `poll`
+finishes it. The files go to a folder that only this start of the run writes to; when all ranks have flushed, rank
+0 renames it and writes the marker, so a crash at any moment leaves the previous checkpoint the newest complete one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import __version__ as megatron_core_version
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from megatron_cpt import __version__
+from megatron_cpt.budget import format_count
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.launch.run_folder import RunFolder, resolved_dict
+from megatron_cpt.train.checkpoint_folder import (
+    Marker,
+    checkpoint_path,
+    complete_checkpoints,
+    faults,
+    free_bytes,
+    read_best,
+    removable,
+    remove_checkpoint,
+    remove_partials,
+    seal,
+    update_best,
+)
+from megatron_cpt.train.progress import Progress
+from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Pending:
+    """A save that is being written: its fields for the marker, and whether it is the run's own last word."""
+
+    partial: Path
+    fields: dict[str, Any]
+
+
+class CheckpointManager:
+    """Owns RUN/checkpoints for this start of the run; every method is called on all ranks together."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, start: int) -> None:
+        self.config = config
+        self.root = folder.checkpoints
+        self.start = start
+        self.last_saved = -1  # iteration
+        self._queue = AsyncCallsQueue()
+        self._pending: _Pending | None = None
+        if dist.get_rank() == 0 and (abandoned := remove_partials(self.root)):
+            logger.info("removed %d unfinished checkpoint(s) of earlier starts", abandoned)
+
+    # -- save -----------------------------------------------------------------------------------------------------
+
+    def save(self, state: TrainState, progress: Progress, *, wait: bool = False) -> None:
+        """Begin to save; `wait` (and `checkpoint.async_save: false`) returns when it is complete.
+
+        Raises:
+            CheckpointError: the save, or the one before it, could not be written.
+        """
+        self.poll(wait=True)
+        partial = checkpoint_path(self.root, progress.iteration)
+        partial = partial.with_name(f"{partial.name}.partial-{self.start}")
+        if dist.get_rank() == 0:
+            self._make_room(partial)
+        dist.barrier()
+        if not partial.is_dir():
+            raise CheckpointError(
+                f"cannot create {partial} on rank {dist.get_rank()}",
+                hint="is the run folder on storage that all nodes share, with space left?",
+            )
+        fields = self._marker_fields(state, progress)
+        self._pending = _Pending(partial, fields)
+        asynchronous = self.config.checkpoint.async_save and not wait
+        with gathered_parameters(state), _named_failure(partial):
+            request = dist_checkpointing.save(_state_dict(state), str(partial), async_sharded_save=asynchronous)
+            if request is not None:
+                self._queue.schedule_async_request(request)
+        if not asynchronous:
+            self._seal()
+
+    def poll(self, *, wait: bool = False) -> bool:
+        """Finish a save whose files are written on all ranks; True when one was finished by this call."""
+        if self._pending is None:
+            return False
+        with _named_failure(self._pending.partial):
+            if not self._queue.maybe_finalize_async_calls(blocking=wait):
+                return False
+        self._seal()
+        return True
+
+    def _seal(self) -> None:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        if dist.get_rank() == 0:
+            final = checkpoint_path(self.root, pending.fields["iteration"])
+            marker = seal(pending.partial, final, pending.fields)
+            if self.config.checkpoint.best_by is not None:
+                update_best(self.root, self.config.checkpoint.best_by, marker)
+            self._retain()
+            logger.info(
+                "checkpoint %s is complete: %s bytes at %s tokens",
+                final,
+                format_count(marker.total_bytes),
+                format_count(marker.consumed_tokens),
+            )
+        dist.barrier()
+        self.last_saved = pending.fields["iteration"]
+
+    def _make_room(self, partial: Path) -> None:
+        expected = self.expected_bytes()
+        free = free_bytes(self.root)
+        if free < expected:
+            logger.warning("a checkpoint needs %s bytes, %s are free", format_count(expected), format_count(free))
+        else:
+            partial.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(resolved_dict(self.config), sort_keys=False, allow_unicode=True)
+            (partial / "resolved.yaml").write_text(text, encoding="utf-8")
+
+    def expected_bytes(self) -> int:
+        """Size of the next checkpoint: that of the newest one; 0 while there is none."""
+        newest = complete_checkpoints(self.root)
+        return newest[0][1].total_bytes if newest else 0
+
+    def _retain(self) -> None:
+        kept = self.config.checkpoint
+        best = read_best(self.root)
+        best_iteration = best["iteration"] if best is not None and kept.best_by is not None else None
+        for path in removable(complete_checkpoints(self.root), kept.keep_last, kept.keep_every, best_iteration):
+            logger.info("retention removes %s", path)
+            remove_checkpoint(path)
+
+    def _marker_fields(self, state: TrainState, progress: Progress) -> dict[str, Any]:
+        return {
+            "iteration": progress.iteration,
+            "consumed_tokens": progress.ledger.tokens,
+            "ledger": progress.ledger.to_json(),
+            "layout": layout(state.config),
+            "optimizer_sharding": _sharding(state.config),
+            "start": self.start,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {
+                "megatron_cpt": __version__,
+                "torch": torch.__version__,
+                "megatron_core": megatron_core_version,
+            },
+            "validation": dict(progress.validation),
+            "loop": progress.loop_json(),
+        }
+
+    # -- load -----------------------------------------------------------------------------------------------------
+
+    def choose(self) -> tuple[Path, Marker] | None:
+        """The newest complete checkpoint without faults, the same on all ranks; None when the run has none.
+
+        Raises:
+            CheckpointError: there are complete checkpoints, and all are damaged.
+        """
+        chosen: list[tuple[Path, Marker] | str | None] = [None]
+        if dist.get_rank() == 0:
+            chosen[0] = _newest_sound(self.root)
+        dist.broadcast_object_list(chosen)
+        if isinstance(chosen[0], str):
+            raise CheckpointError(
+                chosen[0],
+                hint="restore one from a copy, or move the folder away to start from the beginning",
+            )
+        return chosen[0]
+
+    def load(self, state: TrainState, path: Path, marker: Marker) -> Progress:
+        """Put the checkpoint at `path` into `state`; returns where the run stands.
+
+        Raises:
+            CheckpointError: it cannot be read, or does not fit the model.
+        """
+        same_layout = marker.layout == layout(state.config)
+        wanted = _state_dict(state, marker.optimizer_sharding, loading=True, with_random=same_layout)
+        with _named_failure(path, "load"):
+            loaded = dist_checkpointing.load(wanted, str(path))
+        for key, chunk in zip(_model_keys(state), state.chunks, strict=True):
+            unwrap(chunk).load_state_dict(loaded[key])
+        with torch.no_grad():  # dp_reshardable copies into leaf parameters
+            state.optimizer.load_state_dict(loaded["optimizer"])
+        if same_layout:
+            _set_random_states(loaded["random"])
+        else:
+            logger.info("the layout changed since the checkpoint: random states start anew from the seed")
+        self.last_saved = marker.iteration
+        return Progress.from_marker(marker)
+
+
+def layout(config: RunConfig) -> dict[str, int]:
+    parallel = config.parallel
+    ranks = parallel.nodes * parallel.gpus_per_node
+    return {
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "cp": parallel.cp,
+        "vpp": parallel.vpp or 1,
+        "dp": ranks // (parallel.tp * parallel.pp * parallel.cp),
+    }
+
+
+def _sharding(config: RunConfig) -> str:
+    return config.checkpoint.optimizer_sharding if config.parallel.distributed_optimizer else "replicated"
+
+
+def _model_keys(state: TrainState) -> list[str]:
+    return ["model"] if len(state.chunks) == 1 else [f"model{i}" for i in range(len(state.chunks))]
+
+
+def _state_dict(
+    state: TrainState, sharding: str | None = None, *, loading: bool = False, with_random: bool = True
+) -> dict[str, Any]:
+    """What is saved, or on loading: the shards that this rank wants."""
+    models = {
+        key: unwrap(chunk).sharded_state_dict() for key, chunk in zip(_model_keys(state), state.chunks, strict=True)
+    }
+    sharding = sharding or _sharding(state.config)
+    metadata = {"distrib_optim_sharding_type": sharding} if sharding != "replicated" else {}
+    optimizer = state.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=metadata)
+    random_states = {"random": _random_states()} if with_random else {}
+    return {**models, "optimizer": optimizer, **random_states}
+
+
+def _random_states() -> ShardedObject:
+    """This rank's random states, one object per rank."""
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    return ShardedObject("random_states", states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _newest_sound(root: Path) -> tuple[Path, Marker] | str | None:
+    """The newest complete checkpoint without faults; a message when all are damaged; None without any."""
+    damaged = []
+    for path, marker in complete_checkpoints(root):
+        found = faults(path, marker)
+        if not found:
+            return path, marker
+        logger.error("%s is damaged (%s): falling back to the one before it", path, "; ".join(found[:3]))
+        damaged.append(f"{path.name}: {'; '.join(found[:3])}")
+    return f"every checkpoint in {root} is damaged: {', '.join(damaged)}" if damaged else None
+
+
+class _named_failure:
+    """Errors of Megatron-Core and the file system while saving or loading `path`, as a CheckpointError."""
+
+    def __init__(self, path: Path, doing: str = "save") -> None:
+        self.path, self.doing = path, doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        expected = (OSError, RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException)
+        if isinstance(error, expected) and not isinstance(error, CheckpointError):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            logger.debug("details", exc_info=error)
+            if self.doing == "save" and self.path.name.endswith(".partial") and dist.get_rank() == 0:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot {self.doing} checkpoint {self.path}: {first}",
+                hint="the newest complete checkpoint is untouched; start again to continue from it",
+            ) from error

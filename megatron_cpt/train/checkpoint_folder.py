@@ -1,0 +1,185 @@
+"""Checkpoints as they lie on disk: which are complete, sound, newest, best, and which may go. No torch.
+
+RUN/checkpoints/iter_0000100/               a Megatron torch_dist checkpoint
+    .metadata common.pt metadata.json __*.distcp
+    resolved.yaml                           the config that wrote it
+    complete.json                           `Marker`, written last: without it the checkpoint does not count
+RUN/checkpoints/iter_0000100.partial-3/     being written by start number 3 of the run, or abandoned
+RUN/checkpoints/latest_checkpointed_iteration.txt    RUN/checkpoints/best.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.corpus.files import sync_folder, write_atomically
+
+MARKER = "complete.json"
+LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best.json"
+_HASHED = (".metadata", "common.pt", "metadata.json", "resolved.yaml")  # small and decisive
+_NAME = re.compile(r"^iter_(\d{7,})$")
+_PARTIAL = re.compile(r"^iter_\d{7,}\.partial-\d+$")
+
+
+@dataclass(frozen=True)
+class Marker:
+    """complete.json: what the checkpoint holds and what its files must look like."""
+
+    iteration: int
+    consumed_tokens: int
+    ledger: dict[str, Any]  # megatron_cpt.data.ledger.Ledger
+    layout: dict[str, int]  # tp, pp, cp, vpp, dp
+    optimizer_sharding: str  # "fully_reshardable", "dp_reshardable" or "replicated"
+    file_bytes: dict[str, int]
+    sha256: dict[str, str]  # of the small files
+    start: int  # number of the start of the run that wrote it
+    created: str
+    versions: dict[str, str]
+    validation: dict[str, float] = field(default_factory=dict)  # loss per named set, as last measured
+    loop: dict[str, Any] = field(default_factory=dict)  # what the loop itself remembers
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.file_bytes.values())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    iteration: int
+    marker: Marker | None  # None: not complete
+
+    @property
+    def complete(self) -> bool:
+        return self.marker is not None
+
+
+def checkpoint_path(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def list_checkpoints(root: Path) -> list[Checkpoint]:
+    """All checkpoints under `root`, oldest first; those without a readable marker count as incomplete."""
+    found = []
+    for path in sorted(root.glob("iter_*")) if root.is_dir() else []:
+        if (match := _NAME.match(path.name)) and path.is_dir():
+            found.append(Checkpoint(path, int(match.group(1)), read_marker(path)))
+    return sorted(found, key=lambda c: c.iteration)
+
+
+def complete_checkpoints(root: Path) -> list[tuple[Path, Marker]]:
+    """Complete checkpoints, newest first."""
+    return [(c.path, c.marker) for c in reversed(list_checkpoints(root)) if c.marker is not None]
+
+
+def read_marker(path: Path) -> Marker | None:
+    try:
+        return Marker(**json.loads((path / MARKER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def seal(path: Path, final: Path, marker_fields: Mapping[str, Any]) -> Marker:
+    """Make a fully written checkpoint count: hash, rename `path` to `final`, write the marker, then `latest`.
+
+    One process calls this, after every rank has flushed its files.
+    """
+    sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
+    hashes = {name: _sha256(path / name) for name in _HASHED if name in sizes}
+    marker = Marker(file_bytes=sizes, sha256=hashes, **marker_fields)
+    if final.exists():  # an abandoned or damaged one of the same iteration
+        shutil.rmtree(final)
+    path.replace(final)
+    sync_folder(final.parent)
+    write_atomically(final / MARKER, (json.dumps(asdict(marker), indent=1) + "\n").encode())
+    write_atomically(final.parent / LATEST, f"{marker.iteration}\n".encode())
+    return marker
+
+
+def faults(path: Path, marker: Marker) -> list[str]:
+    """What is wrong with a complete checkpoint: files missing or of another size, small files with another hash."""
+    found = []
+    for name, size in marker.file_bytes.items():
+        file = path / name
+        if not file.is_file():
+            found.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            found.append(f"{name} has {file.stat().st_size:,} bytes instead of {size:,}")
+        elif name in marker.sha256 and _sha256(file) != marker.sha256[name]:
+            found.append(f"{name} has another sha256 than when it was written")
+    return found
+
+
+def remove_partials(root: Path) -> int:
+    """Delete what killed saves left behind; the caller is the run's only writer. Returns how many."""
+    partials = [path for path in root.glob("iter_*") if _PARTIAL.match(path.name)]
+    for path in partials:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(partials)
+
+
+def read_best(root: Path) -> dict[str, Any] | None:
+    """{"iteration", "name", "value"} of the best checkpoint by a validation set, None without one."""
+    try:
+        best = json.loads((root / BEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return best if isinstance(best, dict) else None
+
+
+def update_best(root: Path, name: str, marker: Marker) -> bool:
+    """Record `marker` as the best by validation set `name` if its loss is the lowest so far."""
+    value = marker.validation.get(name)
+    best = read_best(root)
+    comparable = best is not None and best["name"] == name and checkpoint_path(root, best["iteration"]).is_dir()
+    if value is None or (comparable and best is not None and best["value"] <= value):
+        return False
+    record = {"iteration": marker.iteration, "name": name, "value": value}
+    write_atomically(root / BEST, (json.dumps(record) + "\n").encode())
+    return True
+
+
+def removable(
+    markers: list[tuple[Path, Marker]], keep_last: int, keep_every_tokens: int | None, best_iteration: int | None
+) -> list[Path]:
+    """Which complete checkpoints (newest first) retention lets go.
+
+    Kept: the newest `keep_last`, the first at or after each multiple of `keep_every_tokens`, the best one.
+    """
+    kept = {path for path, _ in markers[:keep_last]}
+    kept |= {path for path, marker in markers if marker.iteration == best_iteration}
+    if keep_every_tokens is not None:
+        seen: set[int] = set()
+        for path, marker in reversed(markers):  # oldest first
+            multiple = marker.consumed_tokens // keep_every_tokens
+            if multiple > 0 and multiple not in seen:
+                kept.add(path)
+            seen.add(multiple)
+    return [path for path, _ in markers if path not in kept]
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete one checkpoint, its marker first, so that a half-deleted one never counts as complete."""
+    (path / MARKER).unlink(missing_ok=True)
+    sync_folder(path)
+    shutil.rmtree(path)
+
+
+def free_bytes(root: Path) -> int:
+    """Bytes that this user may still write to the file system of `root`."""
+    stat = os.statvfs(root)
+    return stat.f_bavail * stat.f_frsize
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,75 @@
+"""Requests from outside the loop: signals, switch files and the wall-time limit, agreed by all ranks at a step's end.
+
+    SIGTERM, SIGUSR1, RUN/STOP, wall-time limit    save, then exit 75
+    RUN/SAVE                                       save and go on
+    RUN/KILL                                       exit 76 at once, without saving
+Any rank that saw a request makes it everyone's: one small all-reduce per step.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+SAVE, STOP, KILL = "SAVE", "STOP", "KILL"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What all ranks do after this step."""
+
+    save: bool = False
+    stop: bool = False
+    kill: bool = False
+    reason: str = ""
+
+
+class Control:
+    def __init__(self, root: Path, device: torch.device, wall_time_limit_seconds: float | None) -> None:
+        self.root = root
+        self.device = device
+        self.limit = wall_time_limit_seconds
+        self.started = time.monotonic()
+        self._signal: int | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        if dist.get_rank() == 0:
+            for name in (STOP, SAVE):  # left from before this start; KILL stays until a person removes it
+                (root / name).unlink(missing_ok=True)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def agree(self) -> Request:
+        """The union of what any rank was asked; collective."""
+        files = {name: (self.root / name).exists() for name in (SAVE, STOP, KILL)} if dist.get_rank() == 0 else {}
+        timed_out = self.limit is not None and time.monotonic() - self.started >= self.limit
+        local = [
+            float(self._signal or 0),
+            float(timed_out),
+            *(float(files.get(name, False)) for name in (SAVE, STOP, KILL)),
+        ]
+        asked = torch.tensor(local, device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        number, limit, save, stop, kill = (int(value) for value in asked.tolist())
+        if save and dist.get_rank() == 0:
+            (self.root / SAVE).unlink(missing_ok=True)
+        reasons = [
+            f"signal {signal.Signals(number).name}" if number else "",
+            "the wall-time limit" if limit else "",
+            f"the file {self.root / STOP}" if stop else "",
+            f"the file {self.root / KILL}" if kill else "",
+        ]
+        return Request(
+            bool(save), bool(number or limit or stop), bool(kill), " and ".join(reason for reason in reasons if reason)
+        )

@@ -1,0 +1,104 @@
+"""The training loop: what always happens, in order. Every line runs on every rank."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_cpt.config.derive import Derived
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.batches import BatchStream
+from megatron_cpt.data.validation import ValidationSet
+from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
+from megatron_cpt.train.checkpoint import CheckpointManager, layout
+from megatron_cpt.train.control import Control
+from megatron_cpt.train.progress import Progress
+from megatron_cpt.train.report import Reporter, StepClock
+from megatron_cpt.train.schedule import learning_rate
+from megatron_cpt.train.state import TrainState
+from megatron_cpt.train.step import evaluate_step, train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop works with, on this rank."""
+
+    config: RunConfig
+    derived: Derived
+    dp_rank: int
+    state: TrainState
+    batches: BatchStream
+    validation: tuple[ValidationSet, ...]
+    checkpoints: CheckpointManager
+    control: Control
+    report: Reporter
+
+
+def train(run: Run, progress: Progress) -> int:
+    """Train from `progress` to the end of the budget, or until asked to stop; the exit code."""
+    config, derived, state = run.config, run.derived, run.state
+    micro, dp = config.batch.micro_batch_size, derived.data_parallel_size
+    if progress.iteration == 0:
+        progress = evaluate(run, progress)
+    while progress.ledger.tokens < derived.train_tokens:
+        clock = StepClock()
+        before = progress.ledger.tokens
+        plan = run.batches.plan_step(progress.ledger, config.batch.global_batch_size)
+        batches = list(run.batches.micro_batches(plan, micro, run.dp_rank, dp))
+        clock.lap("data")
+
+        lr = learning_rate(config, derived.train_tokens, (before + plan.ledger.tokens) / 2)
+        set_rates(state.optimizer, lr, config.optimizer.weight_decay)
+        result = train_step(state, iter(batches), len(batches), num_sources=len(run.batches.streams))
+        progress = progress.after_step(plan.ledger)
+        clock.lap("compute")
+
+        after = progress.ledger.tokens
+        position = {"before_tokens": before, "after_tokens": after, "iteration": progress.iteration}
+        last = after >= derived.train_tokens
+        request = run.control.agree()
+        if run.checkpoints.poll():
+            run.report.event("saved", progress, f"checkpoint of iteration {run.checkpoints.last_saved} is complete")
+        clock.lap("other")
+
+        show = last or config.log.every.due(**position)
+        run.report.step(progress, result, lr, after - before, len(plan.samples), clock, show)
+        if request.kill:
+            run.report.event("killed", progress, f"stopping without saving: {request.reason}")
+            return DO_NOT_RESTART
+        if last or (config.eval.every is not None and config.eval.every.due(**position)):
+            progress = evaluate(run, progress)
+        save_due = config.checkpoint.save_every is not None and config.checkpoint.save_every.due(**position)
+        if last or save_due or request.save or request.stop:
+            run.checkpoints.save(state, progress, wait=last or request.stop)
+        if request.stop and not last:
+            run.report.event("stopped", progress, f"stopping after {request.reason}; start again to continue")
+            return STOPPED
+    run.checkpoints.poll(wait=True)
+    run.report.event("finished", progress, f"finished: {progress.ledger.tokens:,} tokens trained")
+    return FINISHED
+
+
+def evaluate(run: Run, progress: Progress) -> Progress:
+    """Exact token-weighted loss on every validation set; the progress with the losses."""
+    micro, dp = run.config.batch.micro_batch_size, layout(run.config)["dp"]
+    losses = dict(progress.validation)
+    for held_out in run.validation:
+        started = time.perf_counter()
+        loss_sum, tokens = evaluate_step(run.state, held_out.micro_batches(micro, run.dp_rank, dp))
+        assert tokens == held_out.predicted_tokens, (held_out.name, tokens, held_out.predicted_tokens)
+        losses[held_out.name] = loss_sum / tokens
+        run.report.validation(progress, held_out.name, losses[held_out.name], tokens, time.perf_counter() - started)
+    return replace(progress, validation=losses)
+
+
+def set_rates(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
+    """Rates of this step; norms and biases have multipliers that keep them from decaying."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,0 +1,28 @@
+"""Where a run stands: a frozen value that the loop replaces at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.train.checkpoint_folder import Marker
+
+
+@dataclass(frozen=True)
+class Progress:
+    iteration: int = 0  # optimizer steps done, skipped ones included
+    ledger: Ledger = field(default_factory=Ledger)
+    validation: Mapping[str, float] = field(default_factory=dict)  # loss per named set, as last measured
+
+    def after_step(self, ledger: Ledger) -> Progress:
+        return replace(self, iteration=self.iteration + 1, ledger=ledger)
+
+    def loop_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps for the loop beside the ledger."""
+        return {}
+
+    @classmethod
+    def from_marker(cls, marker: Marker) -> Progress:
+        return cls(marker.iteration, Ledger.from_json(marker.ledger), marker.validation)

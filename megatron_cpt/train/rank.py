@@ -1,0 +1,98 @@
+"""One rank of a training job, from its command line to its exit code.
+
+    python -m megatron_cpt.train.rank CONFIG [--accept-changes] [key=value ...]
+
+`megatron-cpt train` starts it for each rank of one machine; under torchrun or srun it is the process itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_cpt.data.sources import plan_sources
+from megatron_cpt.errors import CptError
+from megatron_cpt.launch.exit_codes import FAILED
+from megatron_cpt.launch.local import CONSOLE_FD, adopt_slurm_ranks
+from megatron_cpt.launch.run_folder import RunFolder, prepare_run_folder, record_start
+from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+from megatron_cpt.train.job import Job, check_job, index_cache_dir, standing_ledger
+
+logger = logging.getLogger(__name__)
+
+
+def run_rank(job: Job, accept_changes: bool = False) -> int:
+    """Train as the rank that the environment names; the exit code."""
+    adapt_megatron_core_to_cpu()
+    from megatron_cpt.data.batches import open_batches
+    from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
+    from megatron_cpt.train.setup import train_job
+
+    config = job.config
+    folder = RunFolder(Path(config.folder))
+    if int(os.environ.get("RANK", "0")) == 0 and CONSOLE_FD not in os.environ:  # else the parent has done it
+        folder, changes = prepare_run_folder(config, job.model_dir, accept_changes=accept_changes)
+        record_start(folder, config, changes)
+    ledger = standing_ledger(job)
+    plans = plan_sources(config, job.datasets, ledger, job.derived.train_tokens)
+    batches = open_batches(config, job.datasets, ledger, plans, index_cache_dir(config))
+    runtime = init_runtime(config)
+    try:
+        return train_job(job, folder, batches, runtime)
+    finally:
+        shutdown_runtime()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="megatron_cpt.train.rank")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--accept-changes", action="store_true")
+    arguments = parser.parse_args(argv)
+    os.environ.update(adopt_slurm_ranks())
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format=f"%(asctime)s %(levelname)s [rank {rank}] %(name)s: %(message)s",
+    )
+    folder: RunFolder | None = None
+    try:
+        job = check_job(arguments.config, arguments.overrides)
+        folder = RunFolder(Path(job.config.folder))
+        return run_rank(job, arguments.accept_changes)
+    except CptError as error:
+        logger.error("%s", error)
+        _leave_error(folder, rank, error.message, error.hint, error.exit_code)
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        where = f"; details in {folder.rank_log(rank)}" if folder else ""
+        _leave_error(
+            folder,
+            rank,
+            f"rank {rank} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{where}",
+            "start the same command again: it continues from the newest complete checkpoint",
+            FAILED,
+        )
+        return FAILED
+
+
+def _leave_error(folder: RunFolder | None, rank: int, message: str, hint: str | None, code: int) -> None:
+    """Tell the process that started the ranks why this one ends."""
+    if folder is not None and folder.logs.is_dir():
+        told = json.dumps({"message": message, "hint": hint, "exit_code": code})
+        folder.rank_error(rank).write_text(told, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    code = main()
+    logging.shutdown()
+    os._exit(code)  # threads of the communication back ends may otherwise keep a failed rank alive

@@ -1,0 +1,92 @@
+"""From a checked job and joined process groups to the loop: model, optimizer, newest checkpoint, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_cpt.budget import format_count
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.batches import BatchStream
+from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.data.validation import ValidationSet
+from megatron_cpt.launch.run_folder import RunFolder
+from megatron_cpt.runtime.distributed import Runtime
+from megatron_cpt.train.checkpoint import CheckpointManager
+from megatron_cpt.train.checkpoint_folder import complete_checkpoints
+from megatron_cpt.train.control import Control
+from megatron_cpt.train.job import Job
+from megatron_cpt.train.loop import Run, train
+from megatron_cpt.train.metrics import ConsoleHandler, ConsoleView, MetricsFile, open_console
+from megatron_cpt.train.progress import Progress
+from megatron_cpt.train.report import Reporter
+from megatron_cpt.train.state import build_train_state
+
+logger = logging.getLogger(__name__)
+
+
+def train_job(job: Job, folder: RunFolder, batches: BatchStream, runtime: Runtime) -> int:
+    """Build everything, continue from the newest sound checkpoint, and train; the exit code."""
+    config = job.config
+    start = _shared_start_number(folder)
+    checkpoints = CheckpointManager(config, folder, start)
+    chosen = checkpoints.choose()
+    state = build_train_state(resolve_init_from(job), job.arch)
+    progress = Progress() if chosen is None else checkpoints.load(state, *chosen)
+    ledger = progress.ledger.with_sources(job.datasets.manifests(), config.batch.seq_length)
+    progress = dataclasses.replace(progress, ledger=ledger)
+    report = _open_reporter(job, folder, start, progress.ledger)
+    report.event("start", progress, _first_line(job, progress, chosen and chosen[0]), world_size=runtime.world_size)
+    run = Run(
+        config,
+        job.derived,
+        parallel_state.get_data_parallel_rank(),
+        state,
+        batches,
+        tuple(ValidationSet(d, config.batch.seq_length, config.eval.tokens) for d in job.datasets.validation),
+        checkpoints,
+        Control(folder.root, runtime.device, None),
+        report,
+    )
+    try:
+        return train(run, progress)
+    finally:
+        report.close()
+
+
+def resolve_init_from(job: Job) -> RunConfig:
+    """The config with a run folder in `model.init_from` replaced by its newest complete checkpoint."""
+    origin = Path(job.config.model.init_from)
+    newest = complete_checkpoints(origin / "checkpoints")
+    if not newest:
+        return job.config
+    model = job.config.model.model_copy(update={"init_from": str(newest[0][0])})
+    return job.config.model_copy(update={"model": model})
+
+
+def _shared_start_number(folder: RunFolder) -> int:
+    """Rank 0's count of the starts of this run, on every rank."""
+    numbers = [len(folder.history.read_text().splitlines()) if dist.get_rank() == 0 else 0]
+    dist.broadcast_object_list(numbers)
+    return numbers[0]
+
+
+def _open_reporter(job: Job, folder: RunFolder, start: int, ledger: Ledger) -> Reporter:
+    names = [dataset.name for dataset in job.datasets.train]
+    seq_length = job.config.batch.seq_length
+    if dist.get_rank() != 0:
+        return Reporter(job.arch, job.derived, seq_length, names, None, None)
+    view = ConsoleView(open_console(), job.derived.train_tokens, ledger.tokens)
+    logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(view))
+    return Reporter(job.arch, job.derived, seq_length, names, MetricsFile(folder.metrics, start), view)
+
+
+def _first_line(job: Job, progress: Progress, checkpoint: Path | None) -> str:
+    tokens = format_count(job.derived.train_tokens)
+    if checkpoint is None:
+        return f"training {tokens} tokens from {job.config.model.init_from}"
+    return f"continuing at {progress.ledger.tokens:,} of {tokens} tokens from {checkpoint}"
