@@ -1,0 +1,142 @@
+"""What every format is reduced to: Hugging Face tensors, and the rectangles of files where their bytes lie.
+
+A Hugging Face tensor is a matrix of `rows` x `columns` (a vector is one column). An `Extent` says that a
+rectangle of it lies contiguously, row by row, in a file from a byte offset on. A single safetensors file
+has one extent per tensor; a Megatron checkpoint has one per key/value group, tensor parallel slice and
+chunk. Readers turn a checkpoint into extents, writers plan extents, `stream` copies between the two; so any
+format converts to any other, and no step needs more memory than a block of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from checkpoint_convert.families.family import Config
+from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.errors import ConversionError
+
+Format = Literal["hf", "torch_dist", "legacy"]
+FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "legacy")
+
+ITEM_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+class MismatchError(ConversionError):
+    """Weights do not match what they must match; exit 1, with the list of offenders."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, order=True)
+class Extent:
+    """Rows `row`..., columns `column`... of a tensor lie in `path` from byte `offset` on, without gaps."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    path: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # key of ITEM_BYTES
+    extents: tuple[Extent, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns * ITEM_BYTES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights found in a folder, by Hugging Face name.
+
+    `copies` are further places of the same tensor (a norm on each tensor parallel rank, a tied output layer)
+    that must hold the same bytes. `ignored` counts what is deliberately left out, by reason.
+    """
+
+    tensors: dict[str, StoredTensor]
+    copies: tuple[StoredTensor, ...] = ()
+    ignored: dict[str, int] = field(default_factory=dict)
+    padding_rows: int = 0  # vocabulary rows of the embedding above the true vocabulary
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found, recognised and indexed; no weight has been read."""
+
+    format: Format
+    path: Path  # the folder of the weights
+    arch: Architecture
+    config: Config  # the Hugging Face config.json
+    side_dir: Path  # where config.json and the tokenizer lie
+    weights: Weights
+    iteration: int | None = None
+    run_dir: Path | None = None  # the trainer's run folder, when it came from one
+
+
+def check_cover(tensor: StoredTensor) -> None:
+    """Raise MismatchError unless the extents cover the tensor, each element once. (Holes are silent in DCP.)"""
+    covered = sum(e.rows * e.columns for e in tensor.extents)
+    wanted = tensor.rows * tensor.columns
+    if covered < wanted:
+        raise MismatchError(
+            f"{tensor.name}: the checkpoint holds {covered} of its {wanted} elements",
+            hint="a chunk is missing: the save was not finished, or a file was lost",
+        )
+    active: list[Extent] = []
+    for extent in sorted(tensor.extents):
+        active = [e for e in active if e.row + e.rows > extent.row]
+        for e in active:
+            if e.column < extent.column + extent.columns and extent.column < e.column + e.columns:
+                raise MismatchError(f"{tensor.name}: two chunks of the checkpoint overlap at row {extent.row}")
+        active.append(extent)
+
+
+def check_names(wanted: Iterable[str], found: Iterable[str], where: object) -> None:
+    """Raise MismatchError listing every name that is missing or has no place."""
+    wanted, found = set(wanted), set(found)
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    if not missing and not extra:
+        return
+    lines = [f"missing: {name}" for name in missing] + [f"not mapped: {name}" for name in extra]
+    shown = "\n  ".join(lines[:40] + ([f"... and {len(lines) - 40} more"] if len(lines) > 40 else []))
+    raise MismatchError(
+        f"{where}: {len(missing)} tensors missing, {len(extra)} that the model has no place for\n  {shown}",
+        hint="does config.json (tie_word_embeddings, num_hidden_layers, model_type) describe these weights?",
+    )
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: object) -> None:
+    if tuple(found) != tuple(wanted):
+        raise MismatchError(f"{where}: {name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}")
+
+
+def check_dtype(name: str, dtype: str, where: object) -> str:
+    if dtype not in ITEM_BYTES:
+        raise ConversionError(f"{where}: {name} is stored as {dtype}; supported are {', '.join(ITEM_BYTES)}")
+    return dtype

@@ -1,0 +1,290 @@
+"""One conversion: index the source, plan the target, stream, prove, write the receipt, rename.
+
+Peak memory is about workers x (2 to 3) x stream.BLOCK_BYTES above the imports, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron_cpt
+from checkpoint_convert.checkpoint import Checkpoint, Extent, Format, MismatchError, StoredTensor, Weights
+from checkpoint_convert.hf import plan_hf, read_hf
+from checkpoint_convert.legacy import read_legacy
+from checkpoint_convert.legacy_writer import plan_legacy
+from checkpoint_convert.partial import PartialFolder, partial_path
+from checkpoint_convert.progress import Progress
+from checkpoint_convert.rows import Files
+from checkpoint_convert.side_files import has_tokenizer, model_card, write_side_files
+from checkpoint_convert.stream import Copier, TensorRecord, compare_copies, run_parallel
+from checkpoint_convert.target import Target
+from checkpoint_convert.torch_dist import read_torch_dist
+from checkpoint_convert.torch_dist_writer import plan_torch_dist
+from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.errors import ConversionError
+
+log = logging.getLogger(__name__)
+RECEIPT = "conversion.json"
+SPARE_BYTES = 64 * 2**20  # for the file system's own needs and the small files
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to write. `tp`, `pp`, `vpp` cut legacy files; for torch_dist `tp` pads the vocabulary and cuts chunks."""
+
+    to: Format
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    dtype: str | None = None  # None keeps each tensor's own
+    max_shard_bytes: int = 5 * 10**9
+    workers: int = min(8, os.cpu_count() or 1)
+    local_names: bool = False  # legacy: layer norms by the names of the local layer spec
+    allow_nonfinite: bool = False
+    read_back: bool = False
+    overwrite: bool = False
+
+
+def plan(source: Checkpoint, folder: Path, options: Options) -> Target:
+    """Every file, byte range and tensor of the output, without writing anything."""
+    dtypes = {name: options.dtype or tensor.dtype for name, tensor in source.weights.tensors.items()}
+    iteration = source.iteration or 1  # Megatron-LM refuses iteration 0
+    if options.to == "hf":
+        if options.tp > 1 or options.pp > 1 or options.vpp:
+            raise ConversionError("a Hugging Face folder has no --tp, --pp or --vpp", hint="leave them out")
+        return plan_hf(folder, source.arch, dtypes, options.max_shard_bytes)
+    if options.to == "torch_dist":
+        if options.vpp:
+            raise ConversionError("torch_dist has no --vpp", hint="it loads under any pipeline layout; leave it out")
+        limit = options.max_shard_bytes
+        return plan_torch_dist(folder, source.arch, dtypes, limit, options.tp, options.pp, iteration)
+    return plan_legacy(
+        folder,
+        source.arch,
+        dtypes,
+        tp=options.tp,
+        pp=options.pp,
+        vpp=options.vpp,
+        iteration=iteration,
+        local_names=options.local_names,
+    )
+
+
+def convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]:
+    """Write the checkpoint to the folder `final` and return its receipt. Nothing appears there before the end.
+
+    Raises MismatchError (exit 1) when weights do not match, ConversionError for all else that a user can mend.
+    """
+    started = time.time()
+    _check_places(source, final, options)
+    target = plan(source, partial_path(final), options)
+    with PartialFolder(final, _plan_id(source, target, options)) as partial:
+        old = partial.finished_records()
+        _check_space(target, partial.path)
+        target.allocate()
+        records = _stream(source, target, partial, old, options)
+        _check_values(records, options)
+        side_files = _write_small_files(source, target, options)
+        _check_readable(source.arch, target, options)
+        if options.read_back:
+            _read_back(target, records, options.workers)
+        receipt = _receipt(source, final, target, records, options, started)
+        receipt["side_files"] = side_files
+        receipt["resumed_tensors"] = len(old)
+        (partial.path / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+        partial.publish(overwrite=options.overwrite)
+    return receipt
+
+
+def _check_places(source: Checkpoint, final: Path, options: Options) -> None:
+    if final.exists() and not options.overwrite and not (final.is_dir() and not any(final.iterdir())):
+        raise ConversionError(f"{final} exists", hint="name another folder, or give --overwrite")
+    if final.exists() and not final.is_dir():
+        raise ConversionError(f"{final} is not a folder", hint="name another folder")
+    here, there = source.path.resolve(), final.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ConversionError(
+            f"source {source.path} and target {final} lie within each other", hint="name another folder"
+        )
+
+
+def _plan_id(source: Checkpoint, target: Target, options: Options) -> str:
+    """Identifies source files and planned bytes: the same plan may go on where a killed run stopped."""
+    digest = hashlib.sha256(megatron_cpt.__version__.encode())
+    digest.update(repr({k: v for k, v in asdict(options).items() if k not in ("workers", "read_back")}).encode())
+    for path in sorted({e.path for t in source.weights.tensors.values() for e in t.extents}):
+        stat = path.stat()
+        digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for tensor in [*source.weights.tensors.values(), *target.tensors.values()]:
+        digest.update(repr(tensor).encode())
+    return digest.hexdigest()
+
+
+def _check_space(target: Target, folder: Path) -> None:
+    """Refuse before the first byte when the output does not fit beside what is on the disk."""
+    have = sum(path.stat().st_blocks * 512 for path in target.file_bytes if path.is_file())
+    need = target.nbytes - have + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ConversionError(
+            f"{folder.parent} has {free / 2**30:.2f} GiB free, the output needs {need / 2**30:.2f} GiB",
+            hint="free some space, or name a folder on another disk",
+        )
+
+
+def _stream(
+    source: Checkpoint, target: Target, partial: PartialFolder, old: dict[str, TensorRecord], options: Options
+) -> dict[str, TensorRecord]:
+    """Copy all tensors but those of `old` that are proven to be in place."""
+    weights = source.weights
+    copied_bytes = sum(tensor.nbytes for tensor in weights.copies) * 2
+    with (
+        Files() as sources,
+        Files(write=True) as targets,
+        Progress("convert", weights.nbytes + copied_bytes) as progress,
+    ):
+        proven = _prove(Copier(targets, None, progress.advance), target, old, options.workers)
+        if old:
+            log.info("going on: %d of %d tensors are in place", len(proven), len(weights.tensors))
+        partial.start_journal(proven)
+        copier = Copier(sources, targets, progress.advance)
+        compare_copies(copier, weights.tensors, weights.copies)
+
+        def one(name: str) -> TensorRecord:
+            record = copier.copy(weights.tensors[name], target.tensors[name])
+            partial.finished(record)
+            return record
+
+        names = [name for name in weights.tensors if name not in proven]
+        records = run_parallel([functools.partial(one, name) for name in names], options.workers)
+    found = proven | {record.name: record for record in records}
+    return {name: found[name] for name in weights.tensors}
+
+
+def _prove(copier: Copier, target: Target, records: dict[str, TensorRecord], workers: int) -> dict[str, TensorRecord]:
+    """Those records whose tensor, read back from the target, has the recorded hash."""
+    names = list(records)
+    hashes = run_parallel([functools.partial(copier.sha256, target.tensors[name]) for name in names], workers)
+    return {name: records[name] for name, sha in zip(names, hashes, strict=True) if sha == records[name].target_sha256}
+
+
+def _check_values(records: dict[str, TensorRecord], options: Options) -> None:
+    zero = {name: record.near_zero_rows for name, record in records.items() if record.near_zero_rows}
+    if zero:
+        total = sum(zero.values())
+        log.warning("%d near-zero rows in %d tensors, e.g. %s", total, len(zero), next(iter(zero)))
+    bad = {name: record.nonfinite_rows for name, record in records.items() if record.nonfinite_rows}
+    if bad and not options.allow_nonfinite:
+        lines = "\n  ".join(f"{name}: {count} rows" for name, count in list(bad.items())[:40])
+        hint = "look at the source; --dtype float16 overflows above 65504; --allow-nonfinite writes them all the same"
+        raise MismatchError(f"NaN or infinity in {len(bad)} tensors\n  {lines}", hint=hint)
+
+
+def _write_small_files(source: Checkpoint, target: Target, options: Options) -> list[str]:
+    for path, data in target.small_files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    folder = side_folder(target.folder, options.to)
+    written = options.dtype or source.arch.dtype
+    names = write_side_files(source, folder, written)
+    if options.to == "hf":
+        card = model_card(source, f"megatron-cpt {megatron_cpt.__version__}")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        names.append("README.md")
+    if not has_tokenizer(names):
+        log.warning("no tokenizer in %s: the output has none either", source.side_dir)
+    return names
+
+
+def side_folder(folder: Path, to: Format) -> Path:
+    return folder if to == "hf" else folder / "hf"
+
+
+def _check_readable(arch: Architecture, target: Target, options: Options) -> None:
+    """Open the output with the reader: it must find each tensor exactly where the writer put it."""
+    folder = target.folder
+    if options.to == "legacy":
+        (folder,) = folder.glob("iter_*")
+    weights = read_weights(options.to, folder, arch)
+    found: dict[str, set[Extent]] = {name: set(tensor.extents) for name, tensor in weights.tensors.items()}
+    for copy in weights.copies:
+        found[copy.name] |= set(copy.extents)
+    wrong = [name for name, tensor in target.tensors.items() if found.get(name) != set(tensor.extents)]
+    if wrong or found.keys() != target.tensors.keys():
+        raise AssertionError(f"the written checkpoint does not read as planned: {wrong[:5]}")
+
+
+def read_weights(kind: Format, folder: Path, arch: Architecture) -> Weights:
+    readers = {"hf": read_hf, "torch_dist": read_torch_dist, "legacy": read_legacy}
+    return readers[kind](folder, arch)
+
+
+def _read_back(target: Target, records: dict[str, TensorRecord], workers: int) -> None:
+    """Hash the whole output from disk."""
+    total = sum(tensor.nbytes for tensor in target.tensors.values())
+    with Files() as files, Progress("read back", total) as progress:
+        proven = _prove(Copier(files, None, progress.advance), target, records, workers)
+    lost = sorted(records.keys() - proven.keys())
+    if lost:
+        raise MismatchError(f"{len(lost)} tensors do not read back as written: {lost[0]}", hint="a failing disk?")
+
+
+def fingerprint(entries: list[tuple[StoredTensor, str]]) -> str:
+    """sha256 over name, dtype, shape and sha256 of every tensor: equal for equal weights in any format."""
+    lines = [f"{t.name} {t.dtype} {list(t.shape)} {sha}" for t, sha in entries]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _receipt(
+    source: Checkpoint, final: Path, target: Target, records: dict[str, TensorRecord], options: Options, started: float
+) -> dict[str, Any]:
+    weights, arch = source.weights, source.arch
+    padded = arch.padded_vocab_size(options.tp) if options.to != "hf" else arch.vocab_size
+    seconds = time.time() - started
+    layout = {"tp": options.tp, "pp": options.pp, "vpp": options.vpp} if options.to != "hf" else {}
+    return {
+        "tool": "megatron-cpt",
+        "version": megatron_cpt.__version__,
+        "source": {
+            "path": str(source.path),
+            "format": source.format,
+            "iteration": source.iteration,
+            "bytes": weights.nbytes,
+            "fingerprint": fingerprint([(weights.tensors[n], r.sha256) for n, r in records.items()]),
+            "ignored": weights.ignored,
+        },
+        "target": {
+            "path": str(final),
+            "format": options.to,
+            **layout,
+            "bytes": target.nbytes,
+            "files": len(target.file_bytes),
+            "fingerprint": fingerprint([(target.tensors[n], r.target_sha256) for n, r in records.items()]),
+        },
+        "family": arch.family,
+        "parameters": arch.num_parameters,
+        "tie_word_embeddings": arch.tie_word_embeddings,
+        "tied_or_replicated_copies_compared": len(weights.copies),
+        "vocab_size": arch.vocab_size,
+        "padding_rows_removed": weights.padding_rows,
+        "padding_rows_added": padded - arch.vocab_size,
+        "casts": sum(r.dtype != r.target_dtype for r in records.values()),
+        "near_zero_rows": sum(r.near_zero_rows for r in records.values()),
+        "nonfinite_rows": sum(r.nonfinite_rows for r in records.values()),
+        "read_back": options.read_back,
+        "workers": options.workers,
+        "seconds": round(seconds, 3),
+        "gb_per_second": round(weights.nbytes / 1e9 / max(seconds, 1e-9), 3),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "tensors": [record.as_json() for record in records.values()],
+    }

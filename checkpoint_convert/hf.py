@@ -1,0 +1,192 @@
+"""Hugging Face weights: safetensors, single or sharded (read and write), and pytorch_model.bin (read).
+
+A safetensors file is a u64 header length, a JSON header (name -> dtype, shape, byte range) and the bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from checkpoint_convert.archive import byte_offset, load_state
+from checkpoint_convert.checkpoint import (
+    ITEM_BYTES,
+    Extent,
+    MismatchError,
+    StoredTensor,
+    Weights,
+    check_dtype,
+    check_names,
+    check_shape,
+)
+from checkpoint_convert.mapping import hf_shapes, mapping
+from checkpoint_convert.target import Target
+from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.errors import ConversionError
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
+ROTARY_BUFFER = ".rotary_emb.inv_freq"  # saved by old Llama exports; computed from config.json, never read
+TIED_OUTPUT = "lm_head.weight"
+
+
+def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model by Hugging Face name, in the order of the layers."""
+    return {name: shape for m in mapping(arch) for name, shape in hf_shapes(m, arch).items()}
+
+
+def is_hf(path: Path) -> bool:
+    names = ("model.safetensors", SAFETENSORS_INDEX, "pytorch_model.bin", BIN_INDEX)
+    return any((path / name).is_file() for name in names) or any(path.glob("*.safetensors"))
+
+
+def read_hf(path: Path, arch: Architecture, *, trust_pickle: bool = False) -> Weights:
+    """Index the weights of a Hugging Face folder; MismatchError when they are not the model of config.json."""
+    stored = _read_all(path, trust_pickle)
+    wanted = tensor_shapes(arch)
+    buffers = [name for name in stored if name.endswith(ROTARY_BUFFER)]
+    for name in buffers:
+        del stored[name]
+    tied = stored.pop(TIED_OUTPUT, None) if arch.tie_word_embeddings else None
+    check_names(wanted, stored, path)
+    tensors = {}
+    for name, shape in wanted.items():
+        check_shape(name, stored[name].shape, shape, path)
+        check_dtype(name, stored[name].dtype, path)
+        tensors[name] = stored[name]
+    copies: tuple[StoredTensor, ...] = ()
+    if tied is not None:
+        embedding = next(iter(tensors))
+        check_shape(TIED_OUTPUT, tied.shape, wanted[embedding], path)
+        copies = (StoredTensor(embedding, tied.shape, tied.dtype, tied.extents),)
+    ignored = {"rotary buffers (computed from config.json)": len(buffers)} if buffers else {}
+    return Weights(tensors, copies, ignored)
+
+
+def _read_all(path: Path, trust_pickle: bool) -> dict[str, StoredTensor]:
+    files = sorted(path.glob("*.safetensors"))
+    read: Callable[[Path], dict[str, StoredTensor]] = read_safetensors
+    if files:
+        index = path / SAFETENSORS_INDEX
+    else:
+        files, index = sorted(path.glob("pytorch_model*.bin")), path / BIN_INDEX
+        read = functools.partial(_read_bin, trust_pickle=trust_pickle)
+    if not files:
+        raise ConversionError(f"no *.safetensors and no pytorch_model*.bin in {path}")
+    where = _read_index(index) if index.is_file() else None
+    if where is not None:
+        files = [path / name for name in sorted(set(where.values()))]
+        lost = [file.name for file in files if not file.is_file()]
+        if lost:
+            raise ConversionError(f"{index} names files that are not there: {', '.join(lost)}", hint="download them")
+    elif len(files) > 1 and any("-of-" in file.name for file in files):
+        raise ConversionError(f"{path} holds {len(files)} shards and no {index.name}", hint="download the index too")
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read(file).items():
+            if name in stored:
+                raise MismatchError(f"{name} is stored twice: in {stored[name].extents[0].path.name} and {file.name}")
+            stored[name] = tensor
+    if where is not None:
+        check_names(where, stored, index)
+    return stored
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{path} is not a weight index: {error}") from error
+    if not isinstance(where, dict) or not all(Path(name).name == name for name in where.values()):
+        raise ConversionError(f"{path}: weight_map must map tensor names to file names of the same folder")
+    return where
+
+
+def _whole(name: str, shape: tuple[int, ...], dtype: str, path: Path, offset: int) -> StoredTensor:
+    return StoredTensor(name, shape, dtype, (Extent(0, 0, shape[0], math.prod(shape[1:]), path, offset),))
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file; ConversionError when the header and the file's size do not agree."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise ConversionError(f"{path} is truncated within its header", hint="download it again")
+        try:
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        except ValueError as error:
+            raise ConversionError(f"{path} has a damaged header: {error}", hint="download it again") from error
+    header.pop("__metadata__", None)
+    tensors, data, end = {}, 8 + length, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = DTYPE_NAMES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
+        low, high = entry["data_offsets"]
+        item = ITEM_BYTES.get(dtype)
+        if low != end or high < low or (item is not None and high - low != math.prod(shape) * item):
+            raise ConversionError(f"{path} has a damaged header: the byte range of {name} is wrong")
+        end = high
+        tensors[name] = _whole(name, shape or (1,), dtype, path, data + low)
+    if data + end != size:
+        what = "truncated" if data + end > size else "longer than its header says"
+        raise ConversionError(f"{path} is {what}: {size} bytes, expected {data + end}", hint="download it again")
+    return tensors
+
+
+def _read_bin(path: Path, trust_pickle: bool) -> dict[str, StoredTensor]:
+    tensors = {}
+    for name, tensor in load_state(path, trust_pickle=trust_pickle).items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors[name] = _whole(name, tuple(tensor.shape) or (1,), dtype, path, byte_offset(tensor, f"{path}: {name}"))
+    return tensors
+
+
+def plan_hf(folder: Path, arch: Architecture, dtypes: dict[str, str], max_shard_bytes: int) -> Target:
+    """Where each tensor goes in a new Hugging Face folder, and the headers of its files."""
+    shapes = tensor_shapes(arch)
+    shards = list(_shards(shapes, dtypes, max_shard_bytes))
+    target = Target(folder)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        single = "model.safetensors"
+        path = folder / (single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            start, end = end, end + math.prod(shapes[name]) * ITEM_BYTES[dtypes[name]]
+            code = DTYPE_CODES[dtypes[name]]
+            header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [start, end]}
+            weight_map[name] = path.name
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        target.add_file(path, 8 + len(text) + end)
+        target.skeleton.append((path, 0, struct.pack("<Q", len(text)) + text))
+        for name in names:
+            offset = 8 + len(text) + header[name]["data_offsets"][0]
+            target.tensors[name] = _whole(name, shapes[name], dtypes[name], path, offset)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in target.tensors.values())}, "weight_map": weight_map}
+        target.small_files[folder / SAFETENSORS_INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    return target
+
+
+def _shards(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], limit: int) -> Iterator[list[str]]:
+    """Names in order, cut so that no file exceeds the limit unless one tensor alone does."""
+    names: list[str] = []
+    total = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * ITEM_BYTES[dtypes[name]]
+        if names and total + size > limit:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    yield names

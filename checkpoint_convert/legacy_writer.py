@@ -1,0 +1,103 @@
+"""Plan a legacy Megatron checkpoint: what `state_dict()` of each tensor x pipeline rank would hold."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_convert.archive import fake_tensor, hollow_state
+from checkpoint_convert.checkpoint import Extent, StoredTensor
+from checkpoint_convert.legacy import EMBEDDING, FILE, OUTPUT, TRACKER, RankSlice, rank_folder, slice_extents
+from checkpoint_convert.mapping import LAYER_PREFIX, LOCAL_TO_TE, Mapping, hf_shapes, mapping, slice_shape
+from checkpoint_convert.megatron_args import megatron_args, tensor_dtype
+from checkpoint_convert.target import Target
+from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.errors import ConversionError
+
+TE_TO_LOCAL = {te: local for local, te in LOCAL_TO_TE.items()}
+EXTRA_STATE_MODULES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def plan_legacy(
+    folder: Path,
+    arch: Architecture,
+    dtypes: dict[str, str],
+    *,
+    tp: int,
+    pp: int,
+    vpp: int | None,
+    iteration: int,
+    local_names: bool,
+) -> Target:
+    """One file per rank under `folder`/iter_XXXXXXX, and the tracker file beside it."""
+    chunks = vpp or 1
+    if arch.num_layers % (pp * chunks):
+        raise ConversionError(f"{arch.num_layers} layers do not divide into {pp} stages x {chunks} virtual chunks")
+    target = Target(folder)
+    padded = arch.padded_vocab_size(tp)
+    args = megatron_args(arch, dtypes, tp, pp, vpp, iteration)
+    places: dict[str, list[Extent]] = defaultdict(list)
+    for p in range(pp):
+        owned = [_stage(arch, p, pp, v, chunks) for v in range(chunks)]
+        for t in range(tp):
+            path = folder / f"iter_{iteration:07d}" / rank_folder(t, p, pp) / FILE
+            names = [f"model{v}" if vpp else "model" for v in range(chunks)]
+            state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
+            for name, maps in zip(names, owned, strict=True):
+                state[name] = _hollow_chunk(maps, arch, dtypes, tp, padded, local_names)
+            size, skeleton, offsets = hollow_state(state, FILE)
+            target.add_file(path, size)
+            target.skeleton += [(path, offset, data) for offset, data in skeleton]
+            for name, maps in zip(names, owned, strict=True):
+                for local, m in maps.items():
+                    shape = slice_shape(m, arch, tp, padded)
+                    offset = offsets[name, _local_name(local, local_names)]
+                    part = RankSlice(path, offset, shape, tensor_dtype(m, dtypes))
+                    for hf_name, extents in slice_extents(m, arch, tp, t, padded, shape, part).items():
+                        places[hf_name] += extents
+    for m in mapping(arch):
+        for hf_name, hf_shape in hf_shapes(m, arch).items():
+            target.tensors[hf_name] = StoredTensor(hf_name, hf_shape, dtypes[hf_name], tuple(places[hf_name]))
+    target.small_files[folder / TRACKER] = str(iteration).encode()
+    return target
+
+
+def _stage(arch: Architecture, p: int, pp: int, v: int, chunks: int) -> dict[str, Mapping]:
+    """Name within the chunk -> mapping, for virtual chunk `v` of pipeline stage `p`."""
+    per_chunk = arch.num_layers // (pp * chunks)
+    first = (v * pp + p) * per_chunk
+    is_first, is_last = v == p == 0, (v, p) == (chunks - 1, pp - 1)
+    owned: dict[str, Mapping] = {}
+    for m in mapping(arch):
+        if m.layer is not None and first <= m.layer < first + per_chunk:
+            owned[f"{LAYER_PREFIX}{m.layer - first}.{m.name_in_layer}"] = m
+        elif m.megatron == EMBEDDING and is_first:
+            owned[EMBEDDING] = m
+        if m.megatron == EMBEDDING and is_last and not is_first and arch.tie_word_embeddings:
+            owned[OUTPUT] = m  # the last stage computes logits with its own copy
+        elif m.layer is None and m.megatron != EMBEDDING and is_last:
+            owned[m.megatron] = m
+    return owned
+
+
+def _local_name(name: str, local_names: bool) -> str:
+    if not local_names or not name.startswith(LAYER_PREFIX):
+        return name
+    prefix, rest = ".".join(name.split(".")[:3]) + ".", ".".join(name.split(".")[3:])
+    return prefix + TE_TO_LOCAL.get(rest, rest)
+
+
+def _hollow_chunk(
+    maps: dict[str, Mapping], arch: Architecture, dtypes: dict[str, str], tp: int, padded: int, local_names: bool
+) -> dict[str, torch.Tensor | None]:
+    """A `state_dict()` of fake tensors; the empty extra states are what Megatron's linears save."""
+    chunk: dict[str, torch.Tensor | None] = {}
+    for name, m in maps.items():
+        chunk[_local_name(name, local_names)] = fake_tensor(slice_shape(m, arch, tp, padded), tensor_dtype(m, dtypes))
+        for module in EXTRA_STATE_MODULES:
+            if m.name_in_layer == f"{module}.weight":
+                chunk[name.removesuffix("weight") + "_extra_state"] = None
+    return chunk

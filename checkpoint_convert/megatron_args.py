@@ -1,0 +1,56 @@
+"""The `args` that Megatron-LM stores beside the weights, as far as an architecture decides them."""
+
+from __future__ import annotations
+
+import argparse
+
+from checkpoint_convert.checkpoint import MismatchError
+from checkpoint_convert.mapping import Mapping
+from megatron_cpt.config.architecture import Architecture
+
+
+def megatron_args(
+    arch: Architecture, dtypes: dict[str, str], tp: int, pp: int, vpp: int | None, iteration: int
+) -> argparse.Namespace:
+    """Names of Megatron-LM's command line, so that `--use-checkpoint-args` builds this model."""
+    dtype = next(iter(dtypes.values()))
+    args = argparse.Namespace(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        group_query_attention=arch.num_query_groups != arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        max_position_embeddings=arch.max_position_embeddings,
+        norm_epsilon=arch.rms_norm_eps,
+        normalization="RMSNorm",
+        position_embedding_type="rope",
+        rotary_base=int(arch.rope_theta) if arch.rope_theta.is_integer() else arch.rope_theta,
+        rotary_percent=1.0,
+        use_rope_scaling=arch.rope_scaling is not None,
+        rope_scaling_factor=8.0 if arch.rope_scaling is None else arch.rope_scaling.factor,
+        swiglu=True,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        untie_embeddings_and_output_weights=not arch.tie_word_embeddings,
+        vocab_size=arch.vocab_size,
+        padded_vocab_size=arch.padded_vocab_size(tp),
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        iteration=iteration,
+    )
+    return args
+
+
+def tensor_dtype(m: Mapping, dtypes: dict[str, str]) -> str:
+    """dtype of a Megatron tensor; the Hugging Face tensors that it joins must agree."""
+    found = {dtypes[name] for name in m.hf}
+    if len(found) != 1:
+        names = ", ".join(f"{name} {dtypes[name]}" for name in m.hf)
+        raise MismatchError(f"{m.megatron} joins tensors of different dtypes: {names}", hint="give --dtype")
+    return found.pop()

@@ -1,0 +1,164 @@
+"""Copy every tensor from its source extents to its target extents, a block of rows at a time.
+
+Per worker thread: one read buffer of BLOCK_BYTES, and as much again for a cast and for a column slice. Every
+block is hashed and inspected on its way, so that what is written is known by what was read.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from checkpoint_convert.checkpoint import ITEM_BYTES, MismatchError, StoredTensor
+from checkpoint_convert.rows import Bytes, Files, read_rows, write_rows
+from megatron_cpt.errors import ConversionError
+
+BLOCK_BYTES = 16 * 2**20
+NEAR_ZERO = 1e-12  # a row whose largest magnitude is below this was never trained, or lost
+
+Advance = Callable[[int], None]  # called with the bytes done since the last call
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What the receipt says of a tensor. Hashes are of the Hugging Face tensor's bytes, in row order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+    target_dtype: str
+    target_sha256: str
+    near_zero_rows: int
+    nonfinite_rows: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"shape": list(self.shape)}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> TensorRecord:
+        return TensorRecord(**(value | {"shape": tuple(value["shape"])}))
+
+
+class Copier:
+    """Copies and hashes tensors; one per conversion, used by all its threads."""
+
+    def __init__(self, source: Files, target: Files | None, advance: Advance) -> None:
+        self._source, self._target, self._advance = source, target, advance
+        self._local = threading.local()
+
+    def _buffer(self, size: int) -> Bytes:
+        """This thread's read buffer, grown to `size` bytes when a single row is larger than a block."""
+        buffer: Bytes | None = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.size < size:
+            buffer = self._local.buffer = np.empty(max(size, BLOCK_BYTES), np.uint8)
+        return buffer
+
+    def blocks(self, tensor: StoredTensor) -> Any:
+        """(first row, rows as bytes) over the whole tensor; the bytes are valid until the next step."""
+        step = max(1, BLOCK_BYTES // tensor.row_bytes)
+        buffer = self._buffer(min(step, tensor.rows) * tensor.row_bytes)
+        for start in range(0, tensor.rows, step):
+            stop = min(start + step, tensor.rows)
+            block = buffer[: (stop - start) * tensor.row_bytes].reshape(stop - start, tensor.row_bytes)
+            read_rows(self._source, tensor, start, stop, block)
+            yield start, block
+
+    def sha256(self, tensor: StoredTensor) -> str:
+        digest = hashlib.sha256()
+        for _, block in self.blocks(tensor):
+            digest.update(block.data)
+            self._advance(block.size)
+        return digest.hexdigest()
+
+    def copy(self, source: StoredTensor, target: StoredTensor) -> TensorRecord:
+        """Copy one tensor, cast when the dtypes differ."""
+        assert self._target is not None
+        before, after = hashlib.sha256(), hashlib.sha256()
+        casts = source.dtype != target.dtype
+        near_zero = nonfinite = 0
+        for start, block in self.blocks(source):
+            before.update(block.data)
+            written = _cast(block, source, target) if casts else block
+            if casts:
+                after.update(written.data)
+            zero_rows, bad_rows = inspect_rows(written, target.dtype, vector=len(target.shape) == 1)
+            near_zero, nonfinite = near_zero + zero_rows, nonfinite + bad_rows
+            write_rows(self._target, target, start, written)
+            self._advance(block.size)
+        sha = before.hexdigest()
+        return TensorRecord(
+            source.name,
+            source.shape,
+            source.dtype,
+            sha,
+            target.dtype,
+            after.hexdigest() if casts else sha,
+            near_zero,
+            nonfinite,
+        )
+
+
+def _cast(block: Bytes, source: StoredTensor, target: StoredTensor) -> Bytes:
+    values = torch.from_numpy(block).view(getattr(torch, source.dtype))
+    cast: Bytes = values.to(getattr(torch, target.dtype)).view(torch.uint8).numpy()
+    return cast
+
+
+def inspect_rows(block: Bytes, dtype: str, *, vector: bool) -> tuple[int, int]:
+    """(near-zero rows, rows with a NaN or infinity); a vector counts as one row.
+
+    The bits of floats order like their magnitudes: the largest signed and the largest unsigned integer of a
+    row are its largest positive and its most negative number, found without a temporary array.
+    """
+    bits = 8 * ITEM_BYTES[dtype]
+    signed, unsigned = (np.int16, np.uint16) if bits == 16 else (np.int32, np.uint32)
+    rows = block.reshape(1, -1) if vector else block
+    positive = rows.view(signed).max(axis=1).astype(np.int64)
+    negative = rows.view(unsigned).max(axis=1).astype(np.int64) - (1 << (bits - 1))
+    magnitude = np.maximum(positive, negative)  # a sign that does not occur gives a negative number
+    limits = torch.tensor([math.inf, NEAR_ZERO], dtype=getattr(torch, dtype)).view(getattr(torch, f"int{bits}"))
+    infinity, smallest = (int(limit) for limit in limits)
+    return int((magnitude <= max(smallest - 1, 0)).sum()), int((magnitude >= infinity).sum())
+
+
+def run_parallel(jobs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
+    """Results of the jobs in order, run by `workers` threads; the first failure stops the rest."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException as error:
+            pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ConversionError(
+                    f"the disk is full: {error.strerror}", hint="free some space and start again: it goes on from here"
+                ) from error
+            raise
+        return [future.result() for future in futures]
+
+
+def compare_copies(copier: Copier, tensors: dict[str, StoredTensor], copies: Sequence[StoredTensor]) -> None:
+    """Raise MismatchError when a replicated or tied tensor is not the same everywhere."""
+    hashes: dict[str, str] = {}
+    wrong = []
+    for copy in copies:
+        if copy.name not in hashes:
+            hashes[copy.name] = copier.sha256(tensors[copy.name])
+        if copy.dtype != tensors[copy.name].dtype or copier.sha256(copy) != hashes[copy.name]:
+            wrong.append(f"{copy.name}: {tensors[copy.name].extents[0].path} and {copy.extents[0].path} differ")
+    if wrong:
+        raise MismatchError(
+            f"{len(wrong)} tensors are stored twice with different values\n  " + "\n  ".join(wrong[:40]),
+            hint="a tied or replicated weight went out of step: the checkpoint does not describe one model",
+        )

@@ -1,0 +1,255 @@
+"""Read Megatron's `torch_dist` checkpoints without Megatron and without a process group.
+
+Such a folder holds `.metadata` (a pickled `torch.distributed.checkpoint` index: every tensor's global shape, its
+chunks, and file + byte range of each), `__R_N.distcp` (the chunks, each an archive of `torch.save`),
+`common.pt` and `metadata.json`. Layers are stacked by default, `decoder.layers.mlp.linear_fc1.weight` being
+(layers, rows, columns), or kept apart, `decoder.layers.7.mlp...`. Both are read; optimizer and RNG state
+is left out and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from checkpoint_convert.archive import locate_tensor
+from checkpoint_convert.checkpoint import (
+    Extent,
+    MismatchError,
+    StoredTensor,
+    Weights,
+    check_cover,
+    check_dtype,
+    check_names,
+)
+from checkpoint_convert.mapping import LAYER_PREFIX, Mapping, hf_shapes, mapping, segments
+from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.errors import ConversionError
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+# Keys that Megatron-LM, Megatron-Bridge and our trainer write beside the model's weights.
+NOT_WEIGHTS = {
+    "optimizer": "optimizer state",
+    "chained_": "optimizer state",
+    "opt_param_scheduler": "schedule state",
+    "rng_state": "random number generator state",
+    "rerun_state_machine_state": "rerun state",
+}
+EXTRA_STATE = "._extra_state"  # TransformerEngine's fp8 scales; empty for bf16 weights
+
+# Module -> names (None: all) that the pickled index may ask for.
+INDEX_TYPES: dict[str, set[str] | None] = {
+    "torch.distributed.checkpoint.metadata": None,
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath"},
+    "collections": {"OrderedDict"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles a checkpoint's index and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "megatron.core.dist_checkpointing.strategies.torch":
+            return type(name, (), {})  # how tensors were flattened; never true of weights
+        value = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)) or value is torch.Size:
+            return value
+        names = INDEX_TYPES.get(module, set())
+        if names is None or name in names:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def read_metadata(path: Path) -> Metadata:
+    try:
+        with (path / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except pickle.UnpicklingError as error:
+        raise ConversionError(f"{path}/.metadata asks for a type outside the allow-list: {error}") from error
+    except (EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise ConversionError(f"{path}/.metadata is damaged: {error}", hint="the save was not finished") from error
+    if not isinstance(metadata, Metadata):
+        raise ConversionError(f"{path}/.metadata is not the index of a torch_dist checkpoint")
+    return metadata
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Part of one Megatron tensor (of one layer): rows and columns, and where its first byte lies."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    path: Path
+    offset: int
+
+
+def read_torch_dist(path: Path, arch: Architecture) -> Weights:
+    """Index the model's weights; MismatchError for missing or unknown keys, wrong shapes and holes."""
+    metadata = read_metadata(path)
+    weights, ignored = _sort_keys(metadata, path)
+    wanted = {m.megatron: m for m in mapping(arch)}
+    stacked = any(key.startswith(LAYER_PREFIX) and not key.split(".")[2].isdigit() for key in weights)
+    keys = {_key(m, stacked) for m in wanted.values()}
+    tied_output = weights.pop(OUTPUT, None) if arch.tie_word_embeddings else None
+    if tied_output is not None:
+        ignored["output layer of a tied model"] = 1
+    check_names(keys, weights, path)
+    tensors: dict[str, StoredTensor] = {}
+    padding = 0
+    with _Locator(path, metadata) as locator:
+        for m in wanted.values():
+            entry, name = weights[_key(m, stacked)]
+            padding = max(padding, _check_size(m, entry, stacked, arch, path))
+            chunks = locator.chunks(name, entry, m.layer if stacked else None)
+            dtype = check_dtype(m.megatron, str(entry.properties.dtype).removeprefix("torch."), path)
+            for tensor in _hf_tensors(
+                m, arch, chunks, dtype, int(entry.size[1 if stacked and m.layer is not None else 0])
+            ):
+                check_cover(tensor)
+                tensors[tensor.name] = tensor
+    return Weights(tensors, (), dict(ignored), padding)
+
+
+def _key(m: Mapping, stacked: bool) -> str:
+    return LAYER_PREFIX + m.name_in_layer if stacked and m.layer is not None else m.megatron
+
+
+def _sort_keys(metadata: Metadata, path: Path) -> tuple[dict[str, tuple[TensorStorageMetadata, str]], Counter[str]]:
+    """Weights by their plain key (a prefix such as `model.` taken off), and what else there is, counted."""
+    names = [key for key in metadata.state_dict_metadata if not key.startswith(tuple(NOT_WEIGHTS))]
+    prefixes = {key.removesuffix(EMBEDDING) for key in names if key.endswith(EMBEDDING)}
+    if len(prefixes) != 1:
+        found = f"{len(prefixes)} keys" if prefixes else "no key"
+        raise MismatchError(f"{path}: {found} named *{EMBEDDING}", hint="is this a Megatron-Core GPT checkpoint?")
+    (prefix,) = prefixes
+    weights: dict[str, tuple[TensorStorageMetadata, str]] = {}
+    ignored: Counter[str] = Counter()
+    for key, entry in metadata.state_dict_metadata.items():
+        reason = next((text for start, text in NOT_WEIGHTS.items() if key.startswith(start)), None)
+        if reason is None and EXTRA_STATE in key:
+            reason = "TransformerEngine extra state"
+        if reason is None and not isinstance(entry, TensorStorageMetadata):
+            reason = "entries that are not tensors"
+        if reason is None:
+            assert isinstance(entry, TensorStorageMetadata)
+            weights[key.removeprefix(prefix)] = (entry, key)
+        else:
+            ignored[reason] += 1
+    return weights, ignored
+
+
+def _check_size(m: Mapping, entry: TensorStorageMetadata, stacked: bool, arch: Architecture, path: Path) -> int:
+    """Compare a tensor's global size with the model's; returns the rows of vocabulary padding."""
+    size = tuple(entry.size)
+    if stacked and m.layer is not None:
+        if size[0] != arch.num_layers:
+            raise MismatchError(f"{path}: {m.name_in_layer} has {size[0]} layers, config.json says {arch.num_layers}")
+        size = size[1:]
+    padding = size[0] - m.shape[0] if m.kind == "vocab" and size else 0
+    if padding < 0 or (size[0] - padding, *size[1:]) != m.shape:
+        raise MismatchError(f"{path}: {m.megatron} has shape {size}, config.json asks for {m.shape}")
+    return padding
+
+
+class _Locator:
+    """Finds the bytes of chunks; opens each file once."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        self._path, self._metadata = path, metadata
+        self._fds: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        self._by_layer: dict[str, dict[int, list[Any]]] = {}
+        self._storage: dict[tuple[str, tuple[int, ...]], Any] = {
+            (index.fqn, tuple(index.offset)): info
+            for index, info in metadata.storage_data.items()
+            if index.offset is not None
+        }
+
+    def __enter__(self) -> _Locator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+
+    def _open(self, name: str) -> tuple[int, int]:
+        if name not in self._fds:
+            file = self._path / name
+            if Path(name).name != name:
+                raise ConversionError(f"{self._path}/.metadata names a file outside the folder: {name}")
+            if not file.is_file():
+                raise ConversionError(f"{self._path}: {name} is missing", hint="copy the whole checkpoint folder")
+            self._fds[name] = os.open(file, os.O_RDONLY)
+            self._sizes[name] = file.stat().st_size
+        return self._fds[name], self._sizes[name]
+
+    def _locate(self, key: str, entry: TensorStorageMetadata, chunk: Any) -> tuple[Path, int]:
+        info = self._storage.get((key, tuple(chunk.offsets)))
+        where = f"{self._path}: {key} at {tuple(chunk.offsets)}"
+        if info is None:
+            raise MismatchError(f"{where}: the index lists a chunk without a place")
+        if getattr(info, "transform_descriptors", None):
+            raise ConversionError(f"{where}: compressed chunks are not supported")
+        fd, size = self._open(info.relative_path)
+        if info.offset + info.length > size:
+            raise ConversionError(f"{where}: {info.relative_path} ends too early", hint="the file is truncated")
+        offset, shape, dtype = locate_tensor(fd, info.offset, info.length, where)
+        if shape != tuple(chunk.sizes) or dtype != entry.properties.dtype:
+            raise ConversionError(f"{where}: the stored chunk is {shape} {dtype}, the index says {tuple(chunk.sizes)}")
+        return self._path / info.relative_path, offset
+
+    def chunks(self, key: str, entry: TensorStorageMetadata, layer: int | None) -> Iterator[_Chunk]:
+        """The chunks of a tensor; of one layer when the key stacks all layers (`layer` given)."""
+        if layer is None:
+            for chunk in entry.chunks:
+                path, offset = self._locate(key, entry, chunk)
+                yield _as_matrix(tuple(chunk.offsets), tuple(chunk.sizes), path, offset)
+            return
+        if key not in self._by_layer:
+            by_layer = self._by_layer[key] = defaultdict(list)
+            for chunk in entry.chunks:
+                placed = (chunk, *self._locate(key, entry, chunk))
+                for i in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    by_layer[i].append(placed)
+        for chunk, path, offset in self._by_layer[key][layer]:
+            sizes = tuple(chunk.sizes)[1:]
+            layer_bytes = torch.Size(sizes).numel() * entry.properties.dtype.itemsize
+            start = offset + (layer - chunk.offsets[0]) * layer_bytes
+            yield _as_matrix(tuple(chunk.offsets)[1:], sizes, path, start)
+
+
+def _as_matrix(offsets: tuple[int, ...], sizes: tuple[int, ...], path: Path, offset: int) -> _Chunk:
+    column, columns = (offsets[1], sizes[1]) if len(sizes) > 1 else (0, 1)
+    return _Chunk(offsets[0], column, sizes[0], columns, path, offset)
+
+
+def _hf_tensors(
+    m: Mapping, arch: Architecture, chunks: Iterator[_Chunk], dtype: str, rows: int
+) -> Iterator[StoredTensor]:
+    """The Hugging Face tensors within one global Megatron tensor of `rows` rows, as extents."""
+    item = getattr(torch, dtype).itemsize
+    placed = list(chunks)
+    extents: dict[str, list[Extent]] = {name: [] for name in m.hf}
+    for s in segments(m, arch, padded_vocab=rows):
+        for c in placed:
+            low, high = max(s.row, c.row), min(s.row + s.rows, c.row + c.rows)
+            if low < high:
+                start = c.offset + (low - c.row) * c.columns * item
+                hf_row = s.hf_row + low - s.row
+                extents[s.hf_name].append(Extent(hf_row, c.column, high - low, c.columns, c.path, start))
+    for name, shape in hf_shapes(m, arch).items():
+        yield StoredTensor(name, shape, dtype, tuple(extents[name]))

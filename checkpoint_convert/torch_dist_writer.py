@@ -1,0 +1,177 @@
+"""Plan a `torch_dist` checkpoint that Megatron-Core loads under any layout.
+
+The chunk grid follows `--tp`, so that at load time a tensor parallel rank reads its own bytes only; any
+other layout still loads. Layers are stacked, Megatron-Core's default.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from checkpoint_convert.archive import hollow_tensor
+from checkpoint_convert.checkpoint import ITEM_BYTES, Extent, MismatchError, StoredTensor
+from checkpoint_convert.mapping import LAYER_PREFIX, Mapping, Segment, hf_shapes, mapping, segments, slice_shape
+from checkpoint_convert.megatron_args import megatron_args, tensor_dtype
+from checkpoint_convert.target import Target
+from megatron_cpt.config.architecture import Architecture
+
+# Modules whose `_extra_state` Megatron-Core asks for at load; TransformerEngine's further ones may be there too.
+EXTRA_STATE_MODULES = (
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One chunk to write: its box in the global tensor and the segments that fill it."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    segments: tuple[Segment, ...]
+
+
+def plan_torch_dist(
+    folder: Path, arch: Architecture, dtypes: dict[str, str], max_file_bytes: int, tp: int, pp: int, iteration: int
+) -> Target:
+    """Files, chunks and index of a checkpoint; ConversionError when `tp` does not divide the model."""
+    target = Target(folder)
+    metadata = Metadata(state_dict_metadata={}, storage_data={}, planner_data={})
+    places: dict[str, list[Extent]] = {}
+    cursor = _Cursor(folder, max_file_bytes)
+    for part in _parts(arch, dtypes, tp):
+        before, count, after = hollow_tensor(part.shape, part.dtype)
+        path, start = cursor.take(len(before) + count + len(after))
+        target.skeleton += [(path, start, before), (path, start + len(before) + count, after)]
+        _index(metadata, part, _StorageInfo(path.name, start, len(before) + count + len(after)))
+        for s in part.segments:
+            width = part.shape[-1] if len(part.shape) - part.key.startswith(LAYER_PREFIX) > 1 else 1
+            data = start + len(before) + s.row * width * ITEM_BYTES[part.dtype]
+            extent = Extent(s.hf_row, s.columns.start or 0, s.rows, width, path, data)
+            places.setdefault(s.hf_name, []).append(extent)
+    for key, blob in _extra_states(arch):
+        path, start = cursor.take(len(blob))
+        target.skeleton.append((path, start, blob))
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(key)] = _StorageInfo(path.name, start, len(blob))
+    metadata.planner_data = {key: (key,) for key in metadata.state_dict_metadata}
+    for path, size in cursor.sizes.items():
+        target.add_file(path, size)
+    for m in mapping(arch):
+        for name, shape in hf_shapes(m, arch).items():
+            target.tensors[name] = StoredTensor(name, shape, dtypes[name], tuple(places[name]))
+    target.small_files |= _small_files(folder, arch, metadata, dtypes, tp, pp, iteration)
+    return target
+
+
+class _Cursor:
+    """Hands out aligned room in a series of files."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._limit = folder, limit
+        self.sizes: dict[Path, int] = {}
+
+    def take(self, size: int) -> tuple[Path, int]:
+        path = self._folder / f"__0_{max(len(self.sizes) - 1, 0)}.distcp"
+        start = -(-self.sizes.get(path, 0) // ALIGNMENT) * ALIGNMENT
+        if start and start + size > self._limit:
+            path, start = self._folder / f"__0_{len(self.sizes)}.distcp", 0
+        self.sizes[path] = start + size
+        return path, start
+
+
+def _parts(arch: Architecture, dtypes: dict[str, str], tp: int) -> Iterator[_Part]:
+    padded = arch.padded_vocab_size(tp)
+    for m in mapping(arch):
+        dtype = tensor_dtype(m, dtypes)
+        stack = () if m.layer is None else (m.layer,)
+        key = m.megatron if m.layer is None else LAYER_PREFIX + m.name_in_layer
+        whole = slice_shape(m, arch, 1, padded)
+        global_shape = (arch.num_layers, *whole) if stack else whole
+        for rank in range(tp if m.partition_dim is not None else 1):
+            shape = slice_shape(m, arch, tp, padded)
+            for offset, box, parts in _boxes(m, arch, tp, rank, padded, shape):
+                yield _Part(key, global_shape, stack + offset, (1,) * len(stack) + box, dtype, parts)
+
+
+def _boxes(
+    m: Mapping, arch: Architecture, tp: int, rank: int, padded: int, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[Segment, ...]]]:
+    """Offset in the global tensor, shape and segments of the chunks of one TP rank: gate and up apart, else one."""
+    found = segments(m, arch, tp, rank, padded)
+    if m.kind == "gated":
+        for i, s in enumerate(found):
+            moved = Segment(s.hf_name, s.hf_row, 0, s.rows, s.columns)
+            yield (i * arch.ffn_hidden_size + s.hf_row, 0), (s.rows, *shape[1:]), (moved,)
+        return
+    offset = [0] * len(shape)
+    if m.partition_dim is not None:
+        offset[m.partition_dim] = rank * shape[m.partition_dim]
+    yield tuple(offset), shape, tuple(found)
+
+
+def _index(metadata: Metadata, part: _Part, info: _StorageInfo) -> None:
+    """Enter a chunk into the index."""
+    entry = metadata.state_dict_metadata.get(part.key)
+    if entry is None:
+        properties = TensorProperties(dtype=getattr(torch, part.dtype))
+        entry = TensorStorageMetadata(properties, torch.Size(part.global_shape), [])
+        metadata.state_dict_metadata[part.key] = entry
+    assert isinstance(entry, TensorStorageMetadata)
+    if entry.properties.dtype != getattr(torch, part.dtype):
+        raise MismatchError(f"{part.key}: layers have different dtypes and cannot be stacked", hint="give --dtype")
+    offset = torch.Size(part.offset)
+    metadata.storage_data[MetadataIndex(part.key, offset, len(entry.chunks))] = info
+    entry.chunks.append(ChunkStorageMetadata(offset, torch.Size(part.shape)))
+
+
+def _extra_states(arch: Architecture) -> Iterator[tuple[str, bytes]]:
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    for module in EXTRA_STATE_MODULES:
+        for layer in range(arch.num_layers):
+            yield f"{LAYER_PREFIX}{module}._extra_state/shard_{layer}_{arch.num_layers}", buffer.getvalue()
+
+
+def _small_files(
+    folder: Path, arch: Architecture, metadata: Metadata, dtypes: dict[str, str], tp: int, pp: int, iteration: int
+) -> dict[Path, bytes]:
+    common = io.BytesIO()
+    args = megatron_args(arch, dtypes, tp, pp, None, iteration)
+    state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
+    torch.save(state, common)
+    formats = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    return {
+        folder / "common.pt": common.getvalue(),
+        folder / "metadata.json": json.dumps(formats).encode(),
+        folder / ".metadata": pickle.dumps(metadata),
+    }

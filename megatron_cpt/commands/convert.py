@@ -1,0 +1,135 @@
+"""`megatron-cpt convert SRC DST --to FORMAT` and `megatron-cpt convert verify A B`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from megatron_cpt.errors import ConversionError
+
+FORMATS = ("hf", "torch_dist", "legacy")
+_FOLDER = click.Path(path_type=Path)
+
+
+class _DefaultCommand(click.Group):
+    """A group whose arguments go to `run` unless the first one names a subcommand."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "SRC DST --to FORMAT [OPTIONS]  |  verify A B [OPTIONS]")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.commands["run"].format_options(ctx, formatter)
+
+
+@click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
+def convert() -> None:
+    """Convert checkpoints between Hugging Face and Megatron, exactly, in little memory, on any machine.
+
+    SRC: a Hugging Face folder, a Megatron checkpoint (torch_dist or legacy mp_rank_XX), a folder of iterations,
+    or a run folder. `convert verify A B` proves that two checkpoints are the same model.
+    """
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `2GiB`, `1000`; ConversionError otherwise."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[KMGT]i?B)\s*", text, re.IGNORECASE)
+    unit = found.group(2).upper() if found else ""
+    power = "KMGT".find(unit[0]) + 1 if unit else 0
+    size = int(float(found.group(1)) * (1024 if "I" in unit else 1000) ** power) if found else 0
+    if size <= 0:
+        raise ConversionError(f"--max-shard-size {text!r} is not a size", hint="write it as 5GB, 500MB or 2GiB")
+    return size
+
+
+@convert.command("run", hidden=True)
+@click.argument("src", type=_FOLDER)
+@click.argument("dst", type=_FOLDER)
+@click.option("--to", "to", type=click.Choice(FORMATS), required=True, help="Format to write.")
+@click.option("--tp", default=1, type=click.IntRange(1), show_default=True, help="Tensor-parallel ranks to cut for.")
+@click.option("--pp", default=1, type=click.IntRange(1), show_default=True, help="Pipeline stages to cut for (legacy).")
+@click.option("--vpp", type=click.IntRange(2), help="Virtual pipeline chunks per stage (legacy).")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Cast; default: as stored.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file (hf, torch_dist).")
+@click.option("--workers", type=click.IntRange(1, 64), help="Threads; default: one per core, at most 8.")
+@click.option("--spec", type=click.Choice(["te", "local"]), default="te", help="Layer-norm names of legacy output.")
+@click.option("--hf-config", type=_FOLDER, help="Folder with config.json and tokenizer, if SRC carries none.")
+@click.option("--best", is_flag=True, help="From a run folder: the best checkpoint, not the latest.")
+@click.option("--dry-run", is_flag=True, help="Print the mapping, sizes and files; write nothing.")
+@click.option("--read-back", is_flag=True, help="Hash the whole output from disk before giving it its name.")
+@click.option("--allow-nonfinite", is_flag=True, help="Write weights that hold NaN or infinity.")
+@click.option("--trust-pickle", is_flag=True, help="Unpickle .pt/.bin files without the allow-list: runs their code.")
+@click.option("--overwrite", is_flag=True, help="Replace DST once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the receipt, or the plan.")
+def run(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given: Any) -> None:
+    """Convert SRC to DST."""
+    from checkpoint_convert import convert as engine
+    from checkpoint_convert.report import plan_lines, plan_report
+    from checkpoint_convert.sources import open_checkpoint
+
+    source = open_checkpoint(
+        src,
+        hf_config=given["hf_config"],
+        best=given["best"],
+        trust_pickle=given["trust_pickle"],
+        shapes_only=dry_run,
+    )
+    defaults = engine.Options(to="hf")
+    options = engine.Options(
+        to=to,  # type: ignore[arg-type]
+        tp=given["tp"],
+        pp=given["pp"],
+        vpp=given["vpp"],
+        dtype=given["dtype"],
+        max_shard_bytes=parse_size(given["max_shard_size"]),
+        workers=given["workers"] or defaults.workers,
+        local_names=given["spec"] == "local",
+        allow_nonfinite=given["allow_nonfinite"],
+        read_back=given["read_back"],
+        overwrite=given["overwrite"],
+    )
+    if dry_run:
+        report = plan_report(source, engine.plan(source, dst, options), dst, options)
+        click.echo(json.dumps(report) if as_json else "\n".join(plan_lines(report)))
+        return
+    receipt = engine.convert(source, dst, options)
+    if as_json:
+        click.echo(json.dumps(receipt))
+        return
+    ignored = ", ".join(f"{count} {what}" for what, count in receipt["source"]["ignored"].items())
+    click.echo(
+        f"{dst}: {len(receipt['tensors'])} tensors, {receipt['target']['bytes'] / 1e9:.2f} GB as {to} "
+        f"in {receipt['seconds']:.1f} s, peak memory {receipt['peak_rss_bytes'] / 2**30:.2f} GiB"
+        + (f"; left out: {ignored}" if ignored else "")
+    )
+
+
+@convert.command("verify")
+@click.argument("a", type=_FOLDER)
+@click.argument("b", type=_FOLDER)
+@click.option("--logits/--no-logits", default=True, help="Also compare logits and perplexity on a fixed text.")
+@click.option("--tolerance", type=float, help="Relative bound for logits, perplexity.  [default: 1e-5; 0.02 if cast]")
+@click.option("--hf-config", type=_FOLDER, help="Folder with config.json, for a checkpoint that carries none.")
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Threads.")
+@click.option("--trust-pickle", is_flag=True, help="Unpickle .pt/.bin files without the allow-list: runs their code.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(a: Path, b: Path, logits: bool, tolerance: float | None, as_json: bool, **given: Any) -> int:
+    """Prove that A and B, in any formats, are the same model. Exit 1 when they are not."""
+    from checkpoint_convert.report import verify_lines
+    from checkpoint_convert.sources import open_checkpoint
+    from checkpoint_convert.verify import verify as compare
+
+    opened = [
+        open_checkpoint(path, hf_config=given["hf_config"], trust_pickle=given["trust_pickle"]) for path in (a, b)
+    ]
+    result = compare(opened[0], opened[1], logits=logits, tolerance=tolerance, workers=given["workers"])
+    click.echo(json.dumps(result) if as_json else "\n".join(verify_lines(result)))
+    return 0 if result["ok"] else 1
