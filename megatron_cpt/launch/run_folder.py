@@ -84,6 +84,11 @@ def resolved_dict(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def resolved_yaml(config: RunConfig) -> str:
+    """The config with all defaults written out, as YAML."""
+    return yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True)
+
+
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[Change]:
     """Every leaf that differs, lists as a whole."""
     changes: list[Change] = []
@@ -125,7 +130,7 @@ def prepare_run_folder(
             hint="choose a new run_dir, or pass --accept-changes to continue this run with the new values",
         )
     _copy_side_files(model_dir, folder.hf)
-    _write_atomically(folder.resolved, yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True))
+    _write_atomically(folder.resolved, resolved_yaml(config))
     return folder, changes
 
 

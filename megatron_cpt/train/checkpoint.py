@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from megatron.core import __version__ as megatron_core_version
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -31,7 +30,7 @@ from megatron_cpt import __version__
 from megatron_cpt.budget import format_count
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.launch.run_folder import RunFolder, resolved_dict
+from megatron_cpt.launch.run_folder import RunFolder, resolved_yaml
 from megatron_cpt.train.checkpoint_folder import (
     Marker,
     checkpoint_path,
@@ -53,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Pending:
-    """A save that is being written: its fields for the marker, and whether it is the run's own last word."""
+    """A save that is being written, and the fields of its marker."""
 
     partial: Path
     fields: dict[str, Any]
@@ -116,7 +115,7 @@ class CheckpointManager:
         assert pending is not None
         if dist.get_rank() == 0:
             final = checkpoint_path(self.root, pending.fields["iteration"])
-            marker = seal(pending.partial, final, pending.fields)
+            marker = seal(pending.partial, final, resolved_yaml(self.config), pending.fields)
             if self.config.checkpoint.best_by is not None:
                 update_best(self.root, self.config.checkpoint.best_by, marker)
             self._retain()
@@ -136,8 +135,6 @@ class CheckpointManager:
             logger.warning("a checkpoint needs %s bytes, %s are free", format_count(expected), format_count(free))
         else:
             partial.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(resolved_dict(self.config), sort_keys=False, allow_unicode=True)
-            (partial / "resolved.yaml").write_text(text, encoding="utf-8")
 
     def expected_bytes(self) -> int:
         """Size of the next checkpoint: that of the newest one; 0 while there is none."""

@@ -88,11 +88,12 @@ def read_marker(path: Path) -> Marker | None:
         return None
 
 
-def seal(path: Path, final: Path, marker_fields: Mapping[str, Any]) -> Marker:
+def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[str, Any]) -> Marker:
     """Make a fully written checkpoint count: hash, rename `path` to `final`, write the marker, then `latest`.
 
     One process calls this, after every rank has flushed its files.
     """
+    (path / "resolved.yaml").write_text(resolved_config, encoding="utf-8")
     sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
     hashes = {name: _sha256(path / name) for name in _HASHED if name in sizes}
     marker = Marker(file_bytes=sizes, sha256=hashes, **marker_fields)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from synthetic_data import EOD, random_documents, write_dataset
 
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.schema import RunConfig
@@ -18,6 +17,7 @@ from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.sources import Dataset, Datasets, plan_sources
 from megatron_cpt.errors import DataError
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+from tests.synthetic_data import EOD, random_documents, write_dataset
 
 adapt_megatron_core_to_cpu()
 

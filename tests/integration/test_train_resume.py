@@ -1,0 +1,162 @@
+"""kill -9 at any moment, then the same command: the losses of the undisturbed run, bit by bit.
+
+`--kill-points N` kills N times in all (default 6), spread over three layouts.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_cpt.train.checkpoint_folder import complete_checkpoints, faults
+from megatron_cpt.train.metrics import read_metrics
+from tests.rank_pool import RankPool
+from tests.synthetic_data import random_documents, write_dataset
+from tests.synthetic_model import write_model
+
+LAYOUTS = {"PP2": {"pp": 2}, "TP2": {"tp": 2}, "DP2": {}}
+STEPS = 16
+Row = tuple[float, float, float]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    started = RankPool()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    write_model(folder / "model")
+    for name, seed in (("domain", 1), ("general", 2), ("held_out", 3)):
+        write_dataset(folder / name, random_documents(120, 128, seed))
+    return folder
+
+
+def write_config(work: Path, run: str, layout: dict[str, int], **changes: object) -> Path:
+    config = {
+        "job_name": "resume",
+        "run_dir": str(work / run),
+        "seed": 7,
+        "model": {"init_from": str(work / "model")},
+        "budget": {"train_tokens": 512 * STEPS, "warmup_tokens": 1024},
+        "batch": {"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 8},
+        "optimizer": {"lr": 2e-3, "min_lr": 1e-4},
+        "precision": {"dtype": "fp32"},
+        "parallel": {"gpus_per_node": 2, **layout},
+        "data": {
+            "train": [
+                {"name": "domain", "prefix": str(work / "domain"), "weight": 3},
+                {"name": "general", "prefix": str(work / "general"), "weight": 1},
+            ],
+            "validation": {"held_out": str(work / "held_out")},
+            "cache_dir": str(work / "index_cache"),
+        },
+        "eval": {"every": "6 iters"},
+        "checkpoint": {"save_every": "3 iters"},
+    } | changes
+    path = work / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def rows(run: Path) -> dict[object, Row]:
+    """iteration -> (loss, gradient norm, lr), and (iteration, set) -> validation loss."""
+    found: dict[object, Row] = {}
+    for row in read_metrics(run / "metrics.jsonl"):
+        if row.get("event") == "validation":
+            found[row["iteration"], row["name"]] = (row["loss"], row["tokens"], 0)
+        elif "event" not in row:
+            found[row["iteration"]] = (row["loss"], row["grad_norm"], row["lr"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pool: RankPool, work: Path) -> dict[str, dict[object, Row]]:
+    results = {}
+    for name, layout in LAYOUTS.items():
+        config = write_config(work, f"whole_{name}", layout)
+        assert pool.run(config, ranks=2, log=work / f"whole_{name}.log") == [0, 0]
+        results[name] = rows(work / f"whole_{name}")
+        assert {k for k in results[name] if isinstance(k, int)} == set(range(1, STEPS + 1))
+        assert {k[0] for k in results[name] if isinstance(k, tuple)} == {0, 6, 12, STEPS}
+    return results
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_killed_at_random_moments_the_losses_stay_the_same(
+    name: str, pool: RankPool, work: Path, undisturbed: dict[str, dict[object, Row]], request: pytest.FixtureRequest
+) -> None:
+    points = -(-int(request.config.getoption("--kill-points")) // len(LAYOUTS))
+    seed = int(request.config.getoption("--kill-seed")) or random.SystemRandom().randrange(1, 10**6)
+    print(f"--kill-seed {seed}")
+    rng = random.Random(f"{seed} {name}")
+    run, log = work / f"killed_{name}", work / f"killed_{name}.log"
+    config = write_config(work, run.name, LAYOUTS[name])
+    moments = []
+    while len(moments) < points:
+        pids = pool.start(config, ranks=2, log=log)
+        moment = wait_for_a_moment(rng, run, len(moments))
+        os.kill(rng.choice(pids), signal.SIGKILL)
+        codes = pool.wait()
+        if codes == [0, 0]:  # it finished first: from the beginning again
+            shutil.rmtree(run)
+            continue
+        assert -signal.SIGKILL in codes, log.read_text()[-3000:]
+        moments.append(moment)
+        for path, marker in complete_checkpoints(run / "checkpoints"):
+            assert faults(path, marker) == []
+    assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
+    assert rows(run) == undisturbed[name], f"--kill-seed {seed}: killed {moments}"
+
+
+def wait_for_a_moment(rng: random.Random, run: Path, number: int) -> str:
+    """Every other kill falls into a save, the others anywhere from the first import to the last step."""
+    deadline = time.monotonic() + 60
+    if number % 2:
+        before = {path.name for path in run.glob("checkpoints/iter_*")}
+        while time.monotonic() < deadline:
+            partial = [p.name for p in run.glob("checkpoints/*.partial-*") if p.name not in before]
+            if partial:
+                time.sleep(rng.uniform(0, 0.3))
+                return f"in the save of {partial[0]}"
+            time.sleep(0.002)
+    starts = len(list(run.glob("metrics.jsonl")))
+    moment = rng.uniform(0.3, 4.0)
+    time.sleep(moment)
+    return f"{moment:.2f} s after start ({starts})"
+
+
+def test_another_layout_continues_within_rounding(
+    pool: RankPool, work: Path, undisturbed: dict[str, dict[object, Row]]
+) -> None:
+    """PP2 for 9 steps, then TP2, then DP2: the same samples and, to 1e-6, the same losses."""
+    run, log = work / "moved", work / "moved.log"
+    for steps, layout in ((6, LAYOUTS["PP2"]), (11, LAYOUTS["TP2"]), (STEPS, LAYOUTS["DP2"])):
+        # the schedule is that of the whole budget: the run is stopped at `steps` by its switch file
+        config = write_config(work, run.name, layout)
+        pids = pool.start(config, ranks=2, log=log)
+        while steps < STEPS and not any(row == steps for row in rows(run)):
+            time.sleep(0.01)
+        if steps < STEPS:
+            os.kill(pids[1], signal.SIGUSR1)  # a rank that is not 0: all agree to stop
+        assert pool.wait() == ([75, 75] if steps < STEPS else [0, 0]), log.read_text()[-3000:]
+    moved, whole = rows(run), undisturbed["PP2"]
+    assert moved.keys() == whole.keys()
+    assert max(abs(moved[k][0] - whole[k][0]) for k in whole) <= 1e-6
+    starts = [row for row in read_metrics(run / "metrics.jsonl") if row.get("event") == "stopped"]
+    assert len(starts) == 2
+    # negative control: another seed is another run
+    other = write_config(work, "other_seed", LAYOUTS["PP2"], seed=8)
+    assert pool.run(other, ranks=2, log=log) == [0, 0]
+    assert max(abs(rows(work / "other_seed")[k][0] - whole[k][0]) for k in whole if isinstance(k, int)) > 1e-4

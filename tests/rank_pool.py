@@ -1,0 +1,107 @@
+"""Real training ranks for tests, started in a fraction of a second: forked from one process that has done the imports.
+
+Run as a program it is that process: it reads one JSON job per line, forks its ranks, and answers with their process
+ids and then with their exit codes, so that a test can kill, stop or signal them in between.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class RankPool:
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def start(
+        self, config: Path, *arguments: str, ranks: int, log: Path, env: dict[str, str] | None = None
+    ) -> list[int]:
+        """Start `ranks` ranks on `config` with the arguments of `megatron-cpt train`; their process ids."""
+        job = {"argv": [str(config), *arguments], "ranks": ranks, "log": str(log), "env": env or {}}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        pids: list[int] = self._answer()
+        return pids
+
+    def wait(self) -> list[int]:
+        """Exit codes of the ranks started last; -9 for one that was killed."""
+        codes: list[int] = self._answer()
+        return codes
+
+    def run(self, config: Path, *arguments: str, ranks: int, log: Path, env: dict[str, str] | None = None) -> list[int]:
+        self.start(config, *arguments, ranks=ranks, log=log, env=env)
+        return self.wait()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the process that starts the ranks has ended"
+        return json.loads(line)
+
+
+def _serve() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+
+    adapt_megatron_core_to_cpu()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    import megatron_cpt.train.setup  # noqa: F401  # all of torch and Megatron-Core, once
+    from megatron_cpt.train import rank as rank_module
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        pids = []
+        for rank in range(job["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                descriptor = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                os.environ.update(job["env"])
+                os.environ.update(
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(job["ranks"]),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                )
+                code = 1
+                try:
+                    for fault in filter(None, os.environ.get("TEST_FAULT", "").split(",")):
+                        module, _, function = fault.partition(":")
+                        getattr(__import__(module), function)()
+                    code = rank_module.main(job["argv"])
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+            pids.append(pid)
+        answers.write(json.dumps(pids) + "\n")
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        answers.write(json.dumps(codes) + "\n")
+
+
+if __name__ == "__main__":
+    _serve()
