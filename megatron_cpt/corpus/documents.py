@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any
 
 # Reasons that mean unreadable input rather than a choice of the user; `max_reject_ratio` counts only these.
 BAD_INPUT_REASONS = frozenset(
@@ -24,6 +26,7 @@ class Batch:
     path: str
     texts: list[str]
     places: list[int]
+    metadata: list[dict[str, Any]] | None = None  # the kept keys of each document
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -31,9 +34,13 @@ class Batch:
     def keep(self, wanted: Sequence[bool]) -> Batch:
         return Batch(
             self.path,
-            [text for text, keep in zip(self.texts, wanted, strict=True) if keep],
-            [place for place, keep in zip(self.places, wanted, strict=True) if keep],
+            list(compress(self.texts, wanted)),
+            list(compress(self.places, wanted)),
+            None if self.metadata is None else list(compress(self.metadata, wanted)),
         )
+
+    def with_texts(self, texts: list[str]) -> Batch:
+        return Batch(self.path, texts, self.places, self.metadata)
 
 
 @dataclass(slots=True)

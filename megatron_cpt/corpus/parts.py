@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import orjson
 
-from megatron_cpt.corpus.documents import Ledger
+from megatron_cpt.corpus.documents import Batch, Ledger
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -41,10 +41,33 @@ class UnitRecord:
     reject_counts: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as token ids: flat ids, tokens per sequence (all > 0), sequences per document (0 if empty)."""
+
+    ids: Array
+    sequence_lengths: Array
+    sequences_per_document: Array
+
+    def document_tokens(self) -> Array:
+        ends = np.concatenate(([0], np.cumsum(self.sequence_lengths)))
+        last = np.cumsum(self.sequences_per_document)
+        return ends[last] - ends[last - self.sequences_per_document]  # type: ignore[no-any-return]
+
+    def select(self, wanted: Array) -> Encoded:
+        """Only the wanted documents (a boolean per document)."""
+        sequences = np.repeat(wanted, self.sequences_per_document)
+        return Encoded(
+            self.ids[np.repeat(sequences, self.sequence_lengths)],
+            self.sequence_lengths[sequences],
+            self.sequences_per_document[wanted],
+        )
+
+
 class PartWriter:
     """Streams the documents of one unit and split to disk; only the lengths stay in memory."""
 
-    def __init__(self, folder: Path, unit: int, split: str, dtype: str) -> None:
+    def __init__(self, folder: Path, unit: int, split: str, dtype: str, with_metadata: bool) -> None:
         self._final = part_path(folder, unit, split)
         # named by process: a worker that outlives its killed parent must not touch the next run's part
         self._path = self._final.with_name(f"{self._final.name}.{os.getpid()}")
@@ -53,12 +76,17 @@ class PartWriter:
         self._lengths: list[Array] = []
         self._sequences: list[Array] = []
         self._tokens = 0
+        self._metadata = metadata_path(folder, unit, split).open("wb") if with_metadata else None
 
-    def write(self, ids: Array, sequence_lengths: Array, sequences_per_document: Array) -> None:
-        self._file.write(ids.astype(self._dtype, copy=False).tobytes())
-        self._lengths.append(sequence_lengths.astype(np.int32))
-        self._sequences.append(sequences_per_document.astype(np.int32))
-        self._tokens += len(ids)
+    def write(self, encoded: Encoded, batch: Batch) -> None:
+        """Append the documents of `batch`, already encoded."""
+        self._file.write(encoded.ids.astype(self._dtype, copy=False).data)
+        self._lengths.append(encoded.sequence_lengths.astype(np.int32))
+        self._sequences.append(encoded.sequences_per_document.astype(np.int32))
+        self._tokens += len(encoded.ids)
+        if self._metadata is not None and batch.metadata is not None:
+            for place, metadata in zip(batch.places, batch.metadata, strict=True):
+                self._metadata.write(orjson.dumps({"file": batch.path, "line": place, **metadata}) + b"\n")
 
     def close(self) -> PartCounts:
         for pieces in (self._lengths, self._sequences):
@@ -66,12 +94,18 @@ class PartWriter:
                 self._file.write(piece.tobytes())
         self._file.close()
         self._path.replace(self._final)
+        if self._metadata is not None:
+            self._metadata.close()
         documents = sum(map(len, self._sequences))
         return PartCounts(documents, sum(map(len, self._lengths)), self._tokens)
 
 
 def part_path(folder: Path, unit: int, split: str) -> Path:
     return folder / f"{unit:06d}.{split}.part"
+
+
+def metadata_path(folder: Path, unit: int, split: str) -> Path:
+    return folder / f"{unit:06d}.{split}.documents.jsonl"
 
 
 def record_path(folder: Path, unit: int) -> Path:
@@ -138,10 +172,3 @@ def parts_are_whole(folder: Path, record: UnitRecord, dtype: str) -> bool:
         return path.stat().st_size if path.exists() else -1
 
     return all(size(split) == part_bytes(counts, dtype) for split, counts in record.parts.items())
-
-
-def iterate_rejects(folder: Path, unit: int) -> Iterator[dict[str, Any]]:
-    path = rejects_path(folder, unit)
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)

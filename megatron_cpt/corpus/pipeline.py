@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cpt.corpus.chunking import chunk_texts, chunk_tokens
 from megatron_cpt.corpus.documents import Batch, Ledger
-from megatron_cpt.corpus.parts import PartWriter, UnitRecord, commit_unit
+from megatron_cpt.corpus.parts import Array, Encoded, PartWriter, UnitRecord, commit_unit
 from megatron_cpt.corpus.readers import read_unit
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.sources import Unit
@@ -38,7 +39,10 @@ def process_unit(job: Job, unit: Unit) -> UnitRecord:
     """Read, clean, tokenise and commit one unit; returns its record."""
     ledger = Ledger()
     steps = [drop_empty] if not job.corpus.keep_empty_documents else []
-    writers = {s: PartWriter(job.staging, unit.index, s, job.tokenizer.dtype) for s in job.splits}
+    writers = {
+        split: PartWriter(job.staging, unit.index, split, job.tokenizer.dtype, bool(unit.metadata))
+        for split in job.splits
+    }
     for batch in read_unit(unit, ledger, job.corpus.max_document_bytes):
         for step in steps:
             batch = step(batch, ledger)
@@ -64,35 +68,49 @@ def drop_empty(batch: Batch, ledger: Ledger) -> Batch:
 
 
 def _encode(job: Job, batch: Batch, ledger: Ledger, writers: dict[str, PartWriter]) -> None:
-    """Tokenise a batch, end its documents, and give each split its documents."""
-    tokenizer = job.tokenizer
-    ids, lengths = tokenizer.encode_batch(batch.texts)
-    if job.corpus.special_tokens_in_text == "reject" and tokenizer.special_ids:
-        batch, ids, lengths = _reject_special(tokenizer, batch, ledger, ids, lengths)
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
-        raise AssertionError(f"{tokenizer.backend} gave an id outside 0..{tokenizer.vocab_size - 1}")
-    if job.corpus.append_eod:
-        ids, lengths = append_eod(ids, lengths, tokenizer.eod_id)
+    """Tokenise a batch, cut and end its documents, and give each split its documents."""
+    batch, encoded = encode_documents(job, batch, ledger)
     if len(writers) == 1:
-        _write(next(iter(writers.values())), ids, lengths)
+        next(iter(writers.values())).write(encoded, batch)
         return
     owner = np.array(split_of(batch.texts, job.corpus.split))
     for index, writer in enumerate(writers.values()):
         mine = owner == index
-        _write(writer, ids[np.repeat(mine, lengths)], lengths[mine])
+        writer.write(encoded.select(mine), batch.keep(mine.tolist()))
 
 
-def _write(writer: PartWriter, ids: Ids, lengths: Lengths) -> None:
-    """One sequence per document; a document without tokens has none (Megatron's convention)."""
-    filled = lengths > 0
-    writer.write(ids, lengths[filled], filled)
+def encode_documents(job: Job, batch: Batch, ledger: Ledger) -> tuple[Batch, Encoded]:
+    """Token ids of a batch by the corpus's chunking, EOD and special-token rules."""
+    tokenizer, chunking = job.tokenizer, job.corpus.chunking
+    pieces, per_document = batch.texts, np.ones(len(batch), np.int64)
+    if chunking.mode in ("characters", "sentences"):
+        pieces, per_document = chunk_texts(batch.texts, chunking.mode, chunking.size, chunking.overlap)
+    ids, lengths = tokenizer.encode_batch(pieces)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+        raise AssertionError(f"{tokenizer.backend} gave an id outside 0..{tokenizer.vocab_size - 1}")
+    if job.corpus.append_eod:
+        ids, lengths = append_eod(ids, lengths, per_document, tokenizer.eod_id)
+    if chunking.mode == "tokens":
+        ids, lengths, per_document = chunk_tokens(ids, lengths, chunking.size, chunking.overlap)
+    filled = lengths > 0  # a document without tokens has no sequence (Megatron's convention)
+    if not filled.all():
+        owner = np.repeat(np.arange(len(batch)), per_document)
+        per_document = np.bincount(owner[filled], minlength=len(batch))
+        lengths = lengths[filled]
+    encoded = Encoded(ids, lengths, per_document)
+    if job.corpus.special_tokens_in_text == "reject" and tokenizer.special_ids:
+        return _reject_special(job, batch, ledger, encoded)
+    return batch, encoded
 
 
-def append_eod(ids: Ids, lengths: Lengths, eod_id: int) -> tuple[Ids, Lengths]:
-    """End every document that has tokens with `eod_id`, in one pass over the flat ids."""
-    filled = lengths > 0
-    longer = lengths + filled
-    ends = (np.cumsum(longer) - 1)[filled]
+def append_eod(ids: Ids, lengths: Lengths, per_document: Array, eod_id: int) -> tuple[Ids, Lengths]:
+    """End every document that has tokens with `eod_id`, on its last piece, in one pass over the flat ids."""
+    last = np.cumsum(per_document) - 1
+    tokens = np.concatenate(([0], np.cumsum(lengths)))
+    filled = tokens[last + 1] > tokens[last + 1 - per_document]
+    longer = lengths.copy()
+    longer[last[filled]] += 1
+    ends = (np.cumsum(longer) - 1)[last[filled]]
     out = np.empty(int(longer.sum()), np.int32)
     is_text = np.ones(len(out), bool)
     is_text[ends] = False
@@ -101,18 +119,16 @@ def append_eod(ids: Ids, lengths: Lengths, eod_id: int) -> tuple[Ids, Lengths]:
     return out, longer
 
 
-def _reject_special(
-    tokenizer: CorpusTokenizer, batch: Batch, ledger: Ledger, ids: Ids, lengths: Lengths
-) -> tuple[Batch, Ids, Lengths]:
-    """Reject documents in which a special token is spelled out."""
-    special = np.isin(ids, np.array(sorted(tokenizer.special_ids), np.int32))
-    if not special.any():
-        return batch, ids, lengths
-    document_of_token = np.repeat(np.arange(len(lengths)), lengths)
-    wanted = np.ones(len(lengths), bool)
-    wanted[document_of_token[special]] = False
-    kept = ledger.reject_where(batch, wanted.tolist(), "special_token_in_text")
-    return kept, ids[np.repeat(wanted, lengths)], lengths[wanted]
+def _reject_special(job: Job, batch: Batch, ledger: Ledger, encoded: Encoded) -> tuple[Batch, Encoded]:
+    """Reject documents in which a special token is spelled out (the EOD that ends them does not count)."""
+    special = np.isin(encoded.ids, np.array(sorted(job.tokenizer.special_ids), np.int32))
+    document_tokens = encoded.document_tokens()
+    found = np.bincount(np.repeat(np.arange(len(batch)), document_tokens)[special], minlength=len(batch))
+    allowed = (document_tokens > 0) & job.corpus.append_eod & (job.tokenizer.eod_id in job.tokenizer.special_ids)
+    wanted = found <= allowed
+    if wanted.all():
+        return batch, encoded
+    return ledger.reject_where(batch, wanted.tolist(), "special_token_in_text"), encoded.select(wanted)
 
 
 def sample_texts(units: Sequence[Unit], max_document_bytes: int, wanted_chars: int = 1 << 18) -> list[str]:

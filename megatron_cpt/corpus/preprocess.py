@@ -13,10 +13,18 @@ from megatron_cpt.corpus.assemble import Assembly, write_dataset
 from megatron_cpt.corpus.manifest import Manifest, bin_path, manifest_path, read_manifest
 from megatron_cpt.corpus.parts import UnitRecord, parts_are_whole, read_record
 from megatron_cpt.corpus.pipeline import WHOLE, Job, process_unit, sample_texts, worker_count
-from megatron_cpt.corpus.rejects import absolute_rejects, check_bad_input, count_rejects, write_rejects
+from megatron_cpt.corpus.registry import resolve_datasets
+from megatron_cpt.corpus.rejects import (
+    absolute_metadata,
+    absolute_rejects,
+    check_bad_input,
+    count_rejects,
+    write_json_lines,
+)
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.sources import Unit, plan_units
 from megatron_cpt.corpus.staging import plan_fingerprint, staging_folder, staging_path
+from megatron_cpt.corpus.standard_input import standard_input_as_file
 from megatron_cpt.corpus.tokenizer import load_tokenizer
 from megatron_cpt.corpus.workers import run_units
 from megatron_cpt.errors import CptError, DataError
@@ -55,6 +63,13 @@ def preprocess(
     `start_progress(total_bytes)` gives a function that is called with each finished unit.
     Raises DataError for bad input, a second writer, or other datasets under the same prefix.
     """
+    with standard_input_as_file(resolve_datasets(corpus)) as resolved:
+        return _preprocess(resolved, workers, overwrite, start_progress)
+
+
+def _preprocess(
+    corpus: Corpus, workers: int | None, overwrite: bool, start_progress: Callable[[int], Progress] | None
+) -> Outcome:
     units = plan_units(corpus)
     tokenizer = load_tokenizer(
         corpus.tokenizer,
@@ -162,7 +177,7 @@ def _finish(
     rejects = count_rejects(records)
     _check_not_empty(records, prefixes, documents_read, rejects)
     rejects_file = Path(f"{corpus.output_prefix}.rejects.jsonl")
-    write_rejects(rejects_file, absolute_rejects(job.staging, units, records))
+    write_json_lines(rejects_file, absolute_rejects(job.staging, units, records))
     assembly = Assembly(
         staging=job.staging,
         records=records,
@@ -173,6 +188,9 @@ def _finish(
         rejects=rejects,
         config=corpus.model_dump(mode="json") | {"plan": fingerprint, "documents_read": documents_read},
     )
+    for split, prefix in prefixes.items():
+        rows = absolute_metadata(job.staging, units, records, split)
+        write_json_lines(Path(f"{prefix}.documents.jsonl"), rows)
     datasets = {prefix: write_dataset(assembly, split, prefix) for split, prefix in prefixes.items()}
     return Outcome(datasets, documents_read, rejects, str(rejects_file) if rejects else None)
 

@@ -6,14 +6,17 @@ Blank lines are not documents.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import orjson
 
+from megatron_cpt.corpus.compression import COMPRESSED_SUFFIXES, open_input
 from megatron_cpt.corpus.documents import Batch, Ledger
+from megatron_cpt.corpus.html_text import html_to_text
 from megatron_cpt.corpus.sources import Unit
-from megatron_cpt.errors import DataError
+from megatron_cpt.corpus.text_field import FieldError, text_field
 
 BATCH_BYTES = 4 << 20
 
@@ -22,26 +25,20 @@ def read_unit(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Iterator[B
     """Documents of a unit in order; `ledger.documents_read` counts every document met, readable or not."""
     if unit.format == "jsonl":
         yield from _read_jsonl(unit, ledger, max_document_bytes)
-    elif unit.format == "text":
-        yield from _read_text_files(unit, ledger, max_document_bytes)
+    elif unit.format in ("text", "html"):
+        yield from _read_whole_files(unit, ledger, max_document_bytes)
     else:
-        from megatron_cpt.corpus.readers_columnar import read_parquet
+        from megatron_cpt.corpus.readers_columnar import read_columnar
 
-        yield from read_parquet(unit, ledger, max_document_bytes)
-
-
-def open_input(path: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", hint="check the file and its permissions") from error
+        yield from read_columnar(unit, ledger, max_document_bytes)
 
 
 def _read_jsonl(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Iterator[Batch]:
     path = unit.paths[0]
+    stop = sys.maxsize if path.endswith(COMPRESSED_SUFFIXES) else unit.stop
     with open_input(path) as file:
-        for block in _line_blocks(file, unit.start, unit.stop, max_document_bytes):
-            yield parse_lines(path, block, unit.text_key, ledger, max_document_bytes)
+        for block in _line_blocks(file, unit.start, stop, max_document_bytes):
+            yield parse_lines(unit, block, ledger, max_document_bytes)
 
 
 def _line_blocks(file: BinaryIO, start: int, stop: int, max_line_bytes: int) -> Iterator[bytes]:
@@ -78,29 +75,32 @@ def _skip_line(file: BinaryIO) -> int:
     return skipped
 
 
-def parse_lines(path: str, block: bytes, text_key: str, ledger: Ledger, max_document_bytes: int) -> Batch:
+def parse_lines(unit: Unit, block: bytes, ledger: Ledger, max_document_bytes: int) -> Batch:
     """Documents of a block of jsonl lines. Tries the whole block first: a bad line is rare, a loop is slow."""
     lines = block.split(b"\n")
     if not lines[-1]:
         lines.pop()
     first_place = ledger.lines_read + 1
     ledger.lines_read += len(lines)
-    try:
-        texts = [orjson.loads(line)[text_key] for line in lines]
-        if all(type(text) is str for text in texts) and max(map(len, lines)) <= max_document_bytes:
-            ledger.documents_read += len(lines)
-            return Batch(path, texts, list(range(first_place, first_place + len(lines))))
-    except (ValueError, KeyError, TypeError, IndexError):
-        pass
-    return _parse_one_by_one(path, lines, first_place, text_key, ledger, max_document_bytes)
+    field = text_field(unit.text_field)
+    if field.simple and not unit.metadata:
+        try:
+            texts = [orjson.loads(line)[field.field] for line in lines]
+            if all(type(text) is str for text in texts) and max(map(len, lines)) <= max_document_bytes:
+                ledger.documents_read += len(lines)
+                return Batch(unit.paths[0], texts, list(range(first_place, first_place + len(lines))))
+        except (ValueError, KeyError, TypeError, IndexError):
+            pass
+    return _parse_one_by_one(unit, lines, first_place, ledger, max_document_bytes)
 
 
 def _parse_one_by_one(
-    path: str, lines: list[bytes], first_place: int, text_key: str, ledger: Ledger, max_document_bytes: int
+    unit: Unit, lines: list[bytes], first_place: int, ledger: Ledger, max_document_bytes: int
 ) -> Batch:
-    batch = Batch(path, [], [])
+    path = unit.paths[0]
+    batch = Batch(path, [], [], [] if unit.metadata else None)
     for place, line in enumerate(lines, first_place):
-        if first_place == place == 1:
+        if place == 1 and unit.start == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
             continue
@@ -109,28 +109,20 @@ def _parse_one_by_one(
             ledger.reject(path, place, "document_too_long", f"more than {max_document_bytes:,} bytes")
             continue
         try:
-            value = orjson.loads(line)
+            add_record(batch, unit, orjson.loads(line), place)
         except orjson.JSONDecodeError as error:
             ledger.reject(path, place, _json_reason(line, str(error)), str(error))
-            continue
-        text = text_of(value, text_key, path, place, ledger)
-        if text is not None:
-            batch.texts.append(text)
-            batch.places.append(place)
+        except FieldError as error:
+            ledger.reject(path, place, error.reason, error.detail)
     return batch
 
 
-def text_of(value: Any, text_key: str, path: str, place: int, ledger: Ledger) -> str | None:
-    """The text of one parsed record, or None after a reject."""
-    if not isinstance(value, dict):
-        ledger.reject(path, place, "not_an_object", f"a JSON {type(value).__name__}")
-    elif text_key not in value:
-        ledger.reject(path, place, "missing_key", f"no key {text_key!r}; keys: {', '.join(map(str, value))}")
-    elif not isinstance(value[text_key], str):
-        ledger.reject(path, place, "text_not_a_string", f"{text_key!r} is {type(value[text_key]).__name__}")
-    else:
-        return str(value[text_key])
-    return None
+def add_record(batch: Batch, unit: Unit, record: Any, place: int) -> None:
+    """Append one parsed record to the batch. Raises FieldError when it has no text."""
+    batch.texts.append(text_field(unit.text_field).text_of(record))
+    batch.places.append(place)
+    if batch.metadata is not None:
+        batch.metadata.append({key: record.get(key) for key in unit.metadata})
 
 
 def _json_reason(line: bytes, message: str) -> str:
@@ -142,8 +134,8 @@ def _json_reason(line: bytes, message: str) -> str:
     return "lone_surrogate" if "surrogate" in message else "invalid_json"
 
 
-def _read_text_files(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Iterator[Batch]:
-    """One document per file. Batches hold one file, so that the path of a reject is exact."""
+def _read_whole_files(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Iterator[Batch]:
+    """One document per file, named by its path in the metadata if asked for."""
     for path in unit.paths:
         ledger.documents_read += 1
         with open_input(path) as file:
@@ -152,6 +144,9 @@ def _read_text_files(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Ite
             ledger.reject(path, 1, "document_too_long", f"more than {max_document_bytes:,} bytes")
             continue
         try:
-            yield Batch(path, [data.decode("utf-8-sig")], [1])
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             ledger.reject(path, 1, "invalid_utf8", str(error))
+            continue
+        text = html_to_text(text) if unit.format == "html" else text
+        yield Batch(path, [text], [1], [dict.fromkeys(unit.metadata, path)] if unit.metadata else None)

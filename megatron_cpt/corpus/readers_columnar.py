@@ -1,4 +1,4 @@
-"""Parquet: row groups are the ranges that workers share, and record batches bound the memory."""
+"""Parquet and Arrow: row groups are the ranges that workers share, and record batches bound the memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_cpt.corpus.documents import Batch, Ledger
+from megatron_cpt.corpus.readers import add_record
 from megatron_cpt.corpus.sources import Unit
+from megatron_cpt.corpus.text_field import FieldError, text_field
 from megatron_cpt.errors import DataError
 
 ROWS_PER_BATCH = 1024
@@ -28,40 +30,84 @@ def row_group_ranges(path: str, unit_bytes: int) -> Iterator[tuple[int, int, int
             start, uncompressed, compressed = index + 1, 0, 0
 
 
-def read_parquet(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Iterator[Batch]:
-    """Documents of a range of row groups. Places are rows counted from the start of the unit."""
+def read_columnar(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Iterator[Batch]:
+    """Documents of a Parquet or Arrow unit. Places are rows counted from the start of the unit."""
     path = unit.paths[0]
-    file = _open(path)
-    names = file.schema_arrow.names
-    if unit.text_key not in names:
-        raise DataError(f"{path} has no column {unit.text_key!r}", hint=f"its columns: {', '.join(names)}")
-    column = file.schema_arrow.field(unit.text_key).type
-    if not (pa.types.is_string(column) or pa.types.is_large_string(column)):
-        raise DataError(f"{path}: column {unit.text_key!r} is {column}, not text", hint="choose another column")
-    groups = list(range(unit.start, unit.stop))
+    wanted = sorted({key.split(".")[0] for key in (*text_field(unit.text_field).keys, *unit.metadata)})
     try:
-        for rows in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=[unit.text_key]):
-            yield column_batch(path, rows.column(0), ledger, max_document_bytes)
+        for rows in _parquet_rows(unit, wanted) if unit.format == "parquet" else _arrow_rows(unit, wanted):
+            rows.validate()
+            for start in range(0, rows.num_rows, ROWS_PER_BATCH):
+                yield _batch(unit, rows.slice(start, ROWS_PER_BATCH), ledger, max_document_bytes)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged: {error}", hint="copy it again") from error
 
 
-def column_batch(path: str, column: Any, ledger: Ledger, max_document_bytes: int) -> Batch:
-    """One batch from a column of strings; null and over-long values are rejects."""
-    values: list[Any] = column.to_pylist()
-    first = ledger.lines_read + 1
-    ledger.lines_read += len(values)
-    ledger.documents_read += len(values)
-    batch = Batch(path, [], [])
-    for place, value in enumerate(values, first):
-        if not isinstance(value, str):
-            ledger.reject(path, place, "text_not_a_string", "null")
-        elif len(value) > max_document_bytes:
-            ledger.reject(path, place, "document_too_long", f"more than {max_document_bytes:,} characters")
-        else:
-            batch.texts.append(value)
-            batch.places.append(place)
+def _parquet_rows(unit: Unit, columns: list[str]) -> Iterator[Any]:
+    file = _open(unit.paths[0])
+    _check_columns(unit, file.schema_arrow, columns)
+    groups = list(range(unit.start, unit.stop))
+    return iter(file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=columns))
+
+
+def _arrow_rows(unit: Unit, columns: list[str]) -> Iterator[Any]:
+    """Record batches of an Arrow file, in the file format or the stream format of datasets.save_to_disk."""
+    with pa.memory_map(unit.paths[0]) as source:
+        try:
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pa.ArrowInvalid:
+            source.seek(0)
+            batches = reader = pa.ipc.open_stream(source)
+        _check_columns(unit, reader.schema, columns)
+        for rows in batches:
+            yield rows.select(columns)
+
+
+def _check_columns(unit: Unit, schema: Any, columns: list[str]) -> None:
+    if missing := [name for name in columns if name not in schema.names]:
+        raise DataError(
+            f"{unit.paths[0]} has no column {missing[0]!r}",
+            hint=f"its columns: {', '.join(schema.names)}; name the text's with --json-key (`text:` of the source)",
+        )
+    field = text_field(unit.text_field)
+    if field.simple and field.field in schema.names:
+        column = schema.field(field.field).type
+        if not (pa.types.is_string(column) or pa.types.is_large_string(column)):
+            raise DataError(
+                f"{unit.paths[0]}: column {field.field!r} is {column}, not text", hint="choose another column"
+            )
+
+
+def _batch(unit: Unit, rows: Any, ledger: Ledger, max_document_bytes: int) -> Batch:
+    """One batch of documents; null and over-long values are rejects."""
+    path, first = unit.paths[0], ledger.lines_read + 1
+    ledger.lines_read += rows.num_rows
+    ledger.documents_read += rows.num_rows
+    if text_field(unit.text_field).simple and not unit.metadata and rows.num_columns == 1:
+        texts = _values(rows.column(0))
+        if texts is not None and all(type(text) is str and len(text) <= max_document_bytes for text in texts):
+            return Batch(path, texts, list(range(first, first + len(texts))))
+    batch = Batch(path, [], [], [] if unit.metadata else None)
+    for place in range(first, first + rows.num_rows):
+        try:
+            add_record(batch, unit, rows.slice(place - first, 1).to_pylist()[0], place)
+        except UnicodeDecodeError as error:
+            ledger.reject(path, place, "invalid_utf8", str(error))
+        except FieldError as error:
+            ledger.reject(path, place, error.reason, error.detail)
+    too_long = [len(text) > max_document_bytes for text in batch.texts]
+    if any(too_long):
+        return ledger.reject_where(batch, [not long for long in too_long], "document_too_long")
     return batch
+
+
+def _values(column: Any) -> list[Any] | None:
+    """The column as Python values, or None when one of them is not UTF-8 (Parquet does not promise it)."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return None
 
 
 def _open(path: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
-from megatron_cpt.corpus.parts import UnitRecord, iterate_rejects
+from megatron_cpt.corpus.parts import UnitRecord, metadata_path, rejects_path
 from megatron_cpt.corpus.sources import Unit
 from megatron_cpt.errors import DataError
 
@@ -26,21 +26,42 @@ def count_rejects(records: Sequence[UnitRecord]) -> dict[str, int]:
 
 def absolute_rejects(staging: Path, units: Sequence[Unit], records: Sequence[UnitRecord]) -> Iterator[dict[str, Any]]:
     """Every reject in input order, its line counted from the start of the file."""
-    lines_before: Counter[tuple[str, str]] = Counter()  # (source, path) -> lines in its earlier units
+    for unit, lines_before in _lines_before(units, records):
+        for reject in _json_lines(rejects_path(staging, unit.index)):
+            yield reject | {"line": reject["line"] + lines_before}
+
+
+def absolute_metadata(
+    staging: Path, units: Sequence[Unit], records: Sequence[UnitRecord], split: str
+) -> Iterator[dict[str, Any]]:
+    """Source, file, line and the kept keys of every document of a split, in the order of the dataset."""
+    for unit, lines_before in _lines_before(units, records):
+        for entry in _json_lines(metadata_path(staging, unit.index, split)):
+            yield {"source": unit.source} | entry | {"line": entry["line"] + lines_before}
+
+
+def _lines_before(units: Sequence[Unit], records: Sequence[UnitRecord]) -> Iterator[tuple[Unit, int]]:
+    """Each unit with the number of lines of its file that earlier units hold."""
+    before: Counter[tuple[str, str]] = Counter()
     for unit, record in zip(units, records, strict=True):
         key = (unit.source, unit.paths[0])
-        for reject in iterate_rejects(staging, unit.index):
-            yield reject | {"line": reject["line"] + lines_before[key]}
-        lines_before[key] += record.lines_read
+        yield unit, before[key]
+        before[key] += record.lines_read
 
 
-def write_rejects(path: Path, rejects: Iterator[dict[str, Any]]) -> None:
-    """Write one JSON object per reject; without any, no file (and an old one is removed)."""
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def write_json_lines(path: Path, entries: Iterator[dict[str, Any]]) -> None:
+    """Write one JSON object per line; without any, no file (and an old one is removed)."""
     partial = path.with_name(path.name + ".partial")
     count = 0
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for count, reject in enumerate(rejects, 1):  # noqa: B007
-            file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+        for count, entry in enumerate(entries, 1):  # noqa: B007
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     if count:
         partial.replace(path)
     else:

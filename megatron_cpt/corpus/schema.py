@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from megatron_cpt.errors import ConfigError
 
-Format = Literal["auto", "jsonl", "parquet", "text"]
+Format = Literal["auto", "jsonl", "parquet", "arrow", "text", "html"]
 
 
 class Section(BaseModel):
@@ -26,21 +26,44 @@ class Source(Section):
     """One named source: which files, how to find the text in them."""
 
     name: str = Field("corpus", description="Name in the manifest, the report and reject records.")
-    files: tuple[str, ...] = Field(description="Files, folders or globs, relative to the working directory.")
+    files: tuple[str, ...] = Field(
+        (), description="Files, folders or globs, relative to the working directory; `-` is jsonl on standard input."
+    )
+    dataset: str | None = Field(None, description="Name in the registry file, instead of files.")
     format: Format = Field("auto", description="File format; auto goes by the file names.")
-    text: str = Field("text", description="Key of the text in jsonl and parquet.")
+    text: str = Field("text", description="Key of the text: `text`, `meta.body`, or a template `{title}\\n\\n{body}`.")
+    metadata: tuple[str, ...] = Field(
+        (), description="Keys kept for each document in PREFIX.documents.jsonl, such as id and url."
+    )
 
     @field_validator("files", mode="before")
     @classmethod
     def _one_file(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("files")
-    @classmethod
-    def _some_file(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("names no file")
-        return value
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if bool(self.files) == (self.dataset is not None):
+            raise ValueError("needs either files or dataset")
+        return self
+
+
+class Chunking(Section):
+    """How documents are cut into sequences."""
+
+    mode: Literal["documents", "tokens", "characters", "sentences"] = Field(
+        "documents", description="documents: whole, packed at training; else windows of `size`."
+    )
+    size: int = Field(32_768, gt=0, description="Window length, in tokens (mode tokens) or characters.")
+    overlap: int = Field(0, ge=0, description="Repeated from the window before, in the unit of size.")
+
+    @model_validator(mode="after")
+    def _advances(self) -> Chunking:
+        if self.overlap >= self.size:
+            raise ValueError(f"overlap {self.overlap} must be less than size {self.size}")
+        if self.overlap and self.mode in ("documents", "sentences"):
+            raise ValueError(f"mode {self.mode} has no overlap")
+        return self
 
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -63,6 +86,8 @@ class Corpus(Section):
     split: dict[str, Fraction] = Field(
         default_factory=dict, description="Name -> fraction of documents; each gives PREFIX_NAME. Empty: one dataset."
     )
+    chunking: Chunking = Field(Chunking(), description="Documents into sequences.")
+    registry: str | None = Field(None, description="JSON or YAML file: dataset name -> {files, text, format}.")
     max_reject_ratio: float = Field(
         0.001, ge=0, le=1, description="Fail when more than this ratio of the documents cannot be read."
     )
@@ -106,20 +131,21 @@ def parse_corpus(raw: dict[str, Any], where: str) -> Corpus:
         return Corpus.model_validate(raw)
     except ValidationError as error:
         problems = [_problem(dict(item)) for item in error.errors()]
-        hints = [hint for _, hint in problems if hint]
-        message = "\n".join(f"{where}: {text}" for text, _ in problems)
-        raise ConfigError(message, hint=hints[0] if hints else "docs/corpus-reference.md lists the keys") from error
+        message = "\n".join(f"{where}: {problem}" for problem in problems)
+        raise ConfigError(message, hint="docs/corpus-reference.md lists the keys") from error
 
 
-def _problem(item: dict[str, Any]) -> tuple[str, str | None]:
+def _problem(item: dict[str, Any]) -> str:
     """One line for one pydantic error, and a near match for an unknown key."""
     place = ".".join(str(part) for part in item["loc"]) or "corpus"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(item["loc"][:-1]), n=1)
-        return f"{place}: unknown key", f"did you mean {near[0]!r}?" if near else None
+        keys = _keys_at(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
+        guess = f"did you mean {near[0]!r}?" if near else f"keys there: {', '.join(keys)}"
+        return f"{place}: unknown key; {guess}"
     if item["type"] == "missing":
-        return f"{place}: is required", None
-    return f"{place}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r:.80})", None
+        return f"{place}: is required"
+    return f"{place}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r:.80})"
 
 
 def _keys_at(location: tuple[Any, ...]) -> list[str]:

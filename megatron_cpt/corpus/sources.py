@@ -12,13 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_cpt.corpus.compression import COMPRESSED_SUFFIXES
 from megatron_cpt.corpus.schema import Corpus, Source
 from megatron_cpt.errors import DataError
 
-FileFormat = Literal["jsonl", "parquet", "text"]
-FORMAT_OF_SUFFIX: dict[str, FileFormat] = {
-    ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text",
-}  # fmt: skip
+FileFormat = Literal["jsonl", "parquet", "arrow", "text", "html"]
+_SUFFIXES: dict[FileFormat, str] = {
+    "jsonl": ".jsonl .json .ndjson",
+    "parquet": ".parquet",
+    "arrow": ".arrow .feather",
+    "html": ".html .htm .xhtml",
+    "text": ".txt .md .rst .tex .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .java .kt .scala .js .jsx .ts .tsx "
+    ".go .rs .rb .php .cs .swift .m .r .jl .lua .pl .sh .bash .sql .css .yaml .yml .toml .cmake .f90 .hs .ml .v .vhd",
+}
+FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+# Small files that datasets.save_to_disk leaves beside its Arrow files.
+_SAVE_TO_DISK_FILES = frozenset({"state.json", "dataset_info.json"})
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS_WANTED = 1 << 20, 16 << 20, 64
 
@@ -37,8 +46,9 @@ class Unit:
     index: int
     source: str
     format: FileFormat
-    text_key: str
-    paths: tuple[str, ...]  # several for small text files, else one
+    text_field: str
+    metadata: tuple[str, ...]
+    paths: tuple[str, ...]  # several for whole-file documents, else one
     start: int
     stop: int
     size_bytes: int  # input bytes, for progress
@@ -53,7 +63,7 @@ def find_files(source: Source) -> list[InputFile]:
             raise DataError(
                 f"source {source.name!r}: {pattern} matches no file",
                 hint="paths are relative to the working directory; known names end in "
-                + " ".join(sorted(FORMAT_OF_SUFFIX)),
+                ".jsonl .parquet .arrow .txt .md .html and those of code, also with .gz .zst .bz2 .xz",
             )
         found += matches
     return found
@@ -62,8 +72,13 @@ def find_files(source: Source) -> list[InputFile]:
 def _expand(pattern: str, source: Source) -> Iterator[InputFile]:
     path = Path(pattern)
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        known = [p for p in inside if source.format != "auto" or p.suffix in FORMAT_OF_SUFFIX]
+        if (path / "dataset_dict.json").is_file():
+            raise DataError(
+                f"{path} holds several splits",
+                hint=f"name one: {', '.join(sorted(str(p) for p in path.iterdir() if p.is_dir()))}",
+            )
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
+        known = [p for p in inside if source.format != "auto" or _format_of(p) is not None]
         yield from (_input_file(p, source) for p in known)
     elif path.is_file():
         yield _input_file(path, source)
@@ -75,13 +90,23 @@ def _expand(pattern: str, source: Source) -> Iterator[InputFile]:
 
 
 def _input_file(path: Path, source: Source) -> InputFile:
-    file_format = source.format if source.format != "auto" else FORMAT_OF_SUFFIX.get(path.suffix)
+    file_format = source.format if source.format != "auto" else _format_of(path)
     if file_format is None:
         raise DataError(
             f"{path}: cannot tell its format from its name",
-            hint=f"state format: for source {source.name!r}; known names end in {' '.join(sorted(FORMAT_OF_SUFFIX))}",
+            hint=f"state format: for source {source.name!r}; one of jsonl parquet arrow text html",
         )
     return InputFile(str(path), file_format, path.stat().st_size)
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name in _SAVE_TO_DISK_FILES or any(part.startswith(".") for part in path.parts)
+
+
+def _format_of(path: Path) -> FileFormat | None:
+    """Format by the suffix, looking through a compression suffix."""
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
+    return FORMAT_OF_SUFFIX.get(suffix.lower())
 
 
 def plan_units(corpus: Corpus) -> list[Unit]:
@@ -95,7 +120,9 @@ def plan_units(corpus: Corpus) -> list[Unit]:
     for source in corpus.sources:
         own = [file for owner, file in files if owner is source]
         for paths, file_format, start, stop, size in _cut(own, unit_bytes):
-            units.append(Unit(len(units), source.name, file_format, source.text, paths, start, stop, size))
+            units.append(
+                Unit(len(units), source.name, file_format, source.text, source.metadata, paths, start, stop, size)
+            )
     return units
 
 
@@ -106,7 +133,10 @@ def _cut(files: list[InputFile], unit_bytes: int) -> Iterator[Cut]:
     """Units of one source: ranges of a large file, groups of small text files."""
     group: list[InputFile] = []
     for file in files:
-        if file.format == "text":
+        if file.format in ("text", "html"):
+            if group and group[0].format != file.format:
+                yield _group(group)
+                group = []
             group.append(file)
             if sum(member.size_bytes for member in group) >= unit_bytes:
                 yield _group(group)
@@ -122,10 +152,13 @@ def _cut(files: list[InputFile], unit_bytes: int) -> Iterator[Cut]:
 
 def _group(files: list[InputFile]) -> Cut:
     size = sum(file.size_bytes for file in files)
-    return tuple(file.path for file in files), "text", 0, len(files), size
+    return tuple(file.path for file in files), files[0].format, 0, len(files), size
 
 
 def _ranges(file: InputFile, unit_bytes: int) -> Iterator[Cut]:
+    if file.format == "arrow" or file.path.endswith(COMPRESSED_SUFFIXES):
+        yield (file.path,), file.format, 0, file.size_bytes, file.size_bytes
+        return
     if file.format == "jsonl":
         for start in range(0, file.size_bytes, unit_bytes):
             stop = min(start + unit_bytes, file.size_bytes)

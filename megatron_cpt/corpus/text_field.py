@@ -1,0 +1,52 @@
+"""How the text of a record is found: a key, a dotted path, or a template over several keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+_FIELD = re.compile(r"\{([^{}]+)\}")
+
+
+class FieldError(Exception):
+    """The record has no such text; `reason` is one of the ledger's."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class TextField:
+    """`simple` is the key itself when the field is just a key, so that readers may take a short cut."""
+
+    field: str
+    keys: tuple[str, ...]
+    simple: bool
+    text_of: Callable[[Any], str]
+
+
+@cache
+def text_field(field: str) -> TextField:
+    """Compile `text`, `meta.body` or `{title}\\n\\n{body}`; a key that contains a dot literally also works."""
+    keys = tuple(_FIELD.findall(field))
+    if keys:
+        return TextField(field, keys, False, lambda record: _FIELD.sub(lambda m: lookup(record, m[1]), field))
+    return TextField(field, (field,), True, lambda record: lookup(record, field))
+
+
+def lookup(record: Any, key: str) -> str:
+    """The string under `key`, by the key itself or step by step along its dots. Raises FieldError."""
+    if not isinstance(record, dict):
+        raise FieldError("not_an_object", f"a JSON {type(record).__name__}")
+    value: Any = record
+    for part in (key,) if key in record else tuple(key.split(".")):
+        if not isinstance(value, dict) or part not in value:
+            raise FieldError("missing_key", f"no key {key!r}; keys: {', '.join(map(str, record))}")
+        value = value[part]
+    if not isinstance(value, str):
+        raise FieldError("text_not_a_string", f"{key!r} is {type(value).__name__}")
+    return value
