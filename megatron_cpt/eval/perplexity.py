@@ -1,0 +1,108 @@
+"""Perplexity of a model on a stream of tokens: what is counted, and nothing about models or files.
+
+The documents are packed into one stream as training packs them, each followed by its separator if the
+dataset has one. The stream is cut into blocks of `seq_length` inputs; the labels of a block are the same tokens
+one place later, so consecutive blocks overlap by one token: every token of the stream but the very first is
+predicted exactly once, from at most `seq_length` tokens of its own block. The last block is as short as it
+comes. The loss is the sum over all predicted tokens divided by their number (no mean of block means), and the
+perplexity is exp(loss), not capped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_cpt.errors import CptError, DataError
+
+# (inputs, labels), both int64 of shape (blocks, tokens) -> sum of negative log-likelihoods in nats
+BlockScorer = Callable[[torch.Tensor, torch.Tensor], float]
+# (tokens done, tokens in all)
+Progress = Callable[[int, int], None]
+
+TOKENS_PER_FORWARD = 1024  # short blocks are batched up to this; the result does not depend on it
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that scores blocks, and what a caller must know to feed it."""
+
+    score: BlockScorer
+    vocab_size: int  # embedding rows that stand for a token
+    max_seq_length: int  # tokens
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """All documents of a dataset, one after the other."""
+
+    name: str
+    tokens: np.ndarray  # 1-D, any integer type
+    document_ends: np.ndarray  # 1-D ascending: tokens up to and including document i, empty documents left out
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The outcome; `loss` is in nats per token."""
+
+    loss: float
+    tokens: int  # predicted
+    documents: int  # that hold at least one of the tokens seen
+    seq_length: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+def perplexity(
+    score: BlockScorer,
+    stream: TokenStream,
+    seq_length: int,
+    max_tokens: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Perplexity:
+    """Measure `score` on the first `max_tokens` predictions of `stream`; default: on all of it.
+
+    Raises:
+        DataError: the stream is too short to predict anything.
+        CptError: the model gave NaN or infinity.
+    """
+    predicted = len(stream.tokens) - 1 if max_tokens is None else min(len(stream.tokens) - 1, max_tokens)
+    if predicted < 1:
+        raise DataError(
+            f"{stream.name} holds {len(stream.tokens)} token(s): nothing to predict",
+            hint="give a dataset or text of at least two tokens",
+        )
+    nats, done = 0.0, 0
+    for inputs, labels in _batches(stream.tokens, predicted, seq_length):
+        batch_nats = score(inputs, labels)
+        if not math.isfinite(batch_nats):
+            raise CptError(
+                f"the model's loss is {batch_nats} on tokens {done:,} to {done + labels.numel():,} of {stream.name}",
+                hint="the weights are damaged, or the data was written with another tokenizer",
+            )
+        nats += batch_nats
+        done += labels.numel()
+        progress(done, predicted)
+    documents = int(np.searchsorted(stream.document_ends, predicted + 1, side="left")) + 1
+    return Perplexity(nats / predicted, predicted, documents, seq_length)
+
+
+def _batches(tokens: np.ndarray, predicted: int, seq_length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Full blocks, several per batch, then the short one that remains."""
+    full, rest = divmod(predicted, seq_length)
+    per_batch = max(1, TOKENS_PER_FORWARD // seq_length)
+    for first in range(0, full, per_batch):
+        yield _batch(tokens, first * seq_length, min(per_batch, full - first), seq_length)
+    if rest:
+        yield _batch(tokens, full * seq_length, 1, rest)
+
+
+def _batch(tokens: np.ndarray, start: int, blocks: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    window = torch.from_numpy(np.asarray(tokens[start : start + blocks * length + 1]).astype(np.int64))
+    return window[:-1].view(blocks, length), window[1:].view(blocks, length)

@@ -1,0 +1,86 @@
+"""What a model is measured on: a tokenised dataset, or text that the model's own tokenizer encodes now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cpt.corpus.documents import Ledger
+from megatron_cpt.corpus.indexed import open_indexed
+from megatron_cpt.corpus.manifest import bin_path, idx_path, manifest_path, read_manifest
+from megatron_cpt.corpus.readers import read_unit
+from megatron_cpt.corpus.schema import Corpus, Source
+from megatron_cpt.corpus.sources import plan_units
+from megatron_cpt.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_cpt.errors import DataError
+from megatron_cpt.eval.perplexity import TokenStream
+
+
+def open_token_stream(data: str, tokenizer_dir: Path, vocab_size: int, json_key: str = "text") -> TokenStream:
+    """The tokens of `data`: the PREFIX of a dataset, or a file or folder of text as preprocessing reads it.
+
+    `vocab_size` is the number of rows of the model's embedding. In text, each document is followed by the
+    tokenizer's end-of-document token, as preprocessing does.
+
+    Raises:
+        DataError: `data` is not there or half-written, or holds ids of another tokenizer than the model's.
+    """
+    if manifest_path(data).exists() or (bin_path(data).exists() and idx_path(data).exists()):
+        stream = _dataset_stream(data, tokenizer_dir)
+    elif Path(data).exists():
+        stream = _text_stream(Path(data), tokenizer_dir, json_key)
+    else:
+        raise DataError(f"{data}: neither a dataset nor a text", hint="give a PREFIX, a .jsonl, .parquet or .txt file")
+    largest = int(stream.tokens.max()) if len(stream.tokens) else 0
+    if largest >= vocab_size:
+        raise DataError(
+            f"{data} holds token id {largest}, the model's vocabulary has {vocab_size:,} rows",
+            hint="preprocess the data with the tokenizer of this model",
+        )
+    return stream
+
+
+def _dataset_stream(prefix: str, tokenizer_dir: Path) -> TokenStream:
+    recorded = read_manifest(prefix).tokenizer
+    ours = tokenizer_fingerprint(tokenizer_dir)
+    if recorded.fingerprint != ours:
+        raise DataError(
+            f"{prefix} was written with the tokenizer {recorded.name} ({recorded.fingerprint[:12]}), "
+            f"the model in {tokenizer_dir} has another one ({ours[:12]})",
+            hint="preprocess the data with the tokenizer of this model",
+        )
+    reader = open_indexed(prefix)
+    sequence_ends = np.cumsum(reader.sequence_lengths, dtype=np.int64)
+    last_sequences = reader.document_indices[1:] - 1
+    ends = sequence_ends[last_sequences[np.diff(reader.document_indices) > 0]]
+    return TokenStream(prefix, reader.tokens, ends)
+
+
+def _text_stream(path: Path, tokenizer_dir: Path, json_key: str) -> TokenStream:
+    tokenizer = load_tokenizer(tokenizer_dir)
+    texts = [text for text in _documents(path, json_key) if text]
+    if not texts:
+        raise DataError(f"{path} holds no text", hint="give a file with at least one document")
+    ids, lengths = tokenizer.encode_batch(texts)
+    ends = np.cumsum(lengths)
+    tokens = np.insert(ids, ends, tokenizer.eod_id)
+    return TokenStream(str(path), tokens, ends + np.arange(1, len(ends) + 1))
+
+
+def _documents(path: Path, json_key: str) -> Iterator[str]:
+    """The documents that preprocessing would read; here one that cannot be read is an error, not a count."""
+    source = Source(files=(str(path),), text=json_key)
+    corpus = Corpus(output_prefix=path.stem, tokenizer="", sources=(source,))
+    ledger = Ledger()
+    for unit in plan_units(corpus):
+        for batch in read_unit(unit, ledger, corpus.max_document_bytes):
+            yield from batch.texts
+    if ledger.rejects:
+        first = ledger.rejects[0]
+        raise DataError(
+            f"{first.path}, record {first.place}: {first.reason}, {first.detail} "
+            f"({len(ledger.rejects)} such of {ledger.documents_read} documents)",
+            hint="mend the file, or state another --json-key",
+        )
