@@ -26,6 +26,7 @@ from megatron_cpt.launch.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 CONSOLE_FD = "MEGATRON_CPT_CONSOLE_FD"  # file descriptor of the user's terminal, for rank 0
+RANK_COMMAND = (sys.executable, "-m", "megatron_cpt.train.rank")
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0  # for ranks whose peer failed to notice, and to say why
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -112,7 +113,7 @@ def _start(rank: int, arguments: Sequence[str], environ: Mapping[str, str], log:
     if console:
         own[CONSOLE_FD] = str(console[0])
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_cpt.train.rank", *arguments],
+        [*RANK_COMMAND, *arguments],
         env={**environ, **own},
         stdin=subprocess.DEVNULL,
         stdout=log,

@@ -63,7 +63,7 @@ def train(run: Run, progress: Progress) -> int:
         last = after >= derived.train_tokens
         request = run.control.agree()
         if run.checkpoints.poll():
-            run.report.event("saved", progress, f"checkpoint of iteration {run.checkpoints.last_saved} is complete")
+            run.report.event("saved", progress, "", checkpoint_iteration=run.checkpoints.last_saved)
         clock.lap("other")
 
         show = last or config.log.every.due(**position)

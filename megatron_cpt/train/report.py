@@ -111,12 +111,12 @@ class Reporter:
         )
 
     def event(self, event: str, progress: Progress, text: str, **fields: Any) -> None:
-        """Something that is not a step: a row with the name of the event, and a line."""
+        """Something that is not a step: a row with the name of the event, and a line if there is a `text`."""
         if self.metrics is not None:
             self.metrics.write(
                 event=event, iteration=progress.iteration, consumed_tokens=progress.ledger.tokens, **fields
             )
-        if self.view is not None:
+        if self.view is not None and text:
             self.view.line(text)
 
     def close(self) -> None:
