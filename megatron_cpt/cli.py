@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show a dataset's manifest, statistics and documents.",
     ),
     "verify": ("megatron_cpt.commands.dataset:verify", "Prove a dataset sound in one pass."),
+    "merge": ("megatron_cpt.commands.dataset:merge", "Join datasets of one tokenizer into one."),
     "plan": (
         "megatron_cpt.commands.plan:plan",
         "Validate a config and print what it derives from the token budget.",

@@ -1,4 +1,4 @@
-"""`megatron-cpt verify` and `inspect`: look at a finished dataset."""
+"""`megatron-cpt verify`, `inspect` and `merge`: work on finished datasets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from megatron_cpt.corpus.merge import merge_datasets
 from megatron_cpt.corpus.verify import describe_dataset, verify_dataset
 from megatron_cpt.errors import DataError
 
@@ -65,3 +66,17 @@ def _text(described: dict[str, Any]) -> str:
         if "text_start" in document:
             lines += [f"  begins {document['text_start']!r}", f"  ends   {document['text_end']!r}"]
     return "\n".join(lines)
+
+
+@click.command()
+@click.argument("prefixes", nargs=-1, required=True)
+@click.option("--output-prefix", required=True, help="PREFIX of the joined dataset.")
+@click.option("--overwrite", is_flag=True, help="Replace a dataset that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def merge(prefixes: tuple[str, ...], output_prefix: str, overwrite: bool, as_json: bool) -> None:
+    """Join the datasets PREFIXES, of one tokenizer, into one, in the order given."""
+    manifest = merge_datasets(prefixes, output_prefix, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps({"prefix": output_prefix} | asdict(manifest)))
+    else:
+        click.echo(f"{output_prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens")

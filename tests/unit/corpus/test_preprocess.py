@@ -103,7 +103,7 @@ def test_finished_run_is_not_repeated_and_another_input_is_refused(tmp_path: Pat
 
 RUN_AND_DIE = """
 import os, signal, sys
-from megatron_cpt.corpus import preprocess as run, sources, parts, assemble
+from megatron_cpt.corpus import preprocess as run, sources, dataset_writer
 from megatron_cpt.corpus.schema import load_corpus
 sources.MIN_UNIT_BYTES = 4000
 moment, count = sys.argv[2], int(sys.argv[3])
@@ -117,7 +117,8 @@ def die_at(module, name):
         return original(*args, **kwargs)
     setattr(module, name, wrapped)
 import megatron_cpt.corpus.pipeline as pipeline
-die_at({"commit": pipeline, "split": pipeline, "index": assemble, "manifest": assemble, "sync": assemble}[moment],
+die_at({"commit": pipeline, "split": pipeline, "index": dataset_writer, "manifest": dataset_writer,
+        "sync": dataset_writer}[moment],
        {"commit": "commit_unit", "split": "split_of", "index": "write_index", "manifest": "write_manifest",
         "sync": "sync_folder"}[moment])
 run.preprocess(load_corpus(sys.argv[1]), workers=1)

@@ -1,0 +1,81 @@
+"""Merging, and the tools with Megatron-LM's flags."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_cpt.corpus.indexed import open_indexed
+from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.merge import merge_datasets
+from megatron_cpt.corpus.preprocess import preprocess
+from megatron_cpt.corpus.tokenizer import load_tokenizer
+from megatron_cpt.corpus.verify import verify_dataset
+from megatron_cpt.errors import DataError
+from tests.unit.corpus.conftest import TEXTS, build_tokenizer, write_jsonl
+
+ROOT = Path(__file__).parents[3]
+
+
+def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def dataset(prefix: Path, texts: list[str], make_corpus: Any, **keys: Any) -> str:
+    corpus = make_corpus(write_jsonl(prefix.with_suffix(".jsonl"), texts), output_prefix=str(prefix), **keys)
+    preprocess(corpus, workers=1)
+    return str(prefix)
+
+
+def test_merged_equals_preprocessed_together(tmp_path: Path, make_corpus: Any) -> None:
+    whole = dataset(tmp_path / "whole", TEXTS, make_corpus)
+    parts = [dataset(tmp_path / "set" / n, t, make_corpus) for n, t in (("a", TEXTS[:2]), ("b", TEXTS[2:]))]
+    manifest = merge_datasets(parts, str(tmp_path / "merged"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"merged{suffix}").read_bytes() == Path(whole + suffix).read_bytes()
+    assert verify_dataset(str(tmp_path / "merged")).ok
+    assert manifest.sources[0].documents == len(TEXTS) and [e["prefix"] for e in manifest.config["merged"]] == parts
+    with pytest.raises(DataError, match="already a dataset"):
+        merge_datasets(parts, str(tmp_path / "merged"))
+    result = tool("merge_datasets.py", "--input", tmp_path / "set", "--output-prefix", tmp_path / "by_tool")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "by_tool.idx").read_bytes() == Path(whole + ".idx").read_bytes()
+
+
+def test_datasets_of_different_tokenizers_do_not_merge(tmp_path: Path, make_corpus: Any) -> None:
+    other = build_tokenizer(tmp_path / "other", vocab_size=350)
+    a = dataset(tmp_path / "a", TEXTS, make_corpus)
+    b = dataset(tmp_path / "b", TEXTS, make_corpus, tokenizer=str(other))
+    with pytest.raises(DataError, match="differ in tokenizer"):
+        merge_datasets([a, b], str(tmp_path / "merged"))
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_megatron_flags_give_megatron_files(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """What Megatron-LM's tool writes, by its rules: special tokens parsed, empty documents kept, EOD appended."""
+    texts = ["hello world", "", "x<|endoftext|>y", *TEXTS]
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    result = tool("preprocess_data.py", "--input", file, "--output-prefix", tmp_path / "a", "--tokenizer-type",
+                  "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_dir, "--append-eod", "--workers", 2,
+                  "--partitions", 1, "--json-keys", "text")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    reader, reference = (
+        open_indexed(tmp_path / "a_text_document"),
+        load_tokenizer(tokenizer_dir, special_tokens_in_text="parse", backend="reference"),
+    )
+    for document, text in zip(reader, texts, strict=True):
+        ids, _ = reference.encode_batch([text])
+        assert np.array_equal(document, [*ids, reference.eod_id] if len(ids) else [])
+    assert reader.sequence_count == len(texts) - 1
+    assert read_manifest(tmp_path / "a_text_document").append_eod
+    result = tool("inspect_dataset.py", tmp_path / "a_text_document", "--tokenizer", tokenizer_dir)
+    assert result.returncode == 0 and "hello world" in result.stdout
+    result = tool("preprocess_data.py", "--input", "none.jsonl", "--output-prefix", tmp_path / "b",
+                  "--tokenizer-model", tokenizer_dir)  # fmt: skip
+    assert result.returncode == 2 and "matches no file" in result.stderr

@@ -1,0 +1,70 @@
+"""Megatron-LM's preprocess_data.py habits: the same flags give the same files, byte for byte, and a manifest.
+
+    python tools/preprocess_data.py --input a.jsonl --output-prefix out/a --tokenizer-type HuggingFaceTokenizer \
+        --tokenizer-model MODEL_DIR --append-eod --workers 8        ->  out/a_text_document.bin/.idx
+
+As Megatron-LM does: one dataset per JSON key, special tokens spelled in the text become ids, empty documents
+are kept. Unlike it: any unreadable line fails the run unless --max-reject-ratio allows it.
+"""
+
+from __future__ import annotations
+
+import click
+
+from megatron_cpt.cli import run
+from megatron_cpt.commands.preprocess import outcome_text
+from megatron_cpt.corpus.preprocess import preprocess
+from megatron_cpt.corpus.progress import progress_view
+from megatron_cpt.corpus.schema import parse_corpus
+
+TOKENIZER_TYPES = ["HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"]
+
+
+@click.command()
+@click.option("--input", "inputs", required=True, help="jsonl file or glob.")
+@click.option("--output-prefix", required=True, help="Gives PREFIX_KEY_document.bin and .idx for each key.")
+@click.option("--tokenizer-type", type=click.Choice(TOKENIZER_TYPES), default="HuggingFaceTokenizer", show_default=True)
+@click.option("--tokenizer-model", required=True, help="Model folder or tokenizer file.")
+@click.option("--json-keys", default="text", show_default=True, help="Keys to extract; further ones may follow.")
+@click.option("--append-eod", is_flag=True, help="End each document with the end-of-document token.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
+@click.option("--partitions", default=1, help="Accepted and not needed: memory does not grow with the input.")
+@click.option("--log-interval", default=1000, help="Accepted; progress is shown by time.")
+@click.option("--eod-token", help="End-of-document token; default: see docs/corpus.md.")
+@click.option("--max-reject-ratio", default=0.0, show_default=True, help="Allowed ratio of unreadable lines.")
+@click.option("--overwrite", is_flag=True, help="Replace datasets of another input or tokenizer.")
+@click.argument("more_keys", nargs=-1)
+def main(
+    inputs: str,
+    output_prefix: str,
+    tokenizer_type: str,
+    tokenizer_model: str,
+    json_keys: str,
+    append_eod: bool,
+    workers: int | None,
+    partitions: int,
+    log_interval: int,
+    eod_token: str | None,
+    max_reject_ratio: float,
+    overwrite: bool,
+    more_keys: tuple[str, ...],
+) -> None:
+    """Tokenise jsonl with Megatron-LM's flags."""
+    for key in (json_keys, *more_keys):
+        raw = {
+            "output_prefix": f"{output_prefix}_{key}_document",
+            "tokenizer": tokenizer_model,
+            "eod_token": eod_token,
+            "append_eod": append_eod,
+            "special_tokens_in_text": "parse",
+            "keep_empty_documents": True,
+            "max_reject_ratio": max_reject_ratio,
+            "sources": [{"files": [inputs], "text": key, "format": "jsonl"}],
+        }
+        with progress_view() as start:
+            outcome = preprocess(parse_corpus(raw, "flags"), workers=workers, overwrite=overwrite, start_progress=start)
+        click.echo(outcome_text(outcome))
+
+
+if __name__ == "__main__":
+    run(main)
