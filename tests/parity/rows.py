@@ -1,0 +1,148 @@
+"""The parity tables, as data: what must equal what, within which bound, and what must not.
+
+A training row runs 20 optimizer steps from the same weights on the same samples as the baseline of its model
+(one process, TP1 PP1 CP1 DP1) and compares the loss and the gradient norm of every step. `sabotage` names a
+mistake of `sabotage.py` that is made on purpose: such a row must leave the bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+STEPS = 20
+LOSS_BOUND = 1e-6  # absolute, fp32
+GRAD_NORM_BOUND = 1e-5  # relative, fp32
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    name: str
+    ranks: int
+    overrides: dict[str, Any] = field(default_factory=dict)
+    model: str = "base"
+    baseline: str = ""  # name of another row; default: the model's own on one rank
+    loss_bound: float = LOSS_BOUND
+    grad_norm_bound: float = GRAD_NORM_BOUND
+    sabotage: str | None = None
+    documents: bool = False  # whether the samples carry document ids
+    bucket_elements: int | None = None
+
+
+def parallel(**values: Any) -> dict[str, Any]:
+    return {f"parallel.{key}": value for key, value in values.items()}
+
+
+BF16 = {"precision.dtype": "bf16"}
+BASE_PRECISION = {"precision.dtype": "fp32"}
+PLAIN_OPTIMIZER = parallel(distributed_optimizer=False)
+SINGLES = {"batch.micro_batch_size": 1}
+DOCUMENTS = {"model.document_attention": True}
+SELECTIVE = {"recompute.granularity": "selective", "recompute.modules": ["core_attn", "mlp"]}
+OVERLAP = parallel(overlap_grad_reduce=True, overlap_param_gather=True)
+
+# fmt: off
+TRAIN_ROWS: tuple[TrainRow, ...] = (
+    # baselines
+    TrainRow("base", 1),
+    TrainRow("base_tied", 1, model="base_tied"),
+    TrainRow("deep", 1, SINGLES, model="deep"),
+    TrainRow("odd_vocab", 1, model="odd_vocab"),
+    TrainRow("nine_heads", 1, model="nine_heads"),
+    TrainRow("base_bf16", 1, BF16, loss_bound=1e-2, grad_norm_bound=5e-2),
+    TrainRow("base_documents", 1, DOCUMENTS, baseline="base_documents", documents=True),
+    # one rank, another way of computing the same
+    TrainRow("plain_optimizer", 1, PLAIN_OPTIMIZER),
+    TrainRow("unfused", 1, {"model.attention": "unfused"}),
+    TrainRow("accumulation_4", 1, SINGLES),
+    TrainRow("accumulation_1", 1, {"batch.micro_batch_size": 4}),
+    TrainRow("recompute_full", 1, {"recompute.granularity": "full"}),
+    TrainRow("recompute_mlp", 1, {"recompute.granularity": "selective"}),
+    TrainRow("recompute_attention", 1, SELECTIVE),
+    TrainRow(
+        "documents_unfused", 1, {"model.document_attention": True, "model.attention": "unfused"},
+        baseline="base_documents", documents=True,
+    ),
+    # two ranks
+    TrainRow("tp2", 2, parallel(tp=2, sequence_parallel=False)),
+    TrainRow("tp2_sp", 2, parallel(tp=2)),
+    TrainRow("tp2_sp_unfused", 2, parallel(tp=2) | {"model.attention": "unfused"}),
+    TrainRow("pp2", 2, parallel(pp=2)),
+    TrainRow("pp2_vpp2", 2, parallel(pp=2, vpp=2) | SINGLES),
+    TrainRow("cp2", 2, parallel(cp=2)),
+    TrainRow("dp2", 2, PLAIN_OPTIMIZER),
+    TrainRow("dp2_distributed_optimizer", 2),
+    TrainRow("dp2_overlap", 2, OVERLAP, bucket_elements=5000),
+    TrainRow("tied_pp2", 2, parallel(pp=2), model="base_tied"),
+    TrainRow("tied_pp2_vpp2", 2, parallel(pp=2, vpp=2), model="base_tied"),
+    TrainRow("tied_tp2_sp", 2, parallel(tp=2), model="base_tied"),
+    TrainRow("odd_vocab_tp2", 2, parallel(tp=2), model="odd_vocab"),
+    TrainRow("nine_heads_pp2", 2, parallel(pp=2), model="nine_heads"),
+    TrainRow("tp2_recompute_full", 2, parallel(tp=2) | {"recompute.granularity": "full"}),
+    TrainRow("pp2_recompute_attention", 2, parallel(pp=2) | SELECTIVE),
+    TrainRow(
+        "documents_cp2", 2, parallel(cp=2) | DOCUMENTS,
+        baseline="base_documents", documents=True,
+    ),
+    TrainRow(
+        "documents_pp2", 2, parallel(pp=2) | DOCUMENTS,
+        baseline="base_documents", documents=True,
+    ),
+    TrainRow("tp2_bf16", 2, parallel(tp=2) | BF16, baseline="base_bf16", loss_bound=2e-2, grad_norm_bound=5e-2),
+    TrainRow("pp2_bf16", 2, parallel(pp=2) | BF16, baseline="base_bf16", loss_bound=2e-2, grad_norm_bound=5e-2),
+    # three ranks: SmolLM2's nine heads
+    TrainRow("nine_heads_tp3", 3, parallel(tp=3, sequence_parallel=False), model="nine_heads"),
+    # four ranks
+    TrainRow("tp2_pp2_sp", 4, parallel(tp=2, pp=2)),
+    TrainRow("tied_tp2_pp2", 4, parallel(tp=2, pp=2), model="base_tied"),
+    TrainRow("pp4_vpp2", 4, parallel(pp=4, vpp=2) | SINGLES, model="deep"),
+    TrainRow("cp2_tp2_sp", 4, parallel(cp=2, tp=2)),
+    TrainRow("dp2_tp2_overlap", 4, parallel(tp=2) | OVERLAP, bucket_elements=5000),
+    TrainRow("dp2_pp2_vpp2_overlap", 4, parallel(pp=2, vpp=2) | OVERLAP | SINGLES, bucket_elements=5000),
+    # eight ranks: everything at once
+    TrainRow("dp2_tp2_pp2", 8, parallel(tp=2, pp=2) | SINGLES),
+    # negative controls
+    TrainRow("sabotage_padding", 2, parallel(tp=2), model="odd_vocab", sabotage="unmasked_padding"),
+    TrainRow("sabotage_micro_batch_mean", 1, sabotage="mean_per_micro_batch"),
+    TrainRow("sabotage_norm_gradients", 2, parallel(tp=2), sabotage="norms_not_reduced"),
+    TrainRow("sabotage_interleaving", 2, parallel(pp=2, vpp=2) | SINGLES, sabotage="interleaving_without_overlap"),
+    TrainRow("sabotage_tied", 2, parallel(pp=2), model="base_tied", sabotage="tied_gradients_not_reduced"),
+    TrainRow("sabotage_cp_order", 2, parallel(cp=2), sabotage="keys_in_rank_order"),
+    TrainRow(
+        "sabotage_documents", 1, baseline="base_documents", documents=True, sabotage="whole_sequence_attention",
+    ),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class LogitsRow:
+    """Logits against transformers on the same weights, fp32."""
+
+    model: str
+    ranks: int
+    overrides: dict[str, Any] = field(default_factory=dict)
+    bound: float = 1e-5
+    sabotage: str | None = None
+
+    @property
+    def name(self) -> str:
+        layout = "_".join(f"{key.removeprefix('parallel.')}{value}" for key, value in self.overrides.items())
+        return "-".join(filter(None, ["logits", self.model, layout or "single", self.sabotage]))
+
+
+FAMILY_MODELS = (
+    "qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "llama2", "llama_tied", "llama3_rope", "mistral", "mistral_tied",
+    "odd_vocab",
+)  # fmt: skip
+
+LOGITS_ROWS: tuple[LogitsRow, ...] = (
+    *(LogitsRow(model, 1) for model in (*FAMILY_MODELS, "nine_heads")),
+    *(LogitsRow(model, 2, parallel(tp=2)) for model in FAMILY_MODELS),
+    *(LogitsRow(model, 4, parallel(tp=2, pp=2)) for model in FAMILY_MODELS),
+    LogitsRow("nine_heads", 2, parallel(pp=2)),
+    LogitsRow("qwen2", 1, sabotage="qkv_not_interleaved"),
+    LogitsRow("qwen2", 1, sabotage="gate_and_up_swapped"),
+    LogitsRow("qwen2", 1, sabotage="wrong_rope_base"),
+    LogitsRow("llama3_rope", 1, sabotage="no_rope_scaling"),
+)

@@ -1,0 +1,142 @@
+"""Mistakes made on purpose, so that each parity test is shown to notice one. Each is a context manager."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_cpt.model import attention, build, spec
+from megatron_cpt.train import state, step
+
+
+def unmasked_padding() -> Any:
+    """Padding rows of the vocabulary take part in the softmax."""
+    return mock.patch.object(build.CptModel, "compute_language_model_loss", build.GPTModel.compute_language_model_loss)
+
+
+def mean_per_micro_batch() -> Any:
+    """Each micro batch weighs the same, however many of its tokens count."""
+    whole = step._loss
+
+    def loss(batch: Any, *args: Any) -> Any:
+        total, tokens, report = whole(batch, *args)
+        return total / tokens * 10, torch.ones_like(tokens) * 10, report
+
+    return mock.patch.object(step, "_loss", loss)
+
+
+@contextlib.contextmanager
+def norms_not_reduced() -> Iterator[None]:
+    """Under sequence parallelism each TP rank keeps the norm gradient of its own tokens."""
+    original = spec.RMSNorm.__init__
+
+    def unmarked(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    with mock.patch.object(spec.RMSNorm, "__init__", unmarked):
+        yield
+
+
+def interleaving_without_overlap() -> Any:
+    """Megatron-Core 0.16's interleaved schedule at PP2 without the overlapped exchange."""
+    return mock.patch.object(build, "_interleaving", lambda config: {})
+
+
+def tied_gradients_not_reduced() -> Any:
+    """First and last pipeline stage each update their own copy of the tied embedding."""
+    from megatron.core.distributed import finalize_model_grads as module_function
+
+    module = __import__(module_function.__module__, fromlist=["_"])
+    return mock.patch.object(module, "_allreduce_word_embedding_grads", lambda *args: None)
+
+
+def keys_in_rank_order() -> Any:
+    """Context parallelism takes gathered keys in the order of the ranks instead of the sequence."""
+    gather = attention.tensor_parallel.gather_from_sequence_parallel_region
+    return mock.patch.object(
+        attention.SdpaAttention, "_whole_sequence", lambda self, tensor: gather(tensor, group=self.cp_group)
+    )
+
+
+def whole_sequence_attention() -> Any:
+    """Packed documents attend to each other. The row leaves the option out; nothing is left to patch."""
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def qkv_not_interleaved() -> Iterator[None]:
+    """All queries, then all keys, then all values: Hugging Face's order."""
+    with _after_loading(_queries_then_keys_then_values):
+        yield
+
+
+@contextlib.contextmanager
+def gate_and_up_swapped() -> Iterator[None]:
+    with _after_loading(_swap_halves):
+        yield
+
+
+def wrong_rope_base() -> Any:
+    return _other_architecture(rope_theta=10_000.0)
+
+
+def no_rope_scaling() -> Any:
+    return _other_architecture(rope_scaling=None)
+
+
+def _other_architecture(**changes: Any) -> Any:
+    original = build._build_chunk
+    return mock.patch.object(
+        build, "_build_chunk", lambda config, arch, *rest: original(config, dataclasses.replace(arch, **changes), *rest)
+    )
+
+
+@contextlib.contextmanager
+def _after_loading(change: Any) -> Iterator[None]:
+    original = state.load_hf_weights
+
+    def load(chunks: Any, model_dir: Any, arch: Any) -> None:
+        original(chunks, model_dir, arch)
+        with torch.no_grad():
+            for chunk in chunks:
+                for name, parameter in chunk.named_parameters():
+                    change(name, parameter, arch)
+
+    with mock.patch.object(state, "load_hf_weights", load):
+        yield
+
+
+def _queries_then_keys_then_values(name: str, parameter: Any, arch: Any) -> None:
+    if "linear_qkv" in name:
+        per_group = parameter.view(arch.num_query_groups, -1, arch.head_dim, *parameter.shape[1:])
+        q, k, v = per_group[:, :-2], per_group[:, -2:-1], per_group[:, -1:]
+        parameter.copy_(torch.cat([part.reshape(-1, *parameter.shape[1:]) for part in (q, k, v)]))
+
+
+def _swap_halves(name: str, parameter: Any, arch: Any) -> None:
+    if name.endswith("linear_fc1.weight"):
+        parameter.copy_(torch.cat(parameter.chunk(2)[::-1]))
+
+
+SABOTAGES = {
+    function.__name__: function
+    for function in (
+        unmasked_padding,
+        mean_per_micro_batch,
+        norms_not_reduced,
+        interleaving_without_overlap,
+        tied_gradients_not_reduced,
+        keys_in_rank_order,
+        whole_sequence_attention,
+        qkv_not_interleaved,
+        gate_and_up_swapped,
+        wrong_rope_base,
+        no_rope_scaling,
+    )
+}

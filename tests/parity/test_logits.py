@@ -1,0 +1,26 @@
+"""Logits equal transformers' for each family, tied and untied, under TP and PP; wrong weights are noticed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parity.conftest import RESULTS
+from tests.parity.rows import FAMILY_MODELS, LOGITS_ROWS, LogitsRow
+
+
+@pytest.mark.parametrize("row", [r for r in LOGITS_ROWS if r.sabotage is None], ids=lambda row: row.name)
+def test_logits_equal_transformers(row: LogitsRow, parity_results: RESULTS) -> None:
+    assert parity_results(row.ranks)[row.name]["difference"] <= row.bound
+
+
+@pytest.mark.parametrize("row", [r for r in LOGITS_ROWS if r.sabotage is not None], ids=lambda row: row.name)
+def test_sabotage_is_noticed(row: LogitsRow, parity_results: RESULTS) -> None:
+    assert parity_results(row.ranks)[row.name]["difference"] > 100 * row.bound
+
+
+def test_every_family_is_covered() -> None:
+    from checkpoint_convert.families import FAMILIES
+
+    assert len(LOGITS_ROWS) == 3 * len(FAMILY_MODELS) + 6
+    for family in FAMILIES:
+        assert any(name.startswith(family) for name in FAMILY_MODELS)

@@ -1,0 +1,162 @@
+"""Runs many rows of the parity tables in one launch of N ranks: `torchrun worker.py RANKS MODELS_DIR OUT.json`.
+
+Starting processes and importing costs more than the rows themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+
+adapt_megatron_core_to_cpu()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+from checkpoint_convert.families import read_architecture  # noqa: E402
+from megatron_cpt.config.derive import derive  # noqa: E402
+from megatron_cpt.config.load import build_config  # noqa: E402
+from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402
+from megatron_cpt.train.state import build_train_state  # noqa: E402
+from megatron_cpt.train.step import train_step  # noqa: E402
+from tests.parity.rows import BASE_PRECISION, LOGITS_ROWS, STEPS, TRAIN_ROWS, LogitsRow, TrainRow  # noqa: E402
+from tests.parity.sabotage import SABOTAGES  # noqa: E402
+from tests.parity.tiny_models import MODELS, hf_model  # noqa: E402
+
+SEQ_LENGTH, GLOBAL_BATCH, LR = 32, 4, 5e-4
+
+
+def config_of(row: TrainRow | LogitsRow, models_dir: Path) -> Any:
+    base = {
+        "job_name": "parity",
+        "model.init_from": str(models_dir / row.model),
+        "parallel.gpus_per_node": row.ranks,
+        "batch.seq_length": SEQ_LENGTH,
+        "batch.global_batch_size": GLOBAL_BATCH,
+        "batch.micro_batch_size": 2,
+        "budget.train_tokens": STEPS * GLOBAL_BATCH * SEQ_LENGTH,
+        "budget.warmup_tokens": 0,
+        "optimizer.lr": LR,
+        **BASE_PRECISION,
+        **row.overrides,
+    }
+    tree: dict[str, Any] = {}
+    for key, value in base.items():
+        section, _, name = key.partition(".")
+        if name:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[section] = value
+    return build_config(tree)
+
+
+def sample(step: int, index: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    """A sample of the global batch, the same under every layout: learnable text, a ragged mask, documents."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    start, stride = torch.randint(0, vocab_size, (2,), generator=generator).tolist()
+    tokens = (start + (1 + stride % 7) * torch.arange(SEQ_LENGTH + 1)) % vocab_size
+    counted = 3 + index * 8  # so that micro batches differ in the tokens that count
+    ends = torch.randperm(SEQ_LENGTH - 2, generator=generator)[:3] + 1
+    begins = torch.zeros(SEQ_LENGTH, dtype=torch.int64)
+    begins[ends] = 1
+    return {
+        "tokens": tokens[:-1],
+        "labels": tokens[1:],
+        "loss_mask": (torch.arange(SEQ_LENGTH) < counted).float(),
+        "position_ids": torch.arange(SEQ_LENGTH),
+        "document_ids": begins.cumsum(0),
+        "source": torch.tensor(index % 2),
+    }
+
+
+def batches(config: Any, vocab_size: int, documents: bool) -> Iterator[dict[str, torch.Tensor]]:
+    dp = parallel_state.get_data_parallel_world_size()
+    rank, size = parallel_state.get_data_parallel_rank(), config.batch.micro_batch_size
+    for step in range(STEPS):
+        for micro in range(GLOBAL_BATCH // (size * dp)):
+            samples = [sample(step, (micro * dp + rank) * size + i, vocab_size) for i in range(size)]
+            keys = [key for key in samples[0] if documents or key != "document_ids"]
+            yield {key: torch.stack([one[key] for one in samples]) for key in keys}
+
+
+def run_train(row: TrainRow, models_dir: Path) -> dict[str, Any]:
+    config = config_of(row, models_dir)
+    arch = read_architecture(models_dir / row.model)
+    derived = derive(config, arch)
+    init_parallel_groups(config)
+    with SABOTAGES[row.sabotage]() if row.sabotage else contextlib.nullcontext():
+        state = build_train_state(config, arch, bucket_elements=row.bucket_elements)
+        data = batches(config, arch.vocab_size, row.documents)
+        results = [train_step(state, data, derived.gradient_accumulation_steps, num_sources=2) for _ in range(STEPS)]
+    return {
+        "loss": [r.loss for r in results],
+        "grad_norm": [r.grad_norm for r in results],
+        "tokens": [r.loss_tokens for r in results],
+        "source_tokens": [r.source_tokens for r in results],
+        "source_loss_sums": [r.source_loss_sums for r in results],
+    }
+
+
+def run_logits(row: LogitsRow, models_dir: Path) -> dict[str, Any]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config = config_of(row, models_dir)
+    arch = read_architecture(models_dir / row.model)
+    derive(config, arch)
+    init_parallel_groups(config)
+    with SABOTAGES[row.sabotage]() if row.sabotage else contextlib.nullcontext():
+        state = build_train_state(config, arch)
+    tokens = torch.randint(0, arch.vocab_size, (2, SEQ_LENGTH), generator=torch.Generator().manual_seed(7))
+    positions = torch.arange(SEQ_LENGTH).expand(2, -1)
+    for chunk in state.chunks:
+        chunk.eval()
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=lambda _, model: (model(tokens, positions, None), lambda out, non_loss_data: out),
+            data_iterator=None,
+            model=state.chunks[0],
+            num_microbatches=1,
+            seq_length=SEQ_LENGTH,
+            micro_batch_size=2,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    difference = torch.zeros(1)
+    if parallel_state.is_pipeline_last_stage():
+        logits = tensor_parallel.gather_from_tensor_model_parallel_region(outputs[0])[..., : arch.vocab_size]
+        with torch.no_grad():
+            reference = hf_model(row.model, seed=list(MODELS).index(row.model))(tokens).logits
+        difference = (logits - reference).abs().max().view(1)
+    torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX)
+    return {"difference": difference.item()}
+
+
+def main() -> None:
+    ranks, models_dir, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    only = set(sys.argv[4:])
+    rows = [r for r in (*LOGITS_ROWS, *TRAIN_ROWS) if r.ranks == ranks and (not only or r.name in only)]
+    runtime = init_runtime(config_of(rows[0], models_dir))
+    results = {}
+    for row in rows:
+        results[row.name] = run_train(row, models_dir) if isinstance(row, TrainRow) else run_logits(row, models_dir)
+    if runtime.rank == 0:
+        out.write_text(json.dumps(results))
+    shutdown_runtime()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        raise
