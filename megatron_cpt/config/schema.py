@@ -139,7 +139,7 @@ class RecomputeConfig(Section):
     granularity: Literal["none", "selective", "full"] = Field(
         "none", description="`selective`: the modules below; `full`: whole layers, which keep only their input."
     )
-    modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = Field(
+    modules: tuple[Literal["core_attn", "mlp"], ...] = Field(
         ("mlp",),
         min_length=1,
         description="What `selective` recomputes. core_attn saves nothing under flash attention (TE, SDPA).",
@@ -194,6 +194,33 @@ class CheckpointConfig(Section):
     )
 
 
+class FailureConfig(Section):
+    """What the run does when a step goes wrong, hangs, or the job must end. Exit codes: docs/recover.md."""
+
+    spike_zscore: float | None = Field(
+        10.0,
+        gt=0,
+        description="Skip a step whose loss lies more than this many robust standard deviations above the median of "
+        "the last spike_window steps; null accepts any finite loss. NaN and infinity are always skipped.",
+    )
+    spike_window: Positive = Field(
+        128, description="Steps that a loss is compared with; the first 20 are never judged."
+    )
+    skips_before_rollback: Positive = Field(
+        5, description="Steps skipped in a row after which the last good checkpoint is loaded; the data goes on."
+    )
+    max_rollbacks: int = Field(
+        2, ge=0, description="Rollbacks after which the run stops with the do-not-restart exit code."
+    )
+    wall_time_minutes: float | None = Field(
+        None, gt=0, description="Save and stop at the end of the step that reaches this age of the job."
+    )
+    setup_timeout_minutes: float = Field(60.0, gt=0, description="Longest time from start to the first step.")
+    step_timeout_minutes: float = Field(30.0, gt=0, description="Longest time of one step.")
+    eval_timeout_minutes: float = Field(120.0, gt=0, description="Longest time of one validation of all sets.")
+    save_timeout_minutes: float = Field(60.0, gt=0, description="Longest time that the loop waits for a save.")
+
+
 class LogConfig(Section):
     """Metrics. `metrics.jsonl` is always written."""
 
@@ -217,6 +244,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    failure: FailureConfig = FailureConfig()
     log: LogConfig = LogConfig()
 
     @property
