@@ -96,7 +96,7 @@ class Checkpoint:
     side_dir: Path  # where config.json and the tokenizer lie
     weights: Weights
     iteration: int | None = None
-    run_dir: Path | None = None  # the trainer's run folder, when it came from one
+    run_config: Path | None = None  # resolved.yaml of the run that trained it
 
 
 def check_cover(tensor: StoredTensor) -> None:

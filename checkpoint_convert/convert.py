@@ -92,7 +92,8 @@ def convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]
         old = partial.finished_records()
         _check_space(target, partial.path)
         target.allocate()
-        records = _stream(source, target, partial, old, options)
+        records, resumed = _stream(source, target, partial, old, options)
+        _check_against_receipt(source, records)
         _check_values(records, options)
         side_files = _write_small_files(source, target, options)
         _check_readable(source.arch, target, options)
@@ -100,7 +101,7 @@ def convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]
             _read_back(target, records, options.workers)
         receipt = _receipt(source, final, target, records, options, started)
         receipt["side_files"] = side_files
-        receipt["resumed_tensors"] = len(old)
+        receipt["resumed_tensors"] = resumed
         (partial.path / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
         partial.publish(overwrite=options.overwrite)
     return receipt
@@ -144,8 +145,8 @@ def _check_space(target: Target, folder: Path) -> None:
 
 def _stream(
     source: Checkpoint, target: Target, partial: PartialFolder, old: dict[str, TensorRecord], options: Options
-) -> dict[str, TensorRecord]:
-    """Copy all tensors but those of `old` that are proven to be in place."""
+) -> tuple[dict[str, TensorRecord], int]:
+    """Copy all tensors but those of `old` that are proven to be in place; their number is returned too."""
     weights = source.weights
     copied_bytes = sum(tensor.nbytes for tensor in weights.copies) * 2
     with (
@@ -168,7 +169,7 @@ def _stream(
         names = [name for name in weights.tensors if name not in proven]
         records = run_parallel([functools.partial(one, name) for name in names], options.workers)
     found = proven | {record.name: record for record in records}
-    return {name: found[name] for name in weights.tensors}
+    return {name: found[name] for name in weights.tensors}, len(proven)
 
 
 def _prove(copier: Copier, target: Target, records: dict[str, TensorRecord], workers: int) -> dict[str, TensorRecord]:
@@ -176,6 +177,21 @@ def _prove(copier: Copier, target: Target, records: dict[str, TensorRecord], wor
     names = list(records)
     hashes = run_parallel([functools.partial(copier.sha256, target.tensors[name]) for name in names], workers)
     return {name: records[name] for name, sha in zip(names, hashes, strict=True) if sha == records[name].target_sha256}
+
+
+def _check_against_receipt(source: Checkpoint, records: dict[str, TensorRecord]) -> None:
+    """A source that we wrote must still hold what its receipt says; a flipped bit shows nowhere else."""
+    paths = [folder / RECEIPT for folder in (source.path, source.path.parent) if (folder / RECEIPT).is_file()]
+    if not paths or source.format == "hf" and paths[0].parent != source.path:
+        return
+    receipt = json.loads(paths[0].read_text(encoding="utf-8"))
+    known = {tensor["name"]: tensor["target_sha256"] for tensor in receipt["tensors"]}
+    wrong = [name for name, record in records.items() if known.get(name, record.sha256) != record.sha256]
+    if receipt["target"]["format"] == source.format and wrong:
+        raise MismatchError(
+            f"{source.path}: {len(wrong)} tensors are not what {paths[0]} says, e.g. {wrong[0]}",
+            hint=f"the files are damaged; if you changed them on purpose, delete {paths[0]}",
+        )
 
 
 def _check_values(records: dict[str, TensorRecord], options: Options) -> None:

@@ -75,9 +75,9 @@ def model_card(source: Checkpoint, tool: str) -> str:
 
 
 def _run_config(source: Checkpoint) -> dict[str, Any]:
-    if source.run_dir is None:
+    if source.run_config is None:
         return {}
-    loaded = yaml.safe_load((source.run_dir / "resolved.yaml").read_text(encoding="utf-8"))
+    loaded = yaml.safe_load(source.run_config.read_text(encoding="utf-8"))
     return loaded if isinstance(loaded, dict) else {}
 
 

@@ -17,6 +17,7 @@ from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.errors import ConversionError
 
 BEST = "best.json"
+RUN_CONFIG = "resolved.yaml"
 COMPLETE = "complete.json"  # our trainer's mark of a finished save
 ITERATION = re.compile(r"iter_(\d{7,})$")
 
@@ -39,8 +40,9 @@ def open_checkpoint(
     if not path.is_dir():
         raise ConversionError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
     folder, kind = _find_weights(path, best, shapes_only)
-    run_dir = next((p for p in (folder, *folder.parents[:3]) if (p / "resolved.yaml").is_file()), None)
-    if run_dir is not None and folder.parent.name == "checkpoints" and not (folder / COMPLETE).is_file():
+    runs = [parent / RUN_CONFIG for parent in (folder, *folder.parents[:2]) if (parent / RUN_CONFIG).is_file()]
+    of_a_run = (folder.parent.parent / RUN_CONFIG).is_file() and folder.parent.name == "checkpoints"
+    if of_a_run and not (folder / COMPLETE).is_file():
         raise ConversionError(f"{folder} was not saved to its end: it has no {COMPLETE}", hint="take another iteration")
     side_dir = folder if kind == "hf" else _find_side_dir(folder, hf_config)
     config, arch = read_config(side_dir), read_architecture(side_dir)
@@ -55,7 +57,7 @@ def open_checkpoint(
         side_dir,
         weights,
         int(found.group(1)) if found else None,
-        run_dir,
+        next(iter(runs), None),
     )
 
 
@@ -122,7 +124,8 @@ def _find_side_dir(folder: Path, hf_config: Path | None) -> Path:
     """Where config.json and the tokenizer of a Megatron checkpoint lie."""
     if hf_config is not None:
         return hf_config.parent if hf_config.is_file() else hf_config
-    for parent in (folder, *folder.parents[:2]):
+    in_series = ITERATION.search(folder.name) or folder.name == "release"
+    for parent in (folder, *folder.parents[:2]) if in_series else (folder,):
         if (parent / "hf" / "config.json").is_file():
             return parent / "hf"
     raise ConversionError(

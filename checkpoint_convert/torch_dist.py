@@ -42,6 +42,7 @@ NOT_WEIGHTS = {
     "chained_": "optimizer state",
     "opt_param_scheduler": "schedule state",
     "rng_state": "random number generator state",
+    "random_states": "random number generator state",
     "rerun_state_machine_state": "rerun state",
 }
 EXTRA_STATE = "._extra_state"  # TransformerEngine's fp8 scales; empty for bf16 weights

@@ -19,8 +19,8 @@ class _DefaultCommand(click.Group):
     """A group whose arguments go to `run` unless the first one names a subcommand."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = ["run", *args]
+        if args and args[0] != "verify" and args[0] not in ctx.help_option_names:
+            args = ["run", *args]  # also when SRC is a folder named `run`
         return super().parse_args(ctx, args)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -75,13 +75,6 @@ def run(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given: An
     from checkpoint_convert.report import plan_lines, plan_report
     from checkpoint_convert.sources import open_checkpoint
 
-    source = open_checkpoint(
-        src,
-        hf_config=given["hf_config"],
-        best=given["best"],
-        trust_pickle=given["trust_pickle"],
-        shapes_only=dry_run,
-    )
     defaults = engine.Options(to="hf")
     options = engine.Options(
         to=to,  # type: ignore[arg-type]
@@ -95,6 +88,13 @@ def run(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given: An
         allow_nonfinite=given["allow_nonfinite"],
         read_back=given["read_back"],
         overwrite=given["overwrite"],
+    )
+    source = open_checkpoint(
+        src,
+        hf_config=given["hf_config"],
+        best=given["best"],
+        trust_pickle=given["trust_pickle"],
+        shapes_only=dry_run,
     )
     if dry_run:
         report = plan_report(source, engine.plan(source, dst, options), dst, options)

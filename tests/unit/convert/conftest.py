@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of tiny conversions would wait for the disk minutes long; nothing here survives a power cut anyhow."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
