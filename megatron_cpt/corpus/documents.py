@@ -60,6 +60,7 @@ class Ledger:
     documents_read: int = 0
     lines_read: int = 0  # lines or rows the unit covers, to turn relative places into absolute ones
     counts: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)  # of all documents that the language step saw
     rejects: list[Reject] = field(default_factory=list)
 
     def reject(self, path: str, place: int, reason: str, detail: str = "") -> None:
@@ -68,6 +69,8 @@ class Ledger:
 
     def reject_where(self, batch: Batch, wanted: Sequence[bool], reason: str) -> Batch:
         """Reject the documents that are not wanted, with the start of their text, and return the others."""
+        if all(wanted):
+            return batch
         for text, place, keep in zip(batch.texts, batch.places, wanted, strict=True):
             if not keep:
                 self.reject(batch.path, place, reason, text)

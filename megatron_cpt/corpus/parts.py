@@ -39,6 +39,7 @@ class UnitRecord:
     lines_read: int
     parts: dict[str, PartCounts]
     reject_counts: dict[str, int] = field(default_factory=dict)
+    languages: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def rejects_path(folder: Path, unit: int) -> Path:
 
 def commit_unit(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
     """Leave the rejects and, last, the record that makes the unit done."""
-    if ledger.rejects:
-        lines = [json.dumps(_reject_fields(record.source, r), ensure_ascii=False) for r in ledger.rejects]
+    if rejects := sorted(ledger.rejects, key=lambda reject: (reject.path, reject.place)):
+        lines = [json.dumps(_reject_fields(record.source, r), ensure_ascii=False) for r in rejects]
         text = "\n".join(lines) + "\n"
         rejects_path(folder, record.unit).write_text(text, encoding="utf-8", errors="backslashreplace")
     final = record_path(folder, record.unit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from megatron_cpt.corpus.readers import read_unit
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.sources import Unit
 from megatron_cpt.corpus.split import split_of
+from megatron_cpt.corpus.steps import Step, build_steps
 from megatron_cpt.corpus.tokenizer import CorpusTokenizer, Ids, Lengths
 
-Step = Callable[[Batch, Ledger], Batch]
 WHOLE = "all"  # the name of the only part of a unit when the corpus is not split
 
 
@@ -29,16 +29,27 @@ class Job:
     corpus: Corpus
     tokenizer: CorpusTokenizer
     staging: Path
+    steps: dict[str, list[Step]]  # by source
 
     @property
     def splits(self) -> list[str]:
         return list(self.corpus.split) or [WHOLE]
 
 
+def steps_by_source(corpus: Corpus) -> dict[str, list[Step]]:
+    """Cleaning and filters of each source: its own, else the corpus's."""
+    return {
+        source.name: build_steps(
+            source.clean or corpus.clean, source.filters or corpus.filters, corpus.keep_empty_documents
+        )
+        for source in corpus.sources
+    }
+
+
 def process_unit(job: Job, unit: Unit) -> UnitRecord:
     """Read, clean, tokenise and commit one unit; returns its record."""
     ledger = Ledger()
-    steps = [drop_empty] if not job.corpus.keep_empty_documents else []
+    steps = job.steps[unit.source]
     writers = {
         split: PartWriter(job.staging, unit.index, split, job.tokenizer.dtype, bool(unit.metadata))
         for split in job.splits
@@ -56,15 +67,10 @@ def process_unit(job: Job, unit: Unit) -> UnitRecord:
         lines_read=ledger.lines_read,
         parts={split: writer.close() for split, writer in writers.items()},
         reject_counts=dict(ledger.counts),
+        languages=dict(ledger.languages),
     )
     commit_unit(job.staging, record, ledger)
     return record
-
-
-def drop_empty(batch: Batch, ledger: Ledger) -> Batch:
-    """Reject documents of nothing but white space."""
-    wanted = [bool(text) and not text.isspace() for text in batch.texts]
-    return batch if all(wanted) else ledger.reject_where(batch, wanted, "empty")
 
 
 def _encode(job: Job, batch: Batch, ledger: Ledger, writers: dict[str, PartWriter]) -> None:

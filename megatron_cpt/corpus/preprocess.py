@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_cpt.corpus.assemble import Assembly, write_dataset
 from megatron_cpt.corpus.manifest import Manifest, bin_path, manifest_path, read_manifest
 from megatron_cpt.corpus.parts import UnitRecord, parts_are_whole, read_record
-from megatron_cpt.corpus.pipeline import WHOLE, Job, process_unit, sample_texts, worker_count
+from megatron_cpt.corpus.pipeline import WHOLE, Job, process_unit, sample_texts, steps_by_source, worker_count
 from megatron_cpt.corpus.registry import resolve_datasets
 from megatron_cpt.corpus.rejects import (
     absolute_metadata,
@@ -81,10 +81,11 @@ def _preprocess(
     prefixes = dataset_prefixes(corpus)
     if not overwrite and (done := _already_done(corpus, prefixes, fingerprint)):
         return done
+    steps = steps_by_source(corpus)
     Path(corpus.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     try:
         with staging_folder(corpus.output_prefix, fingerprint) as staging:
-            job = Job(corpus, tokenizer, staging)
+            job = Job(corpus, tokenizer, staging, steps)
             records = _process(job, units, worker_count(workers), start_progress)
             return _finish(job, units, records, prefixes, fingerprint)
     except OSError as error:

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from megatron_cpt.corpus.schema_processing import Clean, Filters, Section
 from megatron_cpt.errors import ConfigError
 
 Format = Literal["auto", "jsonl", "parquet", "arrow", "text", "html"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Source(Section):
@@ -35,6 +32,9 @@ class Source(Section):
     metadata: tuple[str, ...] = Field(
         (), description="Keys kept for each document in PREFIX.documents.jsonl, such as id and url."
     )
+
+    clean: Clean | None = Field(None, description="Cleaning of this source instead of the corpus's.")
+    filters: Filters | None = Field(None, description="Filters of this source instead of the corpus's.")
 
     @field_validator("files", mode="before")
     @classmethod
@@ -86,6 +86,8 @@ class Corpus(Section):
     split: dict[str, Fraction] = Field(
         default_factory=dict, description="Name -> fraction of documents; each gives PREFIX_NAME. Empty: one dataset."
     )
+    clean: Clean = Field(Clean(), description="Changes to the text.")
+    filters: Filters = Field(Filters(), description="Which documents stay.")
     chunking: Chunking = Field(Chunking(), description="Documents into sequences.")
     registry: str | None = Field(None, description="JSON or YAML file: dataset name -> {files, text, format}.")
     max_reject_ratio: float = Field(

@@ -1,0 +1,117 @@
+"""The schema of cleaning, filters, duplicates and decontamination; defaults of published rules are the papers'."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _switch(value: Any) -> Any:
+    """`true` switches a group of rules on with its defaults, `false` off."""
+    return {} if value is True else None if value is False else value
+
+
+class GopherQuality(Section):
+    """Rae et al. 2021 (Gopher), quality rules of table A1."""
+
+    min_words: int = Field(50, description="Words of a document, at least.")
+    max_words: int = Field(100_000, description="Words of a document, at most.")
+    min_mean_word_length: float = Field(3, description="Mean word length in characters, at least.")
+    max_mean_word_length: float = Field(10, description="Mean word length in characters, at most.")
+    max_symbol_word_ratio: float = Field(0.1, description="Hash signs and ellipses per word, at most.")
+    max_bullet_line_ratio: float = Field(0.9, description="Lines that begin with a bullet, at most.")
+    max_ellipsis_line_ratio: float = Field(0.3, description="Lines that end with an ellipsis, at most.")
+    min_alphabetic_word_ratio: float = Field(0.8, description="Words with a letter, at least.")
+    min_stop_words: int = Field(2, description="Different stop words that occur, at least.")
+    stop_words: tuple[str, ...] = Field(
+        ("the", "be", "to", "of", "and", "that", "have", "with"), description="The stop words; empty: no such rule."
+    )
+
+
+class GopherRepetition(Section):
+    """Rae et al. 2021 (Gopher), repetition rules of table A1. Shares of lines, paragraphs and characters."""
+
+    max_repeated_lines: float = Field(0.30, description="Lines that occurred before, at most.")
+    max_repeated_paragraphs: float = Field(0.30, description="Paragraphs that occurred before, at most.")
+    max_repeated_line_chars: float = Field(0.20, description="Characters in repeated lines, at most.")
+    max_repeated_paragraph_chars: float = Field(0.20, description="Characters in repeated paragraphs, at most.")
+    max_top_ngram_chars: dict[int, float] = Field(
+        {2: 0.20, 3: 0.18, 4: 0.16}, description="n -> characters in the most covering n-gram, at most."
+    )
+    max_repeated_ngram_chars: dict[int, float] = Field(
+        {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10},
+        description="n -> characters in repeated n-grams, at most.",
+    )
+
+
+class FineWeb(Section):
+    """Penedo et al. 2024 (FineWeb), the three filters of section 3.6."""
+
+    min_terminal_line_ratio: float = Field(0.12, description="Lines that end with punctuation, more than this.")
+    max_repeated_line_chars: float = Field(0.1, description="Characters in repeated lines, less than this.")
+    short_line_chars: int = Field(30, description="A line with fewer characters is short.")
+    max_short_line_ratio: float = Field(0.67, description="Short lines, less than this.")
+
+
+class Language(Section):
+    """Language by the fastText model lid.176 (offline; needs the extra `corpus`)."""
+
+    keep: tuple[str, ...] = Field(description="ISO 639-1 codes to keep, such as en and zh.")
+    min_score: float = Field(0.65, ge=0, le=1, description="Confidence, at least (FineWeb's value).")
+
+
+class CodeQuality(Section):
+    """Rules for source files; the line limits are those of StarCoder (Li et al. 2023, section 3.1)."""
+
+    max_line_chars: int = Field(1000, description="Longest line, at most.")
+    max_mean_line_chars: float = Field(100, description="Mean line length, at most.")
+    min_alphanumeric_ratio: float = Field(0.25, description="Alphanumeric characters, at least.")
+    min_comment_ratio: float = Field(0.0, description="Comment lines among lines with text, at least.")
+    max_comment_ratio: float = Field(0.8, description="Comment lines among lines with text, at most.")
+    python_must_parse: bool = Field(False, description="Drop documents that Python's `ast` cannot parse.")
+
+
+PiiKind = Literal["email", "phone", "ip", "ssn", "card"]
+
+
+class Clean(Section):
+    """Changes to the text, in this order. Each is off unless it is set."""
+
+    html: bool = Field(False, description="HTML to text.")
+    unicode: bool = Field(False, description="Repair mojibake (ftfy), drop control characters, normalise to NFC.")
+    whitespace: bool = Field(False, description="No trailing spaces, at most one blank line in a row.")
+    c4_lines: bool = Field(False, description="C4: keep lines of 3 words or more that end with punctuation.")
+    drop_lines: tuple[str, ...] = Field((), description="Regular expressions; a line that one finds is dropped.")
+    pii: tuple[PiiKind, ...] = Field((), description="Masked kinds: email, phone, ip, ssn, card.")
+
+    @field_validator("drop_lines")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return value
+
+
+class Filters(Section):
+    """Which documents stay, in this order. Each is off unless it is set."""
+
+    min_chars: int | None = Field(None, ge=0, description="Characters of a document, at least.")
+    max_chars: int | None = Field(None, gt=0, description="Characters of a document, at most.")
+    language: Language | None = Field(None, description="Language.")
+    gopher_quality: Annotated[GopherQuality | None, BeforeValidator(_switch)] = Field(None, description="Gopher.")
+    gopher_repetition: Annotated[GopherRepetition | None, BeforeValidator(_switch)] = Field(None, description="Gopher.")
+    c4: bool = Field(False, description="C4: no lorem ipsum, no curly bracket, 5 sentences or more.")
+    fineweb: Annotated[FineWeb | None, BeforeValidator(_switch)] = Field(None, description="FineWeb.")
+    code: Annotated[CodeQuality | None, BeforeValidator(_switch)] = Field(None, description="Source files.")
+    custom: tuple[str, ...] = Field(
+        (), description="module:function, called with the text; returns True, False, or the text to go on with."
+    )
