@@ -181,16 +181,16 @@ def _prove(copier: Copier, target: Target, records: dict[str, TensorRecord], wor
 
 def _check_against_receipt(source: Checkpoint, records: dict[str, TensorRecord]) -> None:
     """A source that we wrote must still hold what its receipt says; a flipped bit shows nowhere else."""
-    paths = [folder / RECEIPT for folder in (source.path, source.path.parent) if (folder / RECEIPT).is_file()]
-    if not paths or source.format == "hf" and paths[0].parent != source.path:
+    path = (source.path.parent if source.format == "legacy" else source.path) / RECEIPT
+    if not path.is_file():
         return
-    receipt = json.loads(paths[0].read_text(encoding="utf-8"))
+    receipt = json.loads(path.read_text(encoding="utf-8"))
     known = {tensor["name"]: tensor["target_sha256"] for tensor in receipt["tensors"]}
     wrong = [name for name, record in records.items() if known.get(name, record.sha256) != record.sha256]
     if receipt["target"]["format"] == source.format and wrong:
         raise MismatchError(
-            f"{source.path}: {len(wrong)} tensors are not what {paths[0]} says, e.g. {wrong[0]}",
-            hint=f"the files are damaged; if you changed them on purpose, delete {paths[0]}",
+            f"{source.path}: {len(wrong)} tensors are not what {path} says, e.g. {wrong[0]}",
+            hint=f"the files are damaged; if you changed them on purpose, delete {path}",
         )
 
 

@@ -268,10 +268,10 @@ def test_bad_torch_dist_folders(tmp_path: Path, spoil: Callable[[Path], None], w
 @pytest.mark.parametrize("fmt", ["hf", "torch_dist", "legacy"])
 def test_one_flipped_bit_is_found_by_the_receipt(tmp_path: Path, fmt: Format) -> None:
     ckpt = megatron(tmp_path, fmt)
-    (path,) = [p for p in ckpt.rglob("*") if p.suffix in (".safetensors", ".distcp", ".pt") and p.name != "common.pt"]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
+    extent = open_checkpoint(ckpt).weights.tensors["model.layers.3.mlp.down_proj.weight"].extents[0]
+    data = bytearray(extent.path.read_bytes())
+    data[extent.offset + 9] ^= 1
+    extent.path.write_bytes(bytes(data))
     refused(ckpt, "1 tensors are not what .*conversion.json says", "hf")
 
 
