@@ -41,21 +41,23 @@ def perplexity(
     Megatron-Core in one process). The documents are packed and cut into blocks of --seq-length tokens; each token
     but the first is predicted once, and the loss is the mean over all of them.
     """
-    from megatron_cpt.eval.model import load_model
+    from checkpoint_convert.sources import open_checkpoint
+    from megatron_cpt.eval.model import load_scorer
     from megatron_cpt.eval.perplexity import perplexity as measure
     from megatron_cpt.eval.token_stream import open_token_stream
 
-    logger.info("loading %s", model)
-    loaded, tokenizer_dir = load_model(model)
-    length = _seq_length(seq_length, loaded.max_seq_length, model)
+    found = open_checkpoint(model)
+    length = _seq_length(seq_length, found.arch.max_position_embeddings, model)
+    streams = [open_token_stream(name, found.side_dir, found.arch.vocab_size, json_key) for name in data]
+    logger.info("loading %s (%s)", found.path, found.format)
+    score = load_scorer(found, length)
     results: list[dict[str, Any]] = []
-    for name in data:
-        stream = open_token_stream(name, tokenizer_dir, loaded.vocab_size, json_key)
-        result = measure(loaded.score, stream, length, max_tokens, _progress(name))
+    for stream in streams:
+        result = measure(score, stream, length, max_tokens, _progress(stream.name))
         results.append(
             {
                 "model": str(model),
-                "data": name,
+                "data": stream.name,
                 "loss": result.loss,
                 "perplexity": result.perplexity,
                 "tokens": result.tokens,

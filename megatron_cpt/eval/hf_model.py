@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_cpt.errors import CheckpointError, CptError
-from megatron_cpt.eval.perplexity import LoadedModel
+from megatron_cpt.eval.perplexity import BlockScorer
 
 
-def load_hf_model(model_dir: Path, dtype: str = "auto") -> LoadedModel:
-    """Open a Hugging Face directory on the GPU where there is one; `auto` keeps the dtype of the stored weights.
+def hf_scorer(model_dir: Path) -> BlockScorer:
+    """Open a Hugging Face directory in the dtype of its weights, on the GPU where there is one.
 
     Raises:
         CheckpointError: the directory cannot be opened, or its weights do not cover the model exactly.
@@ -28,7 +28,7 @@ def load_hf_model(model_dir: Path, dtype: str = "auto") -> LoadedModel:
     transformers.utils.logging.disable_progress_bar()
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, local_files_only=True, output_loading_info=True
+            model_dir, dtype="auto", local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -46,4 +46,4 @@ def load_hf_model(model_dir: Path, dtype: str = "auto") -> LoadedModel:
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.to(device).flatten(), reduction="none")
         return float(losses.double().sum())
 
-    return LoadedModel(score, model.get_input_embeddings().num_embeddings, model.config.max_position_embeddings)
+    return score

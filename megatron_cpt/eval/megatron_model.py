@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 
 import torch
 
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.load import build_config
-from megatron_cpt.eval.perplexity import LoadedModel
+from megatron_cpt.eval.perplexity import BlockScorer
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
 PRECISION = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
 
 
-def load_megatron_model(checkpoint: Path, arch: Architecture) -> LoadedModel:
+def megatron_scorer(checkpoint: Path, arch: Architecture, seq_length: int) -> BlockScorer:
     """Build the model of `arch` without parallelism and set its weights from the torch_dist folder `checkpoint`.
+
+    `arch.dtype` is the dtype of the stored weights, `seq_length` the longest block that will be scored.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or of another model.
+        ConfigError: the model attends within a window shorter than `seq_length`.
     """
-    adapt_megatron_core_to_cpu()
-    from megatron_cpt.model.build import build_model
-    from megatron_cpt.model.load_megatron import load_megatron_weights
-    from megatron_cpt.runtime.distributed import init_runtime
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron-Core's, of what is not installed
+        logging.getLogger("megatron.core").setLevel(logging.WARNING)
+        adapt_megatron_core_to_cpu()
+        from megatron_cpt.model.build import build_model
+        from megatron_cpt.model.load_megatron import load_megatron_weights
+        from megatron_cpt.runtime.distributed import init_runtime
 
-    config = build_config(
-        {
-            "job_name": "eval",
-            "model": {"init_from": str(checkpoint)},
-            "precision": {"dtype": PRECISION[arch.dtype]},
-            "batch": {"seq_length": 1},  # blocks of any length are scored; the largest is checked by the caller
-        }
-    )
-    device = init_runtime(config).device
-    (model,) = build_model(config, arch)
-    load_megatron_weights([model], checkpoint)
+        config = build_config(
+            {
+                "job_name": "eval",
+                "model": {"init_from": str(checkpoint)},
+                "precision": {"dtype": PRECISION[arch.dtype]},
+                "batch": {"seq_length": seq_length},
+            }
+        )
+        device = init_runtime(config).device
+        (model,) = build_model(config, arch)
+        load_megatron_weights([model], checkpoint)
     model.eval()
 
     @torch.inference_mode()
@@ -44,5 +52,4 @@ def load_megatron_model(checkpoint: Path, arch: Architecture) -> LoadedModel:
         losses = model(inputs.to(device), positions, None, labels=labels.to(device))
         return float(losses.double().sum())
 
-    longest = min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings)
-    return LoadedModel(score, arch.vocab_size, longest)
+    return score

@@ -1,30 +1,27 @@
-"""Open whatever `megatron-cpt eval` is given: a Hugging Face directory, a Megatron checkpoint or a run folder."""
+"""Run whatever `megatron-cpt eval` is given: a Hugging Face directory, a Megatron checkpoint or a run folder."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from checkpoint_convert.sources import open_checkpoint
+from checkpoint_convert.checkpoint import Checkpoint
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.eval.perplexity import LoadedModel
+from megatron_cpt.eval.perplexity import BlockScorer
 
 
-def load_model(path: Path) -> tuple[LoadedModel, Path]:
-    """The model at `path`, and the directory of its tokenizer.
+def load_scorer(found: Checkpoint, seq_length: int) -> BlockScorer:
+    """Load the model: a Hugging Face directory into transformers, a torch_dist checkpoint into Megatron-Core.
 
     Raises:
-        CheckpointError, ConversionError: nothing there, or nothing that can be run.
+        CheckpointError: weights that are damaged, or a format that only the converter reads.
     """
-    found = open_checkpoint(path)
     if found.format == "hf":
-        from megatron_cpt.eval.hf_model import load_hf_model
+        from megatron_cpt.eval.hf_model import hf_scorer
 
-        return load_hf_model(found.path), found.side_dir
+        return hf_scorer(found.path)
     if found.format == "torch_dist":
-        from megatron_cpt.eval.megatron_model import load_megatron_model
+        from megatron_cpt.eval.megatron_model import megatron_scorer
 
-        return load_megatron_model(found.path, found.arch), found.side_dir
+        return megatron_scorer(found.path, found.arch, seq_length)
     raise CheckpointError(
-        f"{path} is a {found.format} checkpoint, which is only read by conversion",
-        hint=f"megatron-cpt convert {path} DIR --to hf, then evaluate DIR",
+        f"{found.path} is a {found.format} checkpoint, which is only read by the converter",
+        hint=f"megatron-cpt convert {found.path} DIR --to hf, then evaluate DIR",
     )

@@ -28,15 +28,6 @@ TOKENS_PER_FORWARD = 1024  # short blocks are batched up to this; the result doe
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model that scores blocks, and what a caller must know to feed it."""
-
-    score: BlockScorer
-    vocab_size: int  # embedding rows that stand for a token
-    max_seq_length: int  # tokens
-
-
-@dataclass(frozen=True)
 class TokenStream:
     """All documents of a dataset, one after the other."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from megatron_cpt.corpus.sources import plan_units
 from megatron_cpt.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_cpt.errors import DataError
 from megatron_cpt.eval.perplexity import TokenStream
+
+logger = logging.getLogger(__name__)
 
 
 def open_token_stream(data: str, tokenizer_dir: Path, vocab_size: int, json_key: str = "text") -> TokenStream:
@@ -44,7 +47,11 @@ def open_token_stream(data: str, tokenizer_dir: Path, vocab_size: int, json_key:
 
 def _dataset_stream(prefix: str, tokenizer_dir: Path) -> TokenStream:
     recorded = read_manifest(prefix).tokenizer
-    ours = tokenizer_fingerprint(tokenizer_dir)
+    ours = recorded.fingerprint
+    if (tokenizer_dir / "tokenizer.json").is_file():
+        ours = tokenizer_fingerprint(tokenizer_dir)
+    else:
+        logger.warning("%s has no tokenizer.json: only the ids of %s are checked", tokenizer_dir, prefix)
     if recorded.fingerprint != ours:
         raise DataError(
             f"{prefix} was written with the tokenizer {recorded.name} ({recorded.fingerprint[:12]}), "

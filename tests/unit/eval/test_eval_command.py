@@ -1,0 +1,85 @@
+"""`megatron-cpt eval perplexity` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from megatron_cpt.cli import cli
+from megatron_cpt.errors import UserError
+from tests.unit.eval.conftest import TEXTS
+
+KEYS = {"model", "data", "loss", "perplexity", "tokens", "documents", "seq_length"}
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text(" ".join(TEXTS))
+    return path
+
+
+def _eval(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, ["eval", "perplexity", *map(str, arguments)], catch_exceptions=True)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_json_is_one_object_with_exact_numbers(model_dir: Path, text_file: Path) -> None:
+    row = json.loads(_eval(model_dir, "--data", text_file, "--json"))
+    assert set(row) == KEYS
+    assert row["seq_length"] == 64  # the model's own limit, below the default of 1024
+    assert row["tokens"] == len(text_file.read_text())  # bytes, plus the end, less the first
+    assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+
+
+def test_several_data_are_measured_in_one_go(model_dir: Path, text_file: Path) -> None:
+    both = json.loads(_eval(model_dir, "--data", text_file, "--data", text_file, "--max-tokens", 20, "--json"))
+    assert [set(row) for row in both["results"]] == [KEYS, KEYS]
+    assert both["results"][0] == both["results"][1]
+
+
+def test_text_output_names_the_data(model_dir: Path, text_file: Path) -> None:
+    assert str(text_file) in _eval(model_dir, "--data", text_file, "--seq-length", 16)
+
+
+def test_megatron_core_agrees_with_transformers(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """In processes of their own: a process group and the engine's global state belong to one evaluation."""
+
+    def command(*arguments: object) -> str:
+        words = [sys.executable, "-m", "megatron_cpt", *map(str, arguments)]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+    command("convert", model_dir, tmp_path / "megatron", "--to", "torch_dist")
+    row = json.loads(command("eval", "perplexity", tmp_path / "megatron", "--data", text_file, "--json"))
+    here = json.loads(_eval(model_dir, "--data", text_file, "--json"))
+    shorter = json.loads(_eval(model_dir, "--data", text_file, "--seq-length", 32, "--json"))
+    assert row["loss"] == pytest.approx(here["loss"], abs=1e-6)
+    assert abs(shorter["loss"] - here["loss"]) > 1e-3  # negative control
+    assert {key: row[key] for key in ("tokens", "documents")} == {key: here[key] for key in ("tokens", "documents")}
+
+
+def test_mistakes_are_user_errors(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    for arguments, message in [
+        ((tmp_path / "nowhere", "--data", text_file), "does not exist"),
+        ((model_dir, "--data", tmp_path / "nowhere"), "neither a dataset nor a text"),
+        ((model_dir, "--data", text_file, "--seq-length", 65), "--seq-length 65"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            _eval(*arguments)
+
+
+def test_weights_that_do_not_fit_are_refused(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(UserError, match="missing"):
+        _eval(broken, "--data", text_file)
