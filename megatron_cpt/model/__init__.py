@@ -5,3 +5,7 @@ spec.py       which modules a layer is made of: TransformerEngine's, or torch's 
 attention.py  the core attention back ends outside TransformerEngine
 load_hf.py    Hugging Face safetensors (or random weights) -> the slices of this rank, each proven set once
 """
+
+from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+
+adapt_megatron_core_to_cpu()  # every module here imports Megatron-Core

@@ -1,0 +1,131 @@
+"""Weights from Hugging Face: set once, complete, and one clear error when something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint_convert.families import read_architecture
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.model.build import build_model
+from megatron_cpt.model.load_hf import load_hf_weights, random_weights
+from tests.parity.tiny_models import save_tiny_model
+from tests.unit.model.conftest import make_config
+
+
+def load(folder: Path) -> torch.nn.Module:
+    arch = read_architecture(folder)
+    chunks = build_model(make_config(folder), arch)
+    load_hf_weights(chunks, folder, arch)
+    return chunks[0]
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return save_tiny_model("base", tmp_path)
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Replace (or, with None, remove) tensors of a model directory; `__` stands for a dot."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name, tensor in tensors.items():
+        key = name.replace("__", ".")
+        weights.pop(key, None)
+        if tensor is not None:
+            weights[key] = tensor
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_every_parameter_is_set(model_dir: Path) -> None:
+    model = load(model_dir)
+    assert sum(p.numel() for p in model.parameters()) == read_architecture(model_dir).num_parameters
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_missing_tensor(model_dir: Path) -> None:
+    change(model_dir, model__norm__weight=None)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
+        load(model_dir)
+
+
+def test_surplus_tensor(model_dir: Path) -> None:
+    change(model_dir, model__layers__9__extra=torch.zeros(3))
+    with pytest.raises(CheckpointError, match="belongs to nothing"):
+        load(model_dir)
+
+
+def test_wrong_shape(model_dir: Path) -> None:
+    change(model_dir, model__norm__weight=torch.zeros(7))
+    with pytest.raises(CheckpointError, match=r"has shape \(7,\)"):
+        load(model_dir)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(model_dir: Path, value: float) -> None:
+    bad = torch.ones(32)
+    bad[5] = value
+    change(model_dir, model__norm__weight=bad)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight .*NaN or infinite"):
+        load(model_dir)
+
+
+@pytest.mark.parametrize("kept_bytes", [4, 200, 20_000])
+def test_truncated_file(model_dir: Path, kept_bytes: int) -> None:
+    path = model_dir / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load(model_dir)
+
+
+def test_missing_shard(model_dir: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model_dir / "model.safetensors").rename(model_dir / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors is missing"):
+        load(model_dir)
+
+
+def test_broken_index(model_dir: Path) -> None:
+    (model_dir / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a safetensors index"):
+        load(model_dir)
+
+
+def test_no_weights_at_all(model_dir: Path) -> None:
+    (model_dir / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        load(model_dir)
+
+
+def test_element_left_unset_is_found(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof by NaN: a loader that forgets the last rows of a tensor does not get away with it."""
+    from megatron_cpt.model import load_hf
+
+    original = load_hf.segments
+
+    def short(tensor: object, *args: object) -> list[object]:
+        *head, last = original(tensor, *args)
+        return [*head, dataclasses.replace(last, rows=last.rows - 1)]
+
+    monkeypatch.setattr(load_hf, "segments", short)
+    with pytest.raises(AssertionError, match=r"set twice or skipped|left unset"):
+        load(model_dir)
+
+
+def test_random_weights_depend_on_seed_and_name_only(model_dir: Path) -> None:
+    arch = read_architecture(model_dir)
+    models = []
+    for seed in (1, 1, 2):
+        chunks = build_model(make_config(), arch)
+        random_weights(chunks, arch, seed)
+        models.append(chunks[0])
+    first, again, other = ([p.detach() for p in model.parameters()] for model in models)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert 0.015 < first[0].std() < 0.025
