@@ -6,8 +6,10 @@ ids and then with their exit codes, so that a test can kill, stop or signal them
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any
 
 class RankPool:
     def __init__(self) -> None:
+        self._running: list[int] = []
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -29,16 +32,21 @@ class RankPool:
         self, config: Path, *arguments: str, ranks: int, log: Path, env: dict[str, str] | None = None
     ) -> list[int]:
         """Start `ranks` ranks on `config` with the arguments of `megatron-cpt train`; their process ids."""
+        if self._running:  # left over by a test that failed
+            for pid in self._running:
+                os.kill(pid, signal.SIGKILL)
+            self.wait()
         job = {"argv": [str(config), *arguments], "ranks": ranks, "log": str(log), "env": env or {}}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        pids: list[int] = self._answer()
-        return pids
+        self._running = self._answer()
+        return self._running
 
     def wait(self) -> list[int]:
         """Exit codes of the ranks started last; -9 for one that was killed."""
         codes: list[int] = self._answer()
+        self._running = []
         return codes
 
     def run(self, config: Path, *arguments: str, ranks: int, log: Path, env: dict[str, str] | None = None) -> list[int]:
@@ -58,7 +66,7 @@ class RankPool:
 
 
 def _serve() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
     adapt_megatron_core_to_cpu()
@@ -91,7 +99,7 @@ def _serve() -> None:
                 try:
                     for fault in filter(None, os.environ.get("TEST_FAULT", "").split(",")):
                         module, _, function = fault.partition(":")
-                        getattr(__import__(module), function)()
+                        getattr(importlib.import_module(module), function)()
                     code = rank_module.main(job["argv"])
                 finally:
                     sys.stdout.flush()

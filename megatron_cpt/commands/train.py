@@ -11,9 +11,10 @@ import click
 from megatron_cpt.budget import format_count
 from megatron_cpt.data.sources import plan_sources
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.exit_codes import FINISHED, STOPPED
+from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
+from megatron_cpt.launch.lease import refuse_if_held_here
 from megatron_cpt.launch.local import adopt_slurm_ranks, run_ranks, under_launcher
-from megatron_cpt.launch.run_folder import RunFolder, prepare_run_folder, record_start
+from megatron_cpt.launch.run_folder import RunFolder, check_continues, prepare_run_folder, record_start
 from megatron_cpt.train.checkpoint_folder import complete_checkpoints
 from megatron_cpt.train.job import Job, check_job, standing_ledger
 
@@ -49,6 +50,11 @@ def train(config_path: Path, overrides: tuple[str, ...], accept_changes: bool) -
             hint="submit slurm/qwen2_72b_cpt.sbatch, or run this command under torchrun on every node",
         )
     folder = RunFolder(Path(job.config.folder))
+    if folder.kill_switch.exists():
+        logger.error("%s is there: remove it to let this run start", folder.kill_switch)
+        return DO_NOT_RESTART
+    check_continues(job.config, accept_changes=accept_changes)
+    refuse_if_held_here(folder.lease)
     ledger = standing_ledger(job)
     if ledger.tokens >= job.derived.train_tokens:
         click.echo(

@@ -46,6 +46,11 @@ class ModelConfig(Section):
     allow_instruct: bool = Field(
         False, description="Continue from an Instruct/Chat checkpoint; off, because CPT damages its tuning."
     )
+    check_start: bool = Field(
+        True,
+        description="Before the first step, refuse a loss near ln(vocabulary), that of a uniform guess, and compare it "
+        "with transformers' where that is installed and memory allows. Off for weights that are meant to be untrained.",
+    )
     attention: Literal["auto", "te", "sdpa", "unfused"] = Field(
         "auto",
         description="Core attention: TransformerEngine, torch SDPA or Megatron's unfused; auto picks TE on "

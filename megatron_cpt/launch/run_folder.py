@@ -72,6 +72,14 @@ class RunFolder:
     def hf(self) -> Path:
         return self.root / "hf"
 
+    @property
+    def lease(self) -> Path:
+        return self.root / "lease.json"
+
+    @property
+    def kill_switch(self) -> Path:
+        return self.root / "KILL"
+
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:04d}.log"
 
@@ -121,6 +129,19 @@ def prepare_run_folder(
         raise CheckpointError(
             f"cannot write the run folder {folder.root}: {error.strerror}", hint="set run_dir to a folder you may write"
         ) from error
+    changes = check_continues(config, accept_changes=accept_changes)
+    _copy_side_files(model_dir, folder.hf)
+    _write_atomically(folder.resolved, resolved_yaml(config))
+    return folder, changes
+
+
+def check_continues(config: RunConfig, *, accept_changes: bool = False) -> list[Change]:
+    """What changed since the last start of the run in the folder, if there was one; nothing is written.
+
+    Raises:
+        CheckpointError: the folder is another run's and `accept_changes` is off.
+    """
+    folder = RunFolder(Path(config.folder))
     changes = _changes_since_last_start(folder, config)
     refused = [change for change in changes if change.path in _IDENTITY]
     if refused and not accept_changes:
@@ -129,9 +150,7 @@ def prepare_run_folder(
             + "\n".join(f"  {change}" for change in changes),
             hint="choose a new run_dir, or pass --accept-changes to continue this run with the new values",
         )
-    _copy_side_files(model_dir, folder.hf)
-    _write_atomically(folder.resolved, resolved_yaml(config))
-    return folder, changes
+    return changes
 
 
 def _changes_since_last_start(folder: RunFolder, config: RunConfig) -> list[Change]:

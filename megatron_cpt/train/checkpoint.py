@@ -25,11 +25,13 @@ from megatron.core import __version__ as megatron_core_version
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt import __version__
 from megatron_cpt.budget import format_count
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import CheckpointError
+from megatron_cpt.launch.lease import Lease
 from megatron_cpt.launch.run_folder import RunFolder, resolved_yaml
 from megatron_cpt.train.checkpoint_folder import (
     Marker,
@@ -50,6 +52,10 @@ from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
 logger = logging.getLogger(__name__)
 
 
+class SaveFailed(CheckpointError):
+    """A save could not be written, and every rank knows: the run may go on without it."""
+
+
 @dataclass
 class _Pending:
     """A save that is being written, and the fields of its marker."""
@@ -61,8 +67,9 @@ class _Pending:
 class CheckpointManager:
     """Owns RUN/checkpoints for this start of the run; every method is called on all ranks together."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, start: int) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, start: int, lease: Lease | None) -> None:
         self.config = config
+        self.lease = lease  # of rank 0
         self.root = folder.checkpoints
         self.start = start
         self.last_saved = -1  # iteration
@@ -77,26 +84,27 @@ class CheckpointManager:
         """Begin to save; `wait` (and `checkpoint.async_save: false`) returns when it is complete.
 
         Raises:
-            CheckpointError: the save, or the one before it, could not be written.
+            SaveFailed: the save could not be written; on all ranks.
+            CheckpointError: a failure of this rank alone; the job must end.
         """
-        self.poll(wait=True)
+        assert self._pending is None, "finish the save before this one first: poll(wait=True)"
         partial = checkpoint_path(self.root, progress.iteration)
         partial = partial.with_name(f"{partial.name}.partial-{self.start}")
         if dist.get_rank() == 0:
             self._make_room(partial)
         dist.barrier()
         if not partial.is_dir():
-            raise CheckpointError(
-                f"cannot create {partial} on rank {dist.get_rank()}",
-                hint="is the run folder on storage that all nodes share, with space left?",
+            raise SaveFailed(
+                f"cannot create {partial}: {self._why_no_room() or 'rank 0 did, this node does not see it'}",
+                hint="the run folder must be on storage that all nodes share, with space left",
             )
         fields = self._marker_fields(state, progress)
-        self._pending = _Pending(partial, fields)
         asynchronous = self.config.checkpoint.async_save and not wait
         with gathered_parameters(state), _named_failure(partial):
             request = dist_checkpointing.save(_state_dict(state), str(partial), async_sharded_save=asynchronous)
             if request is not None:
                 self._queue.schedule_async_request(request)
+        self._pending = _Pending(partial, fields)
         if not asynchronous:
             self._seal()
 
@@ -104,9 +112,13 @@ class CheckpointManager:
         """Finish a save whose files are written on all ranks; True when one was finished by this call."""
         if self._pending is None:
             return False
-        with _named_failure(self._pending.partial):
-            if not self._queue.maybe_finalize_async_calls(blocking=wait):
-                return False
+        try:
+            with _named_failure(self._pending.partial):
+                if not self._queue.maybe_finalize_async_calls(blocking=wait):
+                    return False
+        except SaveFailed:
+            self._pending = None
+            raise
         self._seal()
         return True
 
@@ -114,6 +126,11 @@ class CheckpointManager:
         pending, self._pending = self._pending, None
         assert pending is not None
         if dist.get_rank() == 0:
+            if self.lease is not None and not self.lease.still_held():
+                raise CheckpointError(
+                    f"{self.lease.path} was taken over by another job; this one stops without touching the folder",
+                    hint="see megatron-cpt status; two jobs must not share a run folder",
+                )
             final = checkpoint_path(self.root, pending.fields["iteration"])
             marker = seal(pending.partial, final, resolved_yaml(self.config), pending.fields)
             if self.config.checkpoint.best_by is not None:
@@ -129,12 +146,17 @@ class CheckpointManager:
         self.last_saved = pending.fields["iteration"]
 
     def _make_room(self, partial: Path) -> None:
-        expected = self.expected_bytes()
-        free = free_bytes(self.root)
-        if free < expected:
-            logger.warning("a checkpoint needs %s bytes, %s are free", format_count(expected), format_count(free))
-        else:
+        if why := self._why_no_room():
+            logger.error("no checkpoint of this step: %s", why)
+            return
+        try:
             partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.error("cannot create %s: %s", partial, error.strerror)
+
+    def _why_no_room(self) -> str | None:
+        expected, free = self.expected_bytes(), free_bytes(self.root)
+        return f"it needs {expected:,} bytes and {free:,} are free" if free < expected else None
 
     def expected_bytes(self) -> int:
         """Size of the next checkpoint: that of the newest one; 0 while there is none."""
@@ -184,6 +206,15 @@ class CheckpointManager:
                 chosen[0],
                 hint="restore one from a copy, or move the folder away to start from the beginning",
             )
+        return chosen[0]
+
+    def newest_before(self, iteration: int) -> tuple[Path, Marker] | None:
+        """The newest sound checkpoint of `iteration` or before, the same on all ranks."""
+        chosen: list[tuple[Path, Marker] | None] = [None]
+        if dist.get_rank() == 0:
+            candidates = (c for c in complete_checkpoints(self.root) if c[1].iteration <= iteration)
+            chosen[0] = next((c for c in candidates if not faults(*c)), None)
+        dist.broadcast_object_list(chosen)
         return chosen[0]
 
     def load(self, state: TrainState, path: Path, marker: Marker) -> Progress:
@@ -285,12 +316,19 @@ class _named_failure:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, CheckpointException):  # torch's: raised on all ranks when any could not write
+            logger.debug("details", exc_info=error)
+            causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise SaveFailed(
+                f"cannot {self.doing} checkpoint {self.path}: {causes or 'another rank could not'}",
+                hint="is the disk full? the newest complete checkpoint is untouched",
+            ) from error
         expected = (OSError, RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException)
-        if isinstance(error, expected) and not isinstance(error, CheckpointError):
+        if isinstance(error, expected):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             logger.debug("details", exc_info=error)
-            if self.doing == "save" and self.path.name.endswith(".partial") and dist.get_rank() == 0:
-                shutil.rmtree(self.path, ignore_errors=True)
             raise CheckpointError(
                 f"cannot {self.doing} checkpoint {self.path}: {first}",
                 hint="the newest complete checkpoint is untouched; start again to continue from it",

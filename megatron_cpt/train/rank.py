@@ -14,15 +14,18 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_cpt.data.sources import plan_sources
 from megatron_cpt.errors import CptError
 from megatron_cpt.launch.exit_codes import FAILED
+from megatron_cpt.launch.lease import Lease
 from megatron_cpt.launch.local import CONSOLE_FD, adopt_slurm_ranks
 from megatron_cpt.launch.run_folder import RunFolder, prepare_run_folder, record_start
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 from megatron_cpt.train.job import Job, check_job, index_cache_dir, standing_ledger
+from megatron_cpt.train.watchdog import Watchdog, phase_timeouts
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +38,24 @@ def run_rank(job: Job, accept_changes: bool = False) -> int:
     from megatron_cpt.train.setup import train_job
 
     config = job.config
-    folder = RunFolder(Path(config.folder))
-    if int(os.environ.get("RANK", "0")) == 0 and CONSOLE_FD not in os.environ:  # else the parent has done it
-        folder, changes = prepare_run_folder(config, job.model_dir, accept_changes=accept_changes)
+    folder, lease, rank = RunFolder(Path(config.folder)), None, int(os.environ.get("RANK", "0"))
+    watchdog = Watchdog(phase_timeouts(config.failure), partial(_leave_error, folder, rank))
+    if rank == 0 and CONSOLE_FD not in os.environ:  # else the parent has done it
+        _, changes = prepare_run_folder(config, job.model_dir, accept_changes=accept_changes)
         record_start(folder, config, changes)
+    if rank == 0:
+        lease = Lease(folder.lease)
+        lease.acquire()
     ledger = standing_ledger(job)
     plans = plan_sources(config, job.datasets, ledger, job.derived.train_tokens)
     batches = open_batches(config, job.datasets, ledger, plans, index_cache_dir(config))
-    runtime = init_runtime(config)
-    try:
-        return train_job(job, folder, batches, runtime)
-    finally:
-        shutdown_runtime()
+    # Longer than every phase: the watchdog, which says where each rank stands, comes first.
+    runtime = init_runtime(config, timeout_minutes=1.5 * max(phase_timeouts(config.failure).values()) / 60)
+    code = train_job(job, folder, batches, runtime, lease, watchdog)
+    shutdown_runtime()
+    if lease is not None:
+        lease.release()
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -110,6 +110,10 @@ class Reporter:
             seconds=round(seconds, 3),
         )
 
+    def skipped(self, progress: Progress, text: str, samples: list[dict[str, Any]]) -> None:
+        """A step that was not applied, with the documents that its samples were cut from."""
+        self.event("skipped", progress, text, reason=text, samples=samples)
+
     def event(self, event: str, progress: Progress, text: str, **fields: Any) -> None:
         """Something that is not a step: a row with the name of the event, and a line if there is a `text`."""
         if self.metrics is not None:

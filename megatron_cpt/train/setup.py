@@ -14,6 +14,7 @@ from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.validation import ValidationSet
+from megatron_cpt.launch.lease import Lease
 from megatron_cpt.launch.run_folder import RunFolder
 from megatron_cpt.runtime.distributed import Runtime
 from megatron_cpt.train.checkpoint import CheckpointManager
@@ -25,15 +26,18 @@ from megatron_cpt.train.metrics import ConsoleHandler, ConsoleView, MetricsFile,
 from megatron_cpt.train.progress import Progress
 from megatron_cpt.train.report import Reporter
 from megatron_cpt.train.state import build_train_state
+from megatron_cpt.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-def train_job(job: Job, folder: RunFolder, batches: BatchStream, runtime: Runtime) -> int:
+def train_job(
+    job: Job, folder: RunFolder, batches: BatchStream, runtime: Runtime, lease: Lease | None, watchdog: Watchdog
+) -> int:
     """Build everything, continue from the newest sound checkpoint, and train; the exit code."""
     config = job.config
     start = _shared_start_number(folder)
-    checkpoints = CheckpointManager(config, folder, start)
+    checkpoints = CheckpointManager(config, folder, start, lease)
     chosen = checkpoints.choose()
     state = build_train_state(resolve_init_from(job), job.arch)
     progress = Progress() if chosen is None else checkpoints.load(state, *chosen)
@@ -41,6 +45,7 @@ def train_job(job: Job, folder: RunFolder, batches: BatchStream, runtime: Runtim
     progress = dataclasses.replace(progress, ledger=ledger)
     report = _open_reporter(job, folder, start, progress.ledger)
     report.event("start", progress, _first_line(job, progress, chosen and chosen[0]), world_size=runtime.world_size)
+    minutes = config.failure.wall_time_minutes
     run = Run(
         config,
         job.derived,
@@ -49,7 +54,8 @@ def train_job(job: Job, folder: RunFolder, batches: BatchStream, runtime: Runtim
         batches,
         tuple(ValidationSet(d, config.batch.seq_length, config.eval.tokens) for d in job.datasets.validation),
         checkpoints,
-        Control(folder.root, runtime.device, None),
+        Control(folder.root, runtime.device, minutes and 60 * minutes),
+        watchdog,
         report,
     )
     try:

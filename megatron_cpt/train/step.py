@@ -31,6 +31,8 @@ from megatron_cpt.model.attention import document_starts
 from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
 
 MicroBatch = dict[str, Tensor]
+# (loss per token, gradient norm) of the global batch -> whether the parameters may be updated; the same on every rank
+Accept = Callable[[float, float], bool]
 # (logits [s, b, padded vocabulary / TP], micro batch on this CP rank) -> a term added to the loss sum of the micro
 # batch, on the scale of a sum over its tokens.
 ExtraLoss = Callable[[Tensor, MicroBatch], Tensor]
@@ -45,7 +47,7 @@ class StepResult:
     loss_sum: float
     loss_tokens: int
     grad_norm: float  # before clipping
-    skipped: bool  # the gradient was not finite: the parameters did not change
+    skipped: bool  # the gradient was not finite, or was refused: the parameters did not change
     extra_loss_sum: float
     source_loss_sums: tuple[float, ...]  # one per data source, empty without sources
     source_tokens: tuple[int, ...]
@@ -63,10 +65,12 @@ def train_step(
     *,
     num_sources: int = 0,
     extra_loss: ExtraLoss | None = None,
+    accept: Accept | None = None,
 ) -> StepResult:
     """Forward, backward, reduce, clip, update. The learning rate in the optimizer's groups is the caller's.
 
-    Takes `num_microbatches` from `batches`. An update whose gradient is not finite is left out, and reported.
+    Takes `num_microbatches` from `batches`. An update whose gradient is not finite, or that `accept` refuses, is left
+    out, and reported.
     """
     for chunk in state.chunks:
         chunk.train()
@@ -74,7 +78,8 @@ def train_step(
     state.optimizer.zero_grad()
     microbatches = [next(batches) for _ in range(num_microbatches)]
     sums = _run_schedule(state, microbatches, num_sources, extra_loss, forward_only=False)
-    grad_norm, skipped = _update(state)
+    loss = float(sums[0] / sums[1].clamp(min=1))
+    grad_norm, skipped = _update(state, accept and partial(accept, loss))
     return StepResult(
         loss_sum=float(sums[0]),
         loss_tokens=round(float(sums[1])),
@@ -194,15 +199,15 @@ def _loss_of_logits(
     return _loss(batch, num_sources, extra, losses)
 
 
-def _update(state: TrainState) -> tuple[float, bool]:
-    """(gradient norm before clipping, whether the update was left out because it is not finite).
+def _update(state: TrainState, accept: Callable[[float], bool] | None) -> tuple[float, bool]:
+    """(gradient norm before clipping, whether the update was left out: not finite, or not accepted).
 
     Megatron-Core's own step would apply a NaN; these are its parts (ChainedOptimizer.step in 0.16), with a check.
     """
     optimizer, clip = state.optimizer, state.config.optimizer.clip_grad
     overflow = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    if overflow or not math.isfinite(grad_norm):
+    if overflow or not math.isfinite(grad_norm) or not (accept is None or accept(grad_norm)):
         return grad_norm, True
     for part in optimizer.chained_optimizers:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()

@@ -1,0 +1,166 @@
+"""One writer per run folder: a lease with a heartbeat that survives a dead node.
+
+RUN/lease.json names its holder, and the holder raises a counter in it every few seconds. Whoever wants the folder
+while a lease lies there watches the counter: it moves -> another job is writing, refuse; it stands still -> its
+holder is dead or cut off, take over. Clocks are never compared. On the holder's own machine its process is looked
+up instead, so a restart after a kill does not wait. A holder that was cut off and comes back finds another name in
+the file and must not write (`still_held`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megatron_cpt.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+_MISSED_BEATS = 4  # beats without a change after which a holder counts as dead
+
+
+@dataclass(frozen=True)
+class Holder:
+    token: str
+    host: str
+    pid: int
+    process_space: str  # two processes with the same one see each other's ids
+    process_started: str  # tells a process from a later one with the same id
+    job: str | None
+    beat: int = 0
+
+    def __str__(self) -> str:
+        job = f", job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+def _this_process() -> Holder:
+    pid = os.getpid()
+    return Holder(
+        uuid.uuid4().hex,
+        platform.node(),
+        pid,
+        _process_space(),
+        _process_started(pid) or "",
+        os.environ.get("SLURM_JOB_ID"),
+    )
+
+
+def _process_space() -> str:
+    """Boot id and process namespace of this machine or container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return platform.node()
+
+
+def _process_started(pid: int) -> str | None:
+    """Start time of a living process, None when there is none (a zombie counts as none)."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if after_name[0] == "Z" else after_name[19]
+
+
+def read_lease(path: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_alive_here(holder: Holder) -> bool | None:
+    """Whether the holder's process lives; None when it runs where this process cannot see it."""
+    if holder.process_space != _process_space():
+        return None
+    return _process_started(holder.pid) == holder.process_started
+
+
+def refuse_if_held_here(path: Path) -> None:
+    """Raise CheckpointError when a living process of this machine holds the lease; costs nothing."""
+    holder = read_lease(path)
+    if holder is not None and is_alive_here(holder):
+        raise _refusal(path, holder)
+
+
+def _refusal(path: Path, holder: Holder) -> CheckpointError:
+    return CheckpointError(
+        f"{path.parent} is being written by {holder}",
+        hint="wait for it or stop it (touch STOP in the run folder); two jobs must not share a run folder",
+    )
+
+
+class Lease:
+    """Held from `acquire` to `release`; a thread keeps it alive."""
+
+    def __init__(self, path: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
+        self.path = path
+        self.heartbeat_seconds = heartbeat_seconds
+        self._me = _this_process()
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lease, waiting for the heartbeat of a holder that cannot be seen from here.
+
+        Raises:
+            CheckpointError: another job holds it.
+        """
+        holder = read_lease(self.path)
+        if holder is not None and is_alive_here(holder) is not False:
+            if is_alive_here(holder) or self._beats(holder):
+                raise _refusal(self.path, holder)
+            logger.warning("taking over the lease of %s, which shows no sign of life", holder)
+        self._write()
+        if holder is not None:  # another job may be taking over in the same moment: the last one to write has it
+            time.sleep(min(1.0, self.heartbeat_seconds))
+            if not self.still_held():
+                raise _refusal(self.path, read_lease(self.path) or self._me)
+        threading.Thread(target=self._keep_alive, name="lease", daemon=True).start()
+
+    def still_held(self) -> bool:
+        """False when another job took the lease over: this one must not write any more."""
+        holder = read_lease(self.path)
+        return holder is not None and holder.token == self._me.token
+
+    def release(self) -> None:
+        self._released.set()
+        if self.still_held():
+            self.path.unlink(missing_ok=True)
+
+    def _beats(self, holder: Holder) -> bool:
+        wait = _MISSED_BEATS * self.heartbeat_seconds
+        logger.info("the run folder has a lease of %s: watching it for %.0f s", holder, wait)
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline:
+            time.sleep(self.heartbeat_seconds / 4)
+            now = read_lease(self.path)
+            if now is None:
+                return False
+            if now != holder:
+                return True
+        return False
+
+    def _keep_alive(self) -> None:
+        while not self._released.wait(self.heartbeat_seconds):
+            if not self.still_held():
+                logger.error("%s was taken over by another job", self.path)
+                return
+            self._me = replace(self._me, beat=self._me.beat + 1)
+            with contextlib.suppress(OSError):  # a full disk or a storage hiccup: the next beat tries again
+                self._write()
+
+    def _write(self) -> None:
+        partial = self.path.with_name(f"{self.path.name}.{self._me.token}")
+        partial.write_text(json.dumps(asdict(self._me)))
+        partial.replace(self.path)

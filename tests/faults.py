@@ -1,0 +1,65 @@
+"""Faults that a test puts into the ranks of a RankPool (TEST_FAULT=tests.faults:name); parameters by environment."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def _steps(name: str) -> set[int]:
+    return {int(number) for number in os.environ[name].split(",")}
+
+
+def nan_gradients() -> None:
+    """The gradient norm of the steps in NAN_STEPS (counted in this process, from 1) is NaN."""
+    from megatron_cpt.train import step
+
+    bad, done, real = _steps("NAN_STEPS"), [0], step._update
+
+    def update(state: Any, accept: Any) -> Any:
+        done[0] += 1
+        if done[0] not in bad:
+            return real(state, accept)
+        norm = state.optimizer.get_grad_norm
+        state.optimizer.get_grad_norm = lambda: math.nan
+        try:
+            return real(state, accept)
+        finally:
+            state.optimizer.get_grad_norm = norm
+
+    step._update = update
+
+
+def loss_spikes() -> None:
+    """The loss of the steps in SPIKE_STEPS is ten times what it is."""
+    from megatron_cpt.train import step
+
+    bad, done, real = _steps("SPIKE_STEPS"), [0], step._run_schedule
+
+    def run_schedule(*args: Any, forward_only: bool) -> Any:
+        sums = real(*args, forward_only=forward_only)
+        done[0] += not forward_only
+        if done[0] in bad and not forward_only:
+            sums[0] *= 10
+        return sums
+
+    step._run_schedule = run_schedule
+
+
+def full_disk() -> None:
+    """Writing a shard fails with ENOSPC while the file FULL_DISK exists."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    flag, real = Path(os.environ["FULL_DISK"]), filesystem_async._write_item
+
+    @functools.wraps(real)  # Megatron-Core looks at its signature
+    def write_item(*args: Any, **kwargs: Any) -> Any:
+        if flag.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args, **kwargs)
+
+    filesystem_async._write_item = write_item

@@ -1,0 +1,233 @@
+"""What a run does when steps, saves, disks, peers or people stop it; real ranks, faults injected by the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FINISHED, HUNG, STOPPED, USER_ERROR
+from megatron_cpt.train.checkpoint_folder import complete_checkpoints
+from megatron_cpt.train.metrics import read_metrics
+from tests.rank_pool import RankPool
+from tests.synthetic_data import random_documents, write_dataset
+from tests.synthetic_model import write_model
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    started = RankPool()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model")
+    write_dataset(folder / "data", random_documents(200, 128, 1))
+    write_dataset(folder / "held_out", random_documents(20, 128, 2))
+    return folder
+
+
+class Job:
+    """One run folder with its config."""
+
+    def __init__(self, pool: RankPool, inputs: Path, folder: Path, steps: int, **sections: Any) -> None:
+        self.pool, self.run, self.log = pool, folder / "run", folder / "log"
+        self.path = folder / "config.yaml"
+        self.raw: dict[str, Any] = {
+            "job_name": "fail",
+            "run_dir": str(self.run),
+            "model": {"init_from": str(inputs / "model"), "check_start": False},
+            "budget": {"train_tokens": 256 * steps, "warmup_tokens": 0},
+            "batch": {"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 4},
+            "optimizer": {"lr": 1e-3, "min_lr": 1e-4},
+            "precision": {"dtype": "fp32"},
+            "data": {
+                "train": [{"name": "data", "prefix": str(inputs / "data")}],
+                "validation": {"held_out": str(inputs / "held_out")},
+                "cache_dir": str(inputs / "index_cache"),
+            },
+            "checkpoint": {"save_every": "4 iters", "async_save": False, "keep_last": 3},
+        } | sections
+        self.path.write_text(yaml.safe_dump(self.raw))
+
+    def start(self, *overrides: str, ranks: int = 1, faults: str = "", **env: str) -> list[int]:
+        faults = ",".join(f"tests.faults:{name}" for name in faults.split(",") if name)
+        return self.pool.start(self.path, *overrides, ranks=ranks, log=self.log, env={"TEST_FAULT": faults, **env})
+
+    def train(self, *overrides: str, **kwargs: Any) -> int:
+        self.start(*overrides, **kwargs)
+        (code,) = set(self.pool.wait())
+        return code
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [row for row in read_metrics(self.run / "metrics.jsonl") if row.get("event") == name]
+
+    def steps(self) -> list[dict[str, Any]]:
+        return [row for row in read_metrics(self.run / "metrics.jsonl") if "event" not in row]
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.01)
+
+    def told(self) -> dict[str, Any]:
+        """The error that rank 0 left for the process that started it."""
+        told: dict[str, Any] = json.loads((self.run / "logs" / "error_rank_0000.json").read_text())
+        return told
+
+
+def test_bad_steps_are_skipped_with_their_documents(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    job = Job(pool, inputs, tmp_path, steps=30)
+    assert job.train(faults="nan_gradients,loss_spikes", NAN_STEPS="3", SPIKE_STEPS="26") == FINISHED
+    skipped = job.events("skipped")
+    assert [(row["iteration"], row["reason"].split(":")[1].strip()) for row in skipped] == [
+        (3, "not finite"),
+        (26, "loss spike"),
+    ]
+    assert [row["iteration"] for row in job.steps() if row["skipped"]] == [3, 26]
+    for row in skipped:
+        assert len(row["samples"]) == 4
+        assert all(sample["source"] == "data" and sample["documents"] for sample in row["samples"])
+        assert [sample["sample"] for sample in row["samples"]] == list(
+            range(4 * (row["iteration"] - 1), 4 * row["iteration"])
+        )
+
+
+def test_repeated_bad_steps_roll_back_and_then_stop_for_good(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    failure = {"skips_before_rollback": 3, "max_rollbacks": 1}
+    job = Job(pool, inputs, tmp_path, steps=24, failure=failure)
+    assert job.train(faults="nan_gradients", NAN_STEPS="10,11,12,18,19,20") == DO_NOT_RESTART
+    (rolled_back,) = job.events("rolled_back")
+    assert (rolled_back["iteration"], rolled_back["checkpoint_iteration"]) == (12, 8)
+    assert [row["iteration"] for row in job.events("diverged")] == [20]
+    # after the rollback the data went on: each step has its own samples
+    assert [row["consumed_tokens"] for row in job.steps()] == [256 * n for n in range(1, 21)]
+    # nothing to roll back to
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    early = Job(pool, inputs, fresh, steps=8, failure=failure)
+    assert early.train(faults="nan_gradients", NAN_STEPS="1,2,3") == DO_NOT_RESTART
+
+
+def test_switch_files_signals_and_the_wall_time_limit(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    parallel = {"gpus_per_node": 2, "pp": 2}
+    job = Job(pool, inputs, tmp_path, steps=10_000, parallel=parallel, checkpoint={"save_every": None})
+    job.raw["data"]["max_epochs"] = 1e9
+    job.path.write_text(yaml.safe_dump(job.raw))
+    pids = job.start(ranks=2)
+    job.wait_for(lambda: (job.run / "metrics.jsonl").exists() and len(job.steps()) > 2)
+    (job.run / "SAVE").touch()
+    job.wait_for(lambda: len(complete_checkpoints(job.run / "checkpoints")) == 1)
+    assert not (job.run / "SAVE").exists()
+    os.kill(pids[1], signal.SIGTERM)  # a rank that is not 0
+    assert pool.wait() == [STOPPED, STOPPED]
+    assert "SIGTERM" in job.log.read_text()
+    first = complete_checkpoints(job.run / "checkpoints")[0][1]
+    assert first.iteration == job.steps()[-1]["iteration"]
+    # the same command goes on from there, and the limit is reached by its first step
+    assert job.train("failure.wall_time_minutes=0.0001", ranks=2) == STOPPED
+    second = complete_checkpoints(job.run / "checkpoints")[0][1]
+    assert second.iteration == first.iteration + 1
+    assert second.start == first.start + 1
+    job.start(ranks=2)
+    job.wait_for(lambda: len(job.steps()) > second.iteration + 1)
+    (job.run / "KILL").touch()
+    assert pool.wait() == [DO_NOT_RESTART, DO_NOT_RESTART]
+    assert complete_checkpoints(job.run / "checkpoints")[0][1] == second  # nothing was saved
+
+
+def test_a_stuck_rank_is_ended_with_stacks(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    parallel = {"gpus_per_node": 2, "pp": 2}
+    failure = {"step_timeout_minutes": 0.15, "eval_timeout_minutes": 0.5}
+    job = Job(pool, inputs, tmp_path, steps=10_000, parallel=parallel, failure=failure, eval={"every": None})
+    job.raw["data"]["max_epochs"] = 1e9
+    job.path.write_text(yaml.safe_dump(job.raw))
+    pids = job.start(ranks=2)
+    job.wait_for(lambda: (job.run / "metrics.jsonl").exists() and len(job.steps()) > 2)
+    os.kill(pids[1], signal.SIGSTOP)
+    job.wait_for(lambda: (job.run / "logs" / "error_rank_0000.json").exists())
+    os.kill(pids[1], signal.SIGKILL)
+    assert pool.wait() == [HUNG, -signal.SIGKILL]
+    log = job.log.read_text()
+    assert "watchdog: no progress in phase 'step'" in log
+    assert 'File "' in log and "_run_schedule" in log  # the stack says where rank 0 waited
+    assert job.told()["exit_code"] == HUNG
+
+
+def test_a_full_disk_in_mid_save_loses_that_save_only(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    flag = tmp_path / "full"
+    job = Job(pool, inputs, tmp_path, steps=12, checkpoint={"save_every": "4 iters", "async_save": True})
+    job.start(faults="full_disk", FULL_DISK=str(flag))
+    job.wait_for(lambda: bool(complete_checkpoints(job.run / "checkpoints")))
+    flag.touch()
+    (code,) = pool.wait()
+    assert code == USER_ERROR
+    assert "No space left" in job.told()["message"]
+    newest = complete_checkpoints(job.run / "checkpoints")[0][1]
+    assert newest.iteration < 12
+    assert not list(job.run.glob("checkpoints/*.partial-*"))
+    flag.unlink()
+    assert job.train(faults="full_disk", FULL_DISK=str(flag)) == FINISHED
+    assert complete_checkpoints(job.run / "checkpoints")[0][1].iteration == 12
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    job = Job(pool, inputs, tmp_path, steps=12)
+    assert job.train() == FINISHED
+    whole = {row["iteration"]: row["loss"] for row in job.steps()}
+    saved = complete_checkpoints(job.run / "checkpoints")
+    assert [marker.iteration for _, marker in saved] == [12, 8, 4]
+    shard = next(saved[0][0].glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (saved[1][0] / "common.pt").write_bytes(b"x" * saved[1][1].file_bytes["common.pt"])
+    assert job.train() == FINISHED
+    log = job.log.read_text()
+    assert "iter_0000012 is damaged (__0_" in log
+    assert "iter_0000008 is damaged (common.pt has another sha256" in log
+    assert {row["iteration"]: row["loss"] for row in job.steps()} == whole  # steps 5 to 12 once more, the same
+    for path, _ in complete_checkpoints(job.run / "checkpoints"):
+        (path / "metadata.json").unlink()
+    assert job.train("budget.train_tokens=5000") == USER_ERROR
+    assert "every checkpoint" in job.told()["message"]
+
+
+def test_two_jobs_cannot_write_one_folder(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    job = Job(pool, inputs, tmp_path, steps=10_000)
+    job.raw["data"]["max_epochs"] = 1e9
+    job.path.write_text(yaml.safe_dump(job.raw))
+    other = RankPool()
+    job.start()
+    job.wait_for(lambda: (job.run / "lease.json").exists())
+    assert other.run(job.path, ranks=1, log=tmp_path / "other.log") == [USER_ERROR]
+    other.close()
+    assert "is being written by process" in (tmp_path / "other.log").read_text()
+    (job.run / "STOP").touch()
+    job.wait_for(lambda: not (job.run / "lease.json").exists())
+    assert pool.wait() == [STOPPED]
+
+
+def test_a_run_starts_from_the_weights_of_another_run(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    job = Job(pool, inputs, tmp_path, steps=8)
+    assert job.train() == FINISHED
+    loss = {row["iteration"]: row["loss"] for row in job.events("validation")}
+    second = tmp_path / "second"
+    second.mkdir()
+    follower = Job(pool, inputs, second, steps=4, model={"init_from": str(job.run), "check_start": False})
+    shutil.rmtree(job.run / "checkpoints" / "iter_0000004")
+    assert follower.train() == FINISHED
+    first = follower.events("validation")[0]
+    assert (first["iteration"], first["consumed_tokens"]) == (0, 0)
+    assert first["loss"] == pytest.approx(loss[8], abs=1e-6)
+    assert loss[0] - loss[8] > 0.05
