@@ -21,7 +21,8 @@ from megatron_cpt.data.epochs import EpochStream, build_indices
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.sources import Datasets, SourcePlan, blend_of
 
-# tokens, labels [b, s] int64; loss_mask [b, s] float32; position_ids [b, s] int64; source [b] int64
+# tokens, labels [b, s] int64; loss_mask [b, s] float32; position_ids [b, s] int64; source [b] int64;
+# document_ids [b, s] int64 where documents are kept apart
 MicroBatch = dict[str, torch.Tensor]
 
 
@@ -45,8 +46,12 @@ class StepPlan:
 class BatchStream:
     """Reads samples. It has no position of its own: everything follows from the ledger it is handed."""
 
-    def __init__(self, blend: Blend, streams: dict[str, EpochStream], seq_length: int) -> None:
+    def __init__(
+        self, blend: Blend, streams: dict[str, EpochStream], seq_length: int, document_end: int | None = None
+    ) -> None:
+        """`document_end` is the EOD id when documents are to be kept apart."""
         self.blend = blend
+        self.document_end = document_end
         self.streams = streams
         self.seq_length = seq_length
 
@@ -69,7 +74,8 @@ class BatchStream:
         pairs = [self.streams[s.source].read(s.position, self.seq_length) for s in samples]
         tokens = torch.stack([tokens for tokens, _ in pairs])
         names = list(self.streams)
-        return {
+        documents = {} if self.document_end is None else {"document_ids": document_ids(tokens, self.document_end)}
+        return documents | {
             "tokens": tokens,
             "labels": torch.stack([labels for _, labels in pairs]),
             "loss_mask": torch.ones(tokens.shape, dtype=torch.float32),
@@ -90,6 +96,12 @@ class BatchStream:
         ]
 
 
+def document_ids(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
+    """[b, s] -> the number of the document within the sample that each token belongs to; EOD ends its own."""
+    ends = (tokens == eod_id).long()
+    return ends.cumsum(dim=1) - ends
+
+
 def open_batches(
     config: RunConfig, datasets: Datasets, ledger: Ledger, plans: tuple[SourcePlan, ...], cache_dir: Path
 ) -> BatchStream:
@@ -103,7 +115,8 @@ def open_batches(
         for plan in plans
     ]
     build_indices(wanted, cache_dir)
-    return BatchStream(blend_of(config), streams, config.batch.seq_length)
+    document_end = datasets.train[0].eod_id if config.model.document_attention else None
+    return BatchStream(blend_of(config), streams, config.batch.seq_length, document_end)
 
 
 def _last_epoch(plan: SourcePlan) -> int:

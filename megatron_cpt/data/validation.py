@@ -12,13 +12,16 @@ import numpy as np
 import torch
 
 from megatron_cpt.corpus.indexed import open_indexed
-from megatron_cpt.data.batches import MicroBatch
+from megatron_cpt.data.batches import MicroBatch, document_ids
 from megatron_cpt.data.sources import Dataset
 
 
 class ValidationSet:
-    def __init__(self, dataset: Dataset, seq_length: int, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset, seq_length: int, max_tokens: int | None = None, *, documents_apart: bool = False
+    ) -> None:
         self.name = dataset.name
+        self.document_end = dataset.eod_id if documents_apart else None
         self.seq_length = seq_length
         self._stream = open_indexed(dataset.prefix).tokens
         available = len(self._stream) - 1
@@ -44,8 +47,10 @@ class ValidationSet:
             window = self._stream[start : start + count + 1]
             if count:
                 tokens[row, :count], labels[row, :count], mask[row, :count] = window[:-1], window[1:], 1.0
-        return {
-            "tokens": torch.from_numpy(tokens),
+        inputs = torch.from_numpy(tokens)
+        documents = {} if self.document_end is None else {"document_ids": document_ids(inputs, self.document_end)}
+        return documents | {
+            "tokens": inputs,
             "labels": torch.from_numpy(labels),
             "loss_mask": torch.from_numpy(mask),
             "position_ids": torch.arange(self.seq_length).expand(len(blocks), -1).contiguous(),

@@ -31,7 +31,6 @@ class CptModel(GPTModel):
     """
 
     true_vocab_size: int
-    document_attention: bool  # whether packed documents are kept from attending to each other
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, padded vocabulary / TP], overwritten -> loss per token [b, s], fp32."""
@@ -150,7 +149,6 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     model.true_vocab_size = arch.vocab_size
-    model.document_attention = config.model.document_attention
     if scaling := arch.rope_scaling:  # Megatron-Core's own switch knows the factor only
         model.rotary_pos_emb.inv_freq = model.rotary_pos_emb._apply_scaling(
             model.rotary_pos_emb.inv_freq,

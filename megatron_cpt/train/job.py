@@ -13,6 +13,7 @@ from megatron_cpt.config.load import load_config
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.sources import Datasets, check_datasets
+from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.model_dir import architecture_dir
 from megatron_cpt.launch.run_folder import RunFolder
 from megatron_cpt.train.checkpoint_folder import complete_checkpoints
@@ -37,6 +38,7 @@ def check_job(config_path: Path, overrides: Sequence[str]) -> Job:
     """
     config = load_config(config_path, overrides)
     model_dir = architecture_dir(config)
+    refuse_instruct_model(config, model_dir)
     arch = read_architecture(model_dir)
     derived = derive(config, arch, origin=str(config_path))
     return Job(config, arch, derived, check_datasets(config, arch, model_dir), model_dir)

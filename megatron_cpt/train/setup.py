@@ -52,7 +52,12 @@ def train_job(
         parallel_state.get_data_parallel_rank(),
         state,
         batches,
-        tuple(ValidationSet(d, config.batch.seq_length, config.eval.tokens) for d in job.datasets.validation),
+        tuple(
+            ValidationSet(
+                d, config.batch.seq_length, config.eval.tokens, documents_apart=config.model.document_attention
+            )
+            for d in job.datasets.validation
+        ),
         checkpoints,
         Control(folder.root, runtime.device, minutes and 60 * minutes),
         watchdog,

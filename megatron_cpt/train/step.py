@@ -4,7 +4,8 @@ A micro batch is a dict of tensors of the whole sequence (context parallelism is
     tokens, labels, position_ids   int64 [b, s]
     loss_mask                      float32 [b, s], 1 where the label counts
     source                         int64 [b], optional: index of the data source, for the loss per source
-    document_ids                   int64 [b, s], optional: changes where a new document begins
+    document_ids                   int64 [b, s], optional: changes where a new document begins, and no token attends
+                                   beyond that; `model.document_attention` makes the data give it
 Every rank is given the same micro batches as its data-parallel peers of other stages and TP or CP ranks.
 
 The loss is a sum over tokens and a count of tokens, reduced over all ranks: their quotient is the token-weighted
@@ -146,16 +147,12 @@ def _forward_step(
     """Megatron-Core's forward step: the model's output, and the function that makes a loss of it."""
     bare = unwrap(model)
     batch = _on_this_rank(next(batches), next(bare.parameters()).device)
-    documents = document_starts(batch["document_ids"]) if _keeps_documents_apart(bare, batch) else None
+    documents = document_starts(batch["document_ids"]) if "document_ids" in batch else None
     labels = batch["labels"] if extra_loss is None else None
     output = model(batch["tokens"], batch["position_ids"], documents, labels=labels)
     if extra_loss is None:
         return output, partial(_loss, batch, num_sources, None)
     return output, partial(_loss_of_logits, bare, batch, num_sources, extra_loss)
-
-
-def _keeps_documents_apart(bare: Any, batch: MicroBatch) -> bool:
-    return bool(getattr(bare, "document_attention", False)) and "document_ids" in batch
 
 
 def _on_this_rank(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -195,7 +192,7 @@ def _loss_of_logits(
     """As `_loss`, from logits [b, s, v], with the second term. The cross entropy overwrites what it is given."""
     logits_sbv = logits.transpose(0, 1)
     extra = extra_loss(logits_sbv, batch)
-    losses = bare.compute_language_model_loss(batch["labels"], logits_sbv.clone())
+    losses = bare.compute_language_model_loss(batch["labels"], logits_sbv.clone(memory_format=torch.contiguous_format))
     return _loss(batch, num_sources, extra, losses)
 
 

@@ -29,7 +29,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {
         "job_name": "bad",
         "run_dir": str(tmp_path / "run"),
-        "model": {"init_from": str(tmp_path / "model")},
+        "model": {"init_from": str(tmp_path / "model"), "check_start": False},
         "budget": {"train_tokens": 4096, "warmup_tokens": 0},
         "batch": {"seq_length": 64, "global_batch_size": 8},
         "data": {"train": [{"name": "data", "prefix": str(tmp_path / "data")}], "max_epochs": 9},

@@ -48,7 +48,7 @@ def write_config(work: Path, run: str, layout: dict[str, int], **changes: object
         "job_name": "resume",
         "run_dir": str(work / run),
         "seed": 7,
-        "model": {"init_from": str(work / "model")},
+        "model": {"init_from": str(work / "model"), "check_start": False},
         "budget": {"train_tokens": 512 * STEPS, "warmup_tokens": 1024},
         "batch": {"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 8},
         "optimizer": {"lr": 2e-3, "min_lr": 1e-4},

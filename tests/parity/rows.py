@@ -109,7 +109,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("sabotage_tied", 2, parallel(pp=2), model="base_tied", sabotage="tied_gradients_not_reduced"),
     TrainRow("sabotage_cp_order", 2, parallel(cp=2), sabotage="keys_in_rank_order"),
     TrainRow(
-        "sabotage_documents", 1, baseline="base_documents", documents=True, sabotage="whole_sequence_attention",
+        "sabotage_documents", 1, baseline="base_documents", sabotage="whole_sequence_attention",
     ),
 )
 # fmt: on

@@ -21,7 +21,7 @@ from tests.synthetic_data import EOD, random_documents, write_dataset
 
 adapt_megatron_core_to_cpu()
 
-from megatron_cpt.data.batches import BatchStream, open_batches  # noqa: E402
+from megatron_cpt.data.batches import BatchStream, document_ids, open_batches  # noqa: E402
 from megatron_cpt.data.validation import ValidationSet  # noqa: E402
 
 SEQ = 32
@@ -221,3 +221,8 @@ def test_validation_predicts_every_token_once(data: Path, micro: int, dp: int, l
     count = held_out.predicted_tokens
     assert pairs == list(zip(stream[:count].tolist(), stream[1 : count + 1].tolist(), strict=True))
     assert count == (limit or len(stream) - 1)
+
+
+def test_document_ids_change_after_each_end_of_document() -> None:
+    tokens = torch.tensor([[5, 6, 0, 7, 0, 0, 8], [0, 1, 1, 1, 1, 1, 0]])
+    assert document_ids(tokens, 0).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
