@@ -32,6 +32,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Validate a config and print what it derives from the token budget.",
     ),
     "train": ("megatron_cpt.commands.train:train", "Start or continue the run that a config describes."),
+    "status": ("megatron_cpt.commands.status:status", "Show where a run stands: tokens, rate, time left, errors."),
+    "checkpoints": (
+        "megatron_cpt.commands.checkpoints:checkpoints",
+        "List, verify and prune a run's checkpoints.",
+    ),
+    "index": ("megatron_cpt.commands.index:index", "Build a run's data indices before its job starts."),
     "eval": ("megatron_cpt.commands.eval:eval_group", "Measure a model: perplexity on a dataset or text."),
     "convert": (
         "megatron_cpt.commands.convert:convert",

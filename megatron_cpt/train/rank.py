@@ -40,6 +40,7 @@ def run_rank(job: Job, accept_changes: bool = False) -> int:
     config = job.config
     folder, lease, rank = RunFolder(Path(config.folder)), None, int(os.environ.get("RANK", "0"))
     watchdog = Watchdog(phase_timeouts(config.failure), partial(_leave_error, folder, rank))
+    folder.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
     if rank == 0 and CONSOLE_FD not in os.environ:  # else the parent has done it
         _, changes = prepare_run_folder(config, job.model_dir, accept_changes=accept_changes)
         record_start(folder, config, changes)

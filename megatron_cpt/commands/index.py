@@ -1,0 +1,36 @@
+"""`megatron-cpt index`: build the data indices of a run before its job starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from megatron_cpt.data.sources import plan_sources
+from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+from megatron_cpt.train.job import check_job, index_cache_dir, standing_ledger
+
+
+@click.command()
+@click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+def index(config_path: Path, overrides: tuple[str, ...]) -> None:
+    """Build what CONFIG's data needs of shuffling indices, on a login or CPU node.
+
+    `train` builds what is missing itself, before its ranks connect; for large data it is cheaper to do it here, once.
+    The indices lie in data.cache_dir and are keyed by the datasets' content.
+    """
+    job = check_job(config_path, overrides)
+    ledger = standing_ledger(job)
+    plans = plan_sources(job.config, job.datasets, ledger, job.derived.train_tokens)
+    adapt_megatron_core_to_cpu()
+    from megatron_cpt.data.batches import open_batches
+
+    cache_dir = index_cache_dir(job.config)
+    open_batches(job.config, job.datasets, ledger, plans, cache_dir)
+    for plan in plans:
+        click.echo(
+            f"{plan.name}: {plan.needed_tokens:,} of {plan.available_tokens:,} tokens needed, "
+            f"{plan.epochs_at_end:.2f} epochs at the end"
+        )
+    click.echo(f"indices are ready in {cache_dir}")

@@ -1,0 +1,49 @@
+"""`megatron-cpt status`: where a run stands."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from megatron_cpt.train.status import RunStatus, read_status
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
+def status(run: Path, as_json: bool) -> None:
+    """Show the state of the run in the folder RUN: tokens, rate, time left, last checkpoint, restarts, last error.
+
+    Reads files only, so it works from any machine that sees the folder, whether the run is alive or not.
+    """
+    found = read_status(run)
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else _text(found))
+
+
+def _text(found: RunStatus) -> str:
+    share = found.consumed_tokens / found.train_tokens
+    rows = [
+        ("state", found.state),
+        ("tokens", f"{found.consumed_tokens:,} of {found.train_tokens:,} ({share:.1%}), iteration {found.iteration:,}"),
+    ]
+    if found.loss is not None:
+        rows.append(("loss", f"{found.loss:.4f}"))
+    for name, loss in found.validation_loss.items():
+        rows.append((f"loss on {name}", f"{loss:.4f}"))
+    if found.tokens_per_second is not None and found.eta_seconds is not None:
+        left = time.strftime("%H:%M:%S", time.gmtime(found.eta_seconds % 86_400))
+        days = int(found.eta_seconds // 86_400)
+        rows.append(("rate", f"{found.tokens_per_second:,.0f} tokens/s, {f'{days} days ' if days else ''}{left} left"))
+    if found.last_checkpoint is not None:
+        saved = found.last_checkpoint
+        rows.append(("last checkpoint", f"{saved['path']} at {saved['consumed_tokens']:,} tokens, {saved['created']}"))
+    else:
+        rows.append(("last checkpoint", "none"))
+    rows.append(("starts", f"{found.starts}, {found.steps_done_twice} steps done twice, {found.skipped_steps} skipped"))
+    if found.last_error is not None:
+        rows.append(("last error", found.last_error))
+    lines = [f"{found.job_name} in {found.run_dir}", *(f"  {name:<17} {value}" for name, value in rows)]
+    return "\n".join(lines)
