@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from megatron_cpt.corpus.preprocess import Outcome
+from megatron_cpt.corpus.preprocess import Outcome, preprocess_shard
 from megatron_cpt.corpus.preprocess import preprocess as run_preprocess
 from megatron_cpt.corpus.progress import progress_view
 from megatron_cpt.corpus.schema import Corpus, load_corpus, parse_corpus
@@ -24,6 +24,16 @@ def parse_split(_: click.Context, __: click.Parameter, value: str | None) -> dic
         raise click.BadParameter(f"{value!r} is not NAME=FRACTION,NAME=FRACTION") from None
 
 
+def parse_shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """`K/N` as (K, N) with 0 <= K < N."""
+    if value is None:
+        return None
+    number, _, count = value.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise click.BadParameter(f"{value!r} is not K/N with K from 0 to N - 1")
+    return int(number), int(count)
+
+
 @click.command()
 @click.argument("files", nargs=-1, metavar="[CORPUS.yaml | more input files]")
 @click.option("--input", "inputs", multiple=True, help="Input files, folders or globs; several may follow.")
@@ -37,12 +47,14 @@ def parse_split(_: click.Context, __: click.Parameter, value: str | None) -> dic
 @click.option("--max-reject-ratio", type=float, help="Fail above this ratio of unreadable documents.  [default: 0.001]")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
 @click.option("--overwrite", is_flag=True, help="Replace datasets of another input, configuration or tokenizer.")
+@click.option("--shard", callback=parse_shard, help="K/N: only every N-th unit from K on; a run without it finishes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def preprocess(
     files: tuple[str, ...],
     inputs: tuple[str, ...],
     workers: int | None,
     overwrite: bool,
+    shard: tuple[int, int] | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -54,6 +66,11 @@ def preprocess(
     """
     corpus = _corpus(files, inputs, flags)
     with progress_view() as start:
+        if shard is not None:
+            done = preprocess_shard(corpus, *shard, workers=workers, start_progress=start)
+            fields = {"shard": shard[0], "shards": shard[1], "units": done}
+            click.echo(json.dumps(fields) if as_json else f"shard {shard[0]} of {shard[1]}: {done} units done")
+            return
         outcome = run_preprocess(corpus, workers=workers, overwrite=overwrite, start_progress=start)
     click.echo(json.dumps(outcome_fields(outcome)) if as_json else outcome_text(outcome))
 

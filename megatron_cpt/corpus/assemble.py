@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_cpt import __version__
 from megatron_cpt.corpus.dataset_writer import write_files
 from megatron_cpt.corpus.manifest import Manifest, SourceRecord, TokenizerRecord
-from megatron_cpt.corpus.parts import Array, UnitRecord, part_arrays
+from megatron_cpt.corpus.parts import Array, Encoded, PartCounts, UnitRecord, part_arrays
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Assembly:
     files_per_source: dict[str, int]
     rejects: dict[str, int]
     config: dict[str, Any]
+    keep: dict[tuple[int, str], Array]  # (unit, split) -> documents to keep, where not all are
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,45 @@ class _Column:
 
     def __iter__(self) -> Iterator[Array]:
         for record in self.assembly.records:
-            yield part_arrays(
+            arrays = part_arrays(
                 self.assembly.staging, record.unit, self.split, record.parts[self.split], self.assembly.dtype
-            )[self.column]
+            )
+            keep = self.assembly.keep.get((record.unit, self.split))
+            if keep is None:
+                yield arrays[self.column]
+            elif self.column == 2:
+                yield arrays[2][keep]
+            elif self.column == 1:
+                yield arrays[1][np.repeat(keep, arrays[2])]
+            else:
+                yield from _kept_tokens(Encoded(*arrays), keep)
+
+
+def _kept_tokens(encoded: Encoded, keep: Array) -> Iterator[Array]:
+    """Ids of the kept documents, run by run, as views."""
+    ends = np.concatenate(([0], np.cumsum(encoded.document_tokens())))
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], keep.astype(np.int8), [0]))))
+    for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        yield encoded.ids[ends[begin] : ends[end]]
+
+
+def kept_counts(assembly: Assembly, record: UnitRecord, split: str) -> PartCounts:
+    """Documents, sequences and tokens of a part after the removal of duplicates."""
+    keep = assembly.keep.get((record.unit, split))
+    if keep is None:
+        return record.parts[split]
+    arrays = part_arrays(assembly.staging, record.unit, split, record.parts[split], assembly.dtype)
+    encoded = Encoded(*arrays)
+    return PartCounts(
+        int(keep.sum()),
+        int(encoded.sequences_per_document[keep].sum()),
+        int(encoded.document_tokens()[keep].sum()),
+    )
 
 
 def write_dataset(assembly: Assembly, split: str, prefix: str) -> Manifest:
     """Write the dataset of one split from the parts; an older dataset there is replaced."""
-    counts = [record.parts[split] for record in assembly.records]
+    counts = [kept_counts(assembly, record, split) for record in assembly.records]
     template = Manifest(
         tool_version=__version__,
         complete=True,
@@ -59,7 +93,7 @@ def write_dataset(assembly: Assembly, split: str, prefix: str) -> Manifest:
         idx_sha256="",
         tokenizer=assembly.tokenizer,
         append_eod=assembly.append_eod,
-        sources=_sources(assembly, split),
+        sources=_sources(assembly, counts),
         rejects=assembly.rejects,
         config=assembly.config,
     )
@@ -67,12 +101,12 @@ def write_dataset(assembly: Assembly, split: str, prefix: str) -> Manifest:
     return write_files(assembly.staging, split, prefix, template, *columns)
 
 
-def _sources(assembly: Assembly, split: str) -> tuple[SourceRecord, ...]:
-    total = sum(record.parts[split].tokens for record in assembly.records)
+def _sources(assembly: Assembly, counts: Sequence[PartCounts]) -> tuple[SourceRecord, ...]:
+    total = sum(part.tokens for part in counts)
     sources = []
     for name, files in assembly.files_per_source.items():
-        own = [record.parts[split] for record in assembly.records if record.source == name]
-        tokens = sum(c.tokens for c in own)
+        own = [part for part, record in zip(counts, assembly.records, strict=True) if record.source == name]
+        tokens = sum(part.tokens for part in own)
         share = round(tokens / total, 6) if total else 0.0
-        sources.append(SourceRecord(name, files, sum(c.documents for c in own), tokens, share))
+        sources.append(SourceRecord(name, files, sum(part.documents for part in own), tokens, share))
     return tuple(sources)

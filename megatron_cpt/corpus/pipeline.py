@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cpt.corpus.chunking import chunk_texts, chunk_tokens
+from megatron_cpt.corpus.decontamination import Decontaminator
+from megatron_cpt.corpus.dedup_records import RecordWriter
 from megatron_cpt.corpus.documents import Batch, Ledger
 from megatron_cpt.corpus.parts import Array, Encoded, PartWriter, UnitRecord, commit_unit
 from megatron_cpt.corpus.readers import read_unit
@@ -37,13 +39,13 @@ class Job:
 
 
 def steps_by_source(corpus: Corpus) -> dict[str, list[Step]]:
-    """Cleaning and filters of each source: its own, else the corpus's."""
-    return {
-        source.name: build_steps(
-            source.clean or corpus.clean, source.filters or corpus.filters, corpus.keep_empty_documents
-        )
-        for source in corpus.sources
-    }
+    """Cleaning and filters of each source (its own, else the corpus's), then decontamination."""
+    last: list[Step] = [Decontaminator(corpus.decontaminate, corpus)] if corpus.decontaminate else []
+    steps: dict[str, list[Step]] = {}
+    for source in corpus.sources:
+        clean, filters = source.clean or corpus.clean, source.filters or corpus.filters
+        steps[source.name] = build_steps(clean, filters, corpus.keep_empty_documents) + last
+    return steps
 
 
 def process_unit(job: Job, unit: Unit) -> UnitRecord:
@@ -54,11 +56,12 @@ def process_unit(job: Job, unit: Unit) -> UnitRecord:
         split: PartWriter(job.staging, unit.index, split, job.tokenizer.dtype, bool(unit.metadata))
         for split in job.splits
     }
+    duplicates = RecordWriter(job.corpus.dedup) if job.corpus.dedup else None
     for batch in read_unit(unit, ledger, job.corpus.max_document_bytes):
         for step in steps:
             batch = step(batch, ledger)
         if batch.texts:
-            _encode(job, batch, ledger, writers)
+            _encode(job, unit, batch, ledger, writers, duplicates)
     record = UnitRecord(
         unit=unit.index,
         source=unit.source,
@@ -69,17 +72,31 @@ def process_unit(job: Job, unit: Unit) -> UnitRecord:
         reject_counts=dict(ledger.counts),
         languages=dict(ledger.languages),
     )
+    if duplicates is not None:
+        duplicates.save(job.staging, f"{unit.index:06d}")
     commit_unit(job.staging, record, ledger)
     return record
 
 
-def _encode(job: Job, batch: Batch, ledger: Ledger, writers: dict[str, PartWriter]) -> None:
+def _encode(
+    job: Job,
+    unit: Unit,
+    batch: Batch,
+    ledger: Ledger,
+    writers: dict[str, PartWriter],
+    duplicates: RecordWriter | None,
+) -> None:
     """Tokenise a batch, cut and end its documents, and give each split its documents."""
     batch, encoded = encode_documents(job, batch, ledger)
+    if not batch.texts:
+        return
+    split = split_of(batch.texts, job.corpus.split) if job.corpus.split else [0] * len(batch)
+    owner = np.array(split)
+    if duplicates is not None:
+        duplicates.add(batch, encoded, owner, unit.paths.index(batch.path))
     if len(writers) == 1:
         next(iter(writers.values())).write(encoded, batch)
         return
-    owner = np.array(split_of(batch.texts, job.corpus.split))
     for index, writer in enumerate(writers.values()):
         mine = owner == index
         writer.write(encoded.select(mine), batch.keep(mine.tolist()))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from megatron_cpt.corpus.assemble import Assembly, write_dataset
+from megatron_cpt.corpus.dedup_stage import remove_duplicates
 from megatron_cpt.corpus.manifest import Manifest, bin_path, manifest_path, read_manifest
 from megatron_cpt.corpus.parts import UnitRecord, parts_are_whole, read_record
 from megatron_cpt.corpus.pipeline import WHOLE, Job, process_unit, sample_texts, steps_by_source, worker_count
@@ -19,13 +21,15 @@ from megatron_cpt.corpus.rejects import (
     absolute_rejects,
     check_bad_input,
     count_rejects,
+    lines_before,
     write_json_lines,
 )
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.sources import Unit, plan_units
-from megatron_cpt.corpus.staging import plan_fingerprint, staging_folder, staging_path
+from megatron_cpt.corpus.staging import plan_fingerprint, shared_staging_folder, staging_folder, staging_path
 from megatron_cpt.corpus.standard_input import standard_input_as_file
-from megatron_cpt.corpus.tokenizer import load_tokenizer
+from megatron_cpt.corpus.steps import Step
+from megatron_cpt.corpus.tokenizer import CorpusTokenizer, load_tokenizer
 from megatron_cpt.corpus.workers import run_units
 from megatron_cpt.errors import CptError, DataError
 
@@ -48,6 +52,7 @@ class Outcome:
 
 
 Progress = Callable[[UnitRecord], None]
+StartProgress = Callable[[int], Progress]
 
 
 def preprocess(
@@ -55,21 +60,63 @@ def preprocess(
     *,
     workers: int | None = None,
     overwrite: bool = False,
-    start_progress: Callable[[int], Progress] | None = None,
+    start_progress: StartProgress | None = None,
 ) -> Outcome:
-    """Make the datasets of `corpus`. The files are the same for any number of workers.
+    """Make the datasets of `corpus`. The files are the same for any number of workers and shards.
 
     A killed run continues when called again with the same input; a finished one returns at once.
     `start_progress(total_bytes)` gives a function that is called with each finished unit.
     Raises DataError for bad input, a second writer, or other datasets under the same prefix.
     """
-    with standard_input_as_file(resolve_datasets(corpus)) as resolved:
-        return _preprocess(resolved, workers, overwrite, start_progress)
+    with standard_input_as_file(resolve_datasets(corpus)) as resolved, _disk_full_explained(corpus.output_prefix):
+        plan = _plan(resolved)
+        prefixes = dataset_prefixes(resolved)
+        if not overwrite and (done := _already_done(resolved, prefixes, plan.fingerprint)):
+            return done
+        with staging_folder(resolved.output_prefix, plan.fingerprint) as staging:
+            job = plan.job(staging)
+            records = _process(job, plan.units, worker_count(workers), start_progress)
+            return _finish(job, plan.units, records, prefixes, plan.fingerprint, worker_count(workers))
 
 
-def _preprocess(
-    corpus: Corpus, workers: int | None, overwrite: bool, start_progress: Callable[[int], Progress] | None
-) -> Outcome:
+def preprocess_shard(
+    corpus: Corpus,
+    shard: int,
+    shards: int,
+    *,
+    workers: int | None = None,
+    start_progress: StartProgress | None = None,
+) -> int:
+    """Do every `shards`-th unit, from number `shard` on, and leave the parts in the staging folder.
+
+    Any number of shards may run at the same time on machines that share the file system. `preprocess` on the
+    same corpus afterwards finds their parts and finishes. Returns the number of units of this shard.
+    """
+    if any("-" in source.files for source in corpus.sources):
+        raise DataError("standard input cannot be shared by shards", hint="write it to a file first")
+    with _disk_full_explained(corpus.output_prefix):
+        plan = _plan(resolve_datasets(corpus))
+        with shared_staging_folder(corpus.output_prefix, plan.fingerprint) as staging:
+            units = plan.units[shard::shards]
+            _process(plan.job(staging), units, worker_count(workers), start_progress)
+            return len(units)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A run before it starts: the same plan gives the same bytes."""
+
+    corpus: Corpus
+    units: list[Unit]
+    tokenizer: CorpusTokenizer
+    fingerprint: str
+    steps: dict[str, list[Step]]
+
+    def job(self, staging: Path) -> Job:
+        return Job(self.corpus, self.tokenizer, staging, self.steps)
+
+
+def _plan(corpus: Corpus) -> _Plan:
     units = plan_units(corpus)
     tokenizer = load_tokenizer(
         corpus.tokenizer,
@@ -78,21 +125,18 @@ def _preprocess(
         sample=sample_texts(units, corpus.max_document_bytes),
     )
     fingerprint = plan_fingerprint(corpus, units, tokenizer.record())
-    prefixes = dataset_prefixes(corpus)
-    if not overwrite and (done := _already_done(corpus, prefixes, fingerprint)):
-        return done
-    steps = steps_by_source(corpus)
-    Path(corpus.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    return _Plan(corpus, units, tokenizer, fingerprint, steps_by_source(corpus))
+
+
+@contextmanager
+def _disk_full_explained(prefix: str) -> Iterator[None]:
     try:
-        with staging_folder(corpus.output_prefix, fingerprint) as staging:
-            job = Job(corpus, tokenizer, staging, steps)
-            records = _process(job, units, worker_count(workers), start_progress)
-            return _finish(job, units, records, prefixes, fingerprint)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CptError(
-            f"the disk of {corpus.output_prefix} is full; nothing was written under the final name",
+            f"the disk of {prefix} is full; nothing was written under the final name",
             hint="about 2x the size of the .bin is needed; free some space and run the same command again",
         ) from error
 
@@ -132,9 +176,7 @@ def _in_the_way(prefix: str, what: str) -> DataError:
     )
 
 
-def _process(
-    job: Job, units: Sequence[Unit], workers: int, start_progress: Callable[[int], Progress] | None
-) -> list[UnitRecord]:
+def _process(job: Job, units: Sequence[Unit], workers: int, start_progress: StartProgress | None) -> list[UnitRecord]:
     """All units' records in unit order; units that an earlier run finished are not repeated."""
     records: dict[int, UnitRecord] = {}
     for unit in units:
@@ -169,16 +211,23 @@ def _check_rejects(job: Job, units: Sequence[Unit], records: dict[int, UnitRecor
 
 
 def _finish(
-    job: Job, units: Sequence[Unit], records: list[UnitRecord], prefixes: dict[str, str], fingerprint: str
+    job: Job,
+    units: Sequence[Unit],
+    records: list[UnitRecord],
+    prefixes: dict[str, str],
+    fingerprint: str,
+    workers: int,
 ) -> Outcome:
-    """Check the whole, write the rejects file and the datasets."""
+    """Check the whole, remove duplicates, write the rejects file and the datasets."""
     corpus = job.corpus
     _check_rejects(job, units, {r.unit: r for r in records}, corpus.max_reject_ratio)
     documents_read = sum(record.documents_read for record in records)
-    rejects = count_rejects(records)
+    duplicates = remove_duplicates(job, units, records, lines_before(units, records), workers)
+    rejects = count_rejects(records) | duplicates.counts
     _check_not_empty(records, prefixes, documents_read, rejects)
     rejects_file = Path(f"{corpus.output_prefix}.rejects.jsonl")
     write_json_lines(rejects_file, absolute_rejects(job.staging, units, records))
+    write_json_lines(Path(f"{corpus.output_prefix}.duplicates.jsonl"), iter(duplicates.clusters))
     assembly = Assembly(
         staging=job.staging,
         records=records,
@@ -188,9 +237,10 @@ def _finish(
         files_per_source=_files_per_source(units),
         rejects=rejects,
         config=corpus.model_dump(mode="json") | {"plan": fingerprint, "documents_read": documents_read},
+        keep=duplicates.keep,
     )
     for split, prefix in prefixes.items():
-        rows = absolute_metadata(job.staging, units, records, split)
+        rows = absolute_metadata(job.staging, units, records, split, duplicates.keep)
         write_json_lines(Path(f"{prefix}.documents.jsonl"), rows)
     datasets = {prefix: write_dataset(assembly, split, prefix) for split, prefix in prefixes.items()}
     return Outcome(datasets, documents_read, rejects, str(rejects_file) if rejects else None)

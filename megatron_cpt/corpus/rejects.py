@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
-from megatron_cpt.corpus.parts import UnitRecord, metadata_path, rejects_path
+from megatron_cpt.corpus.parts import Array, UnitRecord, metadata_path, rejects_path
 from megatron_cpt.corpus.sources import Unit
 from megatron_cpt.errors import DataError
 
@@ -26,27 +26,40 @@ def count_rejects(records: Sequence[UnitRecord]) -> dict[str, int]:
 
 def absolute_rejects(staging: Path, units: Sequence[Unit], records: Sequence[UnitRecord]) -> Iterator[dict[str, Any]]:
     """Every reject in input order, its line counted from the start of the file."""
-    for unit, lines_before in _lines_before(units, records):
+    for unit, lines in _with_lines_before(units, records):
         for reject in _json_lines(rejects_path(staging, unit.index)):
-            yield reject | {"line": reject["line"] + lines_before}
+            yield reject | {"line": reject["line"] + lines}
 
 
 def absolute_metadata(
-    staging: Path, units: Sequence[Unit], records: Sequence[UnitRecord], split: str
+    staging: Path,
+    units: Sequence[Unit],
+    records: Sequence[UnitRecord],
+    split: str,
+    keep: Mapping[tuple[int, str], Array],
 ) -> Iterator[dict[str, Any]]:
     """Source, file, line and the kept keys of every document of a split, in the order of the dataset."""
-    for unit, lines_before in _lines_before(units, records):
-        for entry in _json_lines(metadata_path(staging, unit.index, split)):
-            yield {"source": unit.source} | entry | {"line": entry["line"] + lines_before}
+    for unit, lines in _with_lines_before(units, records):
+        wanted = keep.get((unit.index, split))
+        for index, entry in enumerate(_json_lines(metadata_path(staging, unit.index, split))):
+            if wanted is not None and not wanted[index]:
+                continue
+            yield {"source": unit.source} | entry | {"line": entry["line"] + lines}
 
 
-def _lines_before(units: Sequence[Unit], records: Sequence[UnitRecord]) -> Iterator[tuple[Unit, int]]:
-    """Each unit with the number of lines of its file that earlier units hold."""
-    before: Counter[tuple[str, str]] = Counter()
+def lines_before(units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[int]:
+    """For each unit the number of lines of its file that earlier units hold."""
+    seen: Counter[tuple[str, str]] = Counter()
+    counts = []
     for unit, record in zip(units, records, strict=True):
         key = (unit.source, unit.paths[0])
-        yield unit, before[key]
-        before[key] += record.lines_read
+        counts.append(seen[key])
+        seen[key] += record.lines_read
+    return counts
+
+
+def _with_lines_before(units: Sequence[Unit], records: Sequence[UnitRecord]) -> Iterator[tuple[Unit, int]]:
+    return zip(units, lines_before(units, records), strict=True)
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

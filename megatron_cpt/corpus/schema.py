@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from megatron_cpt.corpus.schema_processing import Clean, Filters, Section
+from megatron_cpt.corpus.schema_processing import Clean, Decontaminate, Dedup, Filters, Section, switch
 from megatron_cpt.errors import ConfigError
 
 Format = Literal["auto", "jsonl", "parquet", "arrow", "text", "html"]
@@ -88,6 +88,8 @@ class Corpus(Section):
     )
     clean: Clean = Field(Clean(), description="Changes to the text.")
     filters: Filters = Field(Filters(), description="Which documents stay.")
+    dedup: Annotated[Dedup | None, BeforeValidator(switch)] = Field(None, description="Duplicates.")
+    decontaminate: Decontaminate | None = Field(None, description="Overlap with evaluation sets.")
     chunking: Chunking = Field(Chunking(), description="Documents into sequences.")
     registry: str | None = Field(None, description="JSON or YAML file: dataset name -> {files, text, format}.")
     max_reject_ratio: float = Field(
@@ -111,6 +113,10 @@ class Corpus(Section):
             raise ValueError("sources is empty")
         if len(set(names)) < len(names):
             raise ValueError("two sources have the same name")
+        if self.dedup is not None and (key := self.dedup.id_key) is not None:
+            for source in self.sources:
+                if key not in source.metadata:
+                    raise ValueError(f"dedup.id_key {key!r} is not in metadata of source {source.name!r}")
         return self
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _switch(value: Any) -> Any:
+def switch(value: Any) -> Any:
     """`true` switches a group of rules on with its defaults, `false` off."""
     return {} if value is True else None if value is False else value
 
@@ -101,17 +101,49 @@ class Clean(Section):
         return value
 
 
+class Near(Section):
+    """Near-duplicates by MinHash; candidates are verified by their exact similarity."""
+
+    similarity: float = Field(
+        0.6, gt=0.3, le=1, description="Jaccard similarity of token 5-grams from which two documents are duplicates."
+    )
+
+
+class Dedup(Section):
+    """Duplicate documents, across all sources; the first in input order stays."""
+
+    exact: bool = Field(True, description="Same text without regard to case and white space.")
+    near: Annotated[Near | None, BeforeValidator(switch)] = Field(None, description="Nearly the same text.")
+    id_key: str | None = Field(None, description="Same value of this key, which `metadata` must list.")
+    against: tuple[str, ...] = Field((), description="PREFIXes of datasets whose documents are duplicates here.")
+
+    @model_validator(mode="after")
+    def _something(self) -> Dedup:
+        if not (self.exact or self.near or self.id_key):
+            raise ValueError("nothing to look for: set exact, near or id_key")
+        return self
+
+
+class Decontaminate(Section):
+    """Documents that share n-grams of words with evaluation sets (Brown et al. 2020, GPT-3, appendix C)."""
+
+    files: tuple[str, ...] = Field(description="Evaluation sets: jsonl, parquet or text files.")
+    text: str = Field("text", description="Key or template of their text.")
+    ngram_words: int = Field(13, ge=5, description="Words of an n-gram.")
+    min_matches: int = Field(1, ge=1, description="Shared n-grams from which a document is dropped.")
+
+
 class Filters(Section):
     """Which documents stay, in this order. Each is off unless it is set."""
 
     min_chars: int | None = Field(None, ge=0, description="Characters of a document, at least.")
     max_chars: int | None = Field(None, gt=0, description="Characters of a document, at most.")
     language: Language | None = Field(None, description="Language.")
-    gopher_quality: Annotated[GopherQuality | None, BeforeValidator(_switch)] = Field(None, description="Gopher.")
-    gopher_repetition: Annotated[GopherRepetition | None, BeforeValidator(_switch)] = Field(None, description="Gopher.")
+    gopher_quality: Annotated[GopherQuality | None, BeforeValidator(switch)] = Field(None, description="Gopher.")
+    gopher_repetition: Annotated[GopherRepetition | None, BeforeValidator(switch)] = Field(None, description="Gopher.")
     c4: bool = Field(False, description="C4: no lorem ipsum, no curly bracket, 5 sentences or more.")
-    fineweb: Annotated[FineWeb | None, BeforeValidator(_switch)] = Field(None, description="FineWeb.")
-    code: Annotated[CodeQuality | None, BeforeValidator(_switch)] = Field(None, description="Source files.")
+    fineweb: Annotated[FineWeb | None, BeforeValidator(switch)] = Field(None, description="FineWeb.")
+    code: Annotated[CodeQuality | None, BeforeValidator(switch)] = Field(None, description="Source files.")
     custom: tuple[str, ...] = Field(
         (), description="module:function, called with the text; returns True, False, or the text to go on with."
     )

@@ -11,16 +11,20 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 from megatron_cpt.corpus.files import write_atomically
-from megatron_cpt.corpus.manifest import FORMAT_VERSION, TokenizerRecord
+from megatron_cpt.corpus.manifest import FORMAT_VERSION, TokenizerRecord, manifest_hash, read_manifest
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.sources import Unit
 from megatron_cpt.errors import DataError
+
+SHARE_ATTEMPTS, SHARE_WAIT_SECONDS = 50, 0.1
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +33,14 @@ def plan_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: Tokenizer
     """Identity of a run's output: same fingerprint, same bytes."""
     paths = sorted({path for unit in units for path in unit.paths})
     stats = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in (Path(path).stat(),)]
+    if corpus.decontaminate is not None:
+        stats += [(path, Path(path).stat().st_size, 0) for path in corpus.decontaminate.files if Path(path).is_file()]
     content = {
         "format": FORMAT_VERSION,
         "corpus": corpus.model_dump(mode="json", exclude={"output_prefix", "tokenizer", "max_reject_ratio"}),
         "tokenizer": [tokenizer.fingerprint, tokenizer.eod_id],
         "files": stats,
+        "against": [manifest_hash(read_manifest(p)) for p in (corpus.dedup.against if corpus.dedup else ())],
         "units": [asdict(unit) for unit in units],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -41,6 +48,40 @@ def plan_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: Tokenizer
 
 def staging_path(prefix: str) -> Path:
     return Path(f"{prefix}.partial")
+
+
+@contextmanager
+def shared_staging_folder(prefix: str, fingerprint: str) -> Iterator[Path]:
+    """The staging folder for one of several shards that fill it at the same time; it always stays.
+
+    Raises DataError while a whole run, or shards of another plan, use it.
+    """
+    folder = staging_path(prefix)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _claim(folder, fingerprint)
+        except OSError:
+            pass  # other shards are at work; what they claimed is checked below
+        _share(lock, folder, prefix)
+        if (folder / "plan").read_text() != fingerprint:
+            raise DataError(
+                f"{folder} is filled by shards of another input, configuration or tokenizer",
+                hint="wait for them to end, or choose another output_prefix",
+            )
+        yield folder
+
+
+def _share(lock: IO[str], folder: Path, prefix: str) -> None:
+    """Take the shared lock; another shard may hold the exclusive one for the moment of its claim."""
+    for _ in range(SHARE_ATTEMPTS):
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except OSError:
+            time.sleep(SHARE_WAIT_SECONDS)
+    raise DataError(f"{folder} is in use: another process is writing {prefix}", hint="wait for it to end")
 
 
 @contextmanager

@@ -164,14 +164,21 @@ class TextStatistics:
             present += self.total(self.words.documents[self.words.hashes == value]) > 0
         return present
 
-    def _ngrams(self, n: int) -> tuple[Array, Array]:
-        """(keys, first words) of all n-grams of words inside a document; a key tells documents apart."""
+    def _ngrams(self, n: int, tell_apart: bool = True) -> tuple[Array, Array]:
+        """(keys, first words) of all n-grams of words inside a document; the key may include the document."""
         words = self.words
+        if len(words.documents) < n:
+            return np.empty(0, np.uint64), np.empty(0, np.int64)
         places = np.flatnonzero(words.documents[: len(words.documents) - n + 1] == words.documents[n - 1 :])
-        keys = words.documents[places].astype(np.uint64)
+        keys = words.documents[places].astype(np.uint64) * np.uint64(tell_apart)
         for step in range(n):
             keys = keys * np.uint64(_MULTIPLIER) + words.hashes[places + step]
         return mix(keys), places
+
+    def ngram_hashes(self, n: int) -> tuple[Array, Array]:
+        """(hash of the words, document) of every n-gram; equal n-grams of two documents have equal hashes."""
+        hashes, places = self._ngrams(n, tell_apart=False)
+        return hashes, self.words.documents[places]
 
     def top_ngram_ratio(self, n: int) -> Array:
         """Share of the characters in the n-gram that covers most of them among those that occur twice or more."""

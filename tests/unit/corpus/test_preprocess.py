@@ -334,3 +334,44 @@ def test_parent_killed_leaves_no_worker_behind(tmp_path: Path, make_corpus: Any)
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+SBATCH = Path(__file__).parents[3] / "slurm" / "preprocess.sbatch"
+
+
+def test_slurm_array_gives_the_same_files(tmp_path: Path, make_corpus: Any) -> None:
+    """The real batch script as an array of three tasks at once and a joining job, Slurm played by its variables."""
+    file = write_jsonl(tmp_path / "a.jsonl", many_texts(12_000))
+    corpus = make_corpus(file, split={"train": 0.7, "valid": 0.3}, dedup={"near": False})
+    assert len(sources.plan_units(corpus)) >= 3
+    preprocess(corpus, workers=1)
+    prefixes = list(dataset_prefixes(corpus).values())
+    expected = [dataset_bytes(prefix)[:2] for prefix in prefixes]
+    other = corpus.model_copy(update={"output_prefix": str(tmp_path / "array" / "set")})
+    description = tmp_path / "corpus.yaml"
+    description.write_text(json.dumps(other.model_dump(mode="json")))
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    command = bin_folder / "megatron-cpt"
+    command.write_text(f"#!{sys.executable}\nfrom megatron_cpt.cli import main\nmain()\n")
+    command.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1", "SLURM_SUBMIT_DIR": str(tmp_path),
+        "PYTHONPATH": str(SBATCH.parents[1]),
+    }  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            ["bash", str(SBATCH), str(description)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment | {"SLURM_ARRAY_TASK_ID": str(4 + i), "SLURM_ARRAY_TASK_MIN": "4",
+                               "SLURM_ARRAY_TASK_COUNT": "3"},
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    for task in tasks:
+        _, errors = task.communicate()
+        assert task.returncode == 0, errors.decode()
+    staging = Path(f"{other.output_prefix}.partial")
+    assert len(list(staging.glob("??????.json"))) == len(sources.plan_units(corpus))
+    joined = subprocess.run(["bash", str(SBATCH), str(description)], capture_output=True, env=environment)
+    assert joined.returncode == 0 and b"continuing: " in joined.stderr, joined.stderr.decode()
+    assert [dataset_bytes(prefix)[:2] for prefix in dataset_prefixes(other).values()] == expected
