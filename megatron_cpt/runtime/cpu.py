@@ -14,12 +14,15 @@ every place that depends on the engine's internals. Tested with 0.16.1.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.machinery
 import logging
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.managers import SyncManager
 from types import ModuleType
 from typing import Any
 
@@ -192,10 +195,18 @@ def _fork_results_queue(writer: ModuleType) -> None:
 
     @functools.cache
     def queue(*args: Any) -> Any:
-        return multiprocessing.get_context("fork").Manager().Queue()
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(_die_with_parent)
+        return manager.Queue()
 
     writer._get_write_results_queue = queue  # type: ignore[attr-defined]  # the name in 0.16
     writer.get_write_results_queue = queue  # type: ignore[attr-defined]  # the name in 0.19
+
+
+def _die_with_parent() -> None:
+    """A Manager outlives a killed rank, and keeps the pipe of its output open; Linux can end it with the rank."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 _MODULE_EDITS: dict[str, Callable[[ModuleType], None]] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
@@ -105,4 +106,6 @@ if __name__ == "__main__":
     sys.stdout.flush()
     code = main()
     logging.shutdown()
+    for child in multiprocessing.active_children():  # Megatron-Core's queue server: os._exit would orphan it
+        child.terminate()
     os._exit(code)  # threads of the communication back ends may otherwise keep a failed rank alive
