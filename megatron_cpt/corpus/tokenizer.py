@@ -88,11 +88,18 @@ def load_tokenizer(
     document ("reject", encoded as "parse"). Raises DataError for a path or an EOD that is not there.
     """
     file = find_tokenizer_file(path)
-    if file.name.endswith(".json"):
-        from megatron_cpt.corpus.tokenizer_huggingface import load
+    literal, texts = special_tokens_in_text == "literal", (*SELF_CHECK_SAMPLE, *sample)
+    if file.suffix == ".json":
+        from megatron_cpt.corpus import tokenizer_huggingface
 
-        return load(file, eod_token, special_tokens_in_text == "literal", backend, (*SELF_CHECK_SAMPLE, *sample))
-    raise DataError(f"{file}: not a tokenizer this tool can read", hint="give a model folder or its tokenizer.json")
+        return tokenizer_huggingface.load(file, eod_token, literal, backend, texts)
+    if _is_tiktoken(file):
+        from megatron_cpt.corpus import tokenizer_tiktoken
+
+        return tokenizer_tiktoken.load(file, eod_token, literal, backend, texts)
+    from megatron_cpt.corpus import tokenizer_sentencepiece
+
+    return tokenizer_sentencepiece.load(file, eod_token, literal)
 
 
 def find_tokenizer_file(path: str | Path) -> Path:
@@ -102,10 +109,11 @@ def find_tokenizer_file(path: str | Path) -> Path:
         return path
     if not path.exists():
         raise DataError(f"tokenizer {path} does not exist", hint="give a model folder or its tokenizer.json")
-    if (file := path / "tokenizer.json").is_file():
-        return file
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (file := path / name).is_file():
+            return file
     raise DataError(
-        f"{path} has no tokenizer.json",
+        f"{path} has no tokenizer.json and no tokenizer.model",
         hint="save the tokenizer with transformers' AutoTokenizer(...).save_pretrained first",
     )
 
@@ -115,7 +123,15 @@ def tokenizer_fingerprint(path: str | Path) -> str:
     file = find_tokenizer_file(path)
     if file.suffix == ".json":
         return fingerprint_of_json(read_json(file))
+    if _is_tiktoken(file):
+        from megatron_cpt.corpus import tokenizer_tiktoken
+
+        return tokenizer_tiktoken.fingerprint(file)
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_tiktoken(file: Path) -> bool:
+    return file.suffix in (".tiktoken", ".bpe")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -100,8 +100,65 @@ def test_fingerprint_is_of_the_content(tokenizer_dir: Path, tmp_path: Path) -> N
 def test_not_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_tokenizer(tmp_path / "none")
-    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"has no tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="not readable JSON"):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "text.txt").write_text("\n".join(TEXTS * 5))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=400, byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return folder / "tokenizer.model"
+
+
+def test_sentencepiece(sentencepiece_model: Path) -> None:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    tokenizer = load_tokenizer(sentencepiece_model.parent)
+    assert (tokenizer.kind, tokenizer.eod_token, tokenizer.eod_id) == ("sentencepiece", "</s>", processor.eos_id())
+    ids, lengths = tokenizer.encode_batch([*TEXTS, "", "a </s> b"])
+    assert ids.tolist() == [i for text in [*TEXTS, "", "a </s> b"] for i in processor.encode(text)]
+    assert len(lengths) == len(TEXTS) + 2 and tokenizer.vocab_size == processor.get_piece_size()
+    assert tokenizer.fingerprint == tokenizer_fingerprint(sentencepiece_model)
+    parsed = load_tokenizer(sentencepiece_model, special_tokens_in_text="parse")
+    assert tokenizer.eod_id not in ids.tolist() and tokenizer.eod_id in parsed.encode_batch(["a </s> b"])[0].tolist()
+    (sentencepiece_model.parent / "bad.model").write_bytes(b"no model")
+    with pytest.raises(DataError, match="not a SentencePiece model"):
+        load_tokenizer(sentencepiece_model.parent / "bad.model")
+
+
+def test_tiktoken_ranks(tmp_path: Path) -> None:
+    import base64
+
+    import tiktoken
+
+    from megatron_cpt.corpus.tokenizer_tiktoken import KNOWN
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258, "中".encode()[:2]: 259}
+    file = tmp_path / "mine.tiktoken"
+    file.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks.items()))
+    with pytest.raises(DataError, match="no split pattern") as caught:
+        load_tokenizer(file)
+    assert "mine.json" in str(caught.value.hint)
+    settings = {"pattern": KNOWN["qwen"]["pattern"], "special_tokens": {"<|endoftext|>": 300}, "normalize": "NFC"}
+    file.with_suffix(".json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(file)
+    reference = tiktoken.Encoding("r", pat_str=settings["pattern"], mergeable_ranks=ranks, special_tokens={})
+    texts = [*TEXTS[:4], "the <|endoftext|> the", "e\u0301"]
+    ids, _ = tokenizer.encode_batch(texts)
+    expected = [i for text in [*texts[:-1], "é"] for i in reference.encode_ordinary(text)]
+    assert ids.tolist() == expected and tokenizer.decode(ids.tolist()[-2:]) == "é"
+    assert (tokenizer.kind, tokenizer.eod_id, tokenizer.vocab_size) == ("tiktoken", 300, 301)
+    assert tokenizer.fingerprint == tokenizer_fingerprint(file)
+    parsed = load_tokenizer(file, special_tokens_in_text="parse", backend="reference")
+    assert 300 in parsed.encode_batch(texts)[0].tolist() and 300 not in ids.tolist()
