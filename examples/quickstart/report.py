@@ -17,11 +17,18 @@ TITLES = {"domain": "domain: medical", "general": "general: The World Factbook"}
 
 def show(work: Path, state: dict[str, dict[str, Any]], console: Console) -> None:
     """Write report.json and report.png into `work` and print the table, a sample and what to do next."""
-    numbers = collect(work, state)
+    metrics = read_metrics(work / "run" / "metrics.jsonl")
+    numbers = collect(work, state, metrics)
     (work / "report.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    draw(numbers, read_metrics(work / "run" / "metrics.jsonl"), work / "report.png")
+    draw(metrics, work / "report.png")
     console.print()
     console.print(perplexity_table(numbers))
+    domain = numbers["perplexity"]["domain"]
+    console.print(
+        f"In the domain, Megatron-Core measured {domain['after_in_loop']:,.2f} in the training loop, transformers "
+        f"{domain['after']:,.2f} on the exported model.\n",
+        highlight=False,
+    )
     console.print(cost_table(numbers))
     generated = numbers["generated"]
     console.print(f"\nThe prompt [bold]{generated['prompt'].strip()}[/bold], continued greedily", highlight=False)
@@ -40,7 +47,7 @@ Now your own corpus and model:
 The model of this run is an ordinary Hugging Face directory: {export}"""
 
 
-def collect(work: Path, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def collect(work: Path, state: dict[str, dict[str, Any]], metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """All results in one mapping: perplexity per set before and after, cost per step, the generated texts."""
     results = {name: json.loads((work / "results" / f"{name}.json").read_text()) for name in ("before", "after")}
     generated = json.loads((work / "results" / "generated.json").read_text())
@@ -52,6 +59,7 @@ def collect(work: Path, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "before": row["before"]["perplexity"],
             "after": row["after"]["perplexity"],
             "change_ratio": change,
+            "after_in_loop": validation_curve(metrics, name)[-1][1],
             "tokens": row["after"]["tokens"],
             "documents": row["after"]["documents"],
         }
@@ -82,8 +90,8 @@ def perplexity_table(numbers: dict[str, Any]) -> Table:
     for name, row in numbers["perplexity"].items():
         table.add_row(
             TITLES[name],
-            f"{row['before']:.2f}",
-            f"{row['after']:.2f}",
+            f"{row['before']:,.2f}",
+            f"{row['after']:,.2f}",
             f"{100 * row['change_ratio']:+.1f} %",
             f"{row['tokens']:,}",
         )
@@ -102,7 +110,7 @@ def cost_table(numbers: dict[str, Any]) -> Table:
     return table
 
 
-def draw(numbers: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> None:
+def draw(metrics: list[dict[str, Any]], path: Path) -> None:
     """Left: training loss against tokens. Right: perplexity of both held-out sets against tokens."""
     import matplotlib
 
@@ -113,13 +121,17 @@ def draw(numbers: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> 
     steps = [row for row in metrics if "event" not in row]
     left.plot([s["consumed_tokens"] for s in steps], [s["loss"] for s in steps], color="tab:blue")
     left.set(title="Training loss", xlabel="tokens consumed", ylabel="nats per token")
-    for name, color in (("domain", "tab:green"), ("general", "tab:orange")):
-        points = validation_curve(metrics, name)
+    curves = {name: validation_curve(metrics, name) for name in SETS}
+    for (name, points), color in zip(curves.items(), ("tab:green", "tab:orange"), strict=True):
         right.plot(*zip(*points, strict=True), marker="o", color=color, label=TITLES[name])
-        right.annotate(f"{points[0][1]:.1f}", points[0], textcoords="offset points", xytext=(4, 6))
-        right.annotate(f"{points[-1][1]:.1f}", points[-1], textcoords="offset points", xytext=(-22, 6))
+        for point, offset in ((points[0], (6, 6)), (points[-1], (-30, 8))):
+            right.annotate(f"{point[1]:,.1f}", point, textcoords="offset points", xytext=offset, color=color)
     right.set(title="Held-out perplexity", xlabel="tokens consumed")
-    right.set_ylim(bottom=0)
+    values = [value for points in curves.values() for _, value in points]
+    if max(values) > 20 * min(values):
+        right.set_yscale("log")
+    else:
+        right.set_ylim(0, 1.15 * max(values))
     right.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from megatron_cpt.errors import CptError
 
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
