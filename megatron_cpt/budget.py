@@ -114,6 +114,31 @@ class Steps:
         return self.train_tokens - self.requested_tokens
 
 
+def ramped_batch_size(consumed_tokens: int, full: int, first: int | None, rampup_tokens: int) -> int:
+    """Samples of the step after `consumed_tokens`: `first`, raised by `first` at equal distances, `full` at the end."""
+    if first is None or consumed_tokens >= rampup_tokens:
+        return full
+    levels = full // first
+    return first * (1 + consumed_tokens * (levels - 1) // rampup_tokens)
+
+
+def plan_ramped_steps(
+    requested_tokens: int, seq_length: int, full: int, first: int | None, rampup_tokens: int
+) -> tuple[int, int]:
+    """(steps, tokens) of a run whose batch ramps up: whole steps of growing size until the budget is reached."""
+    consumed = steps = 0
+    while consumed < requested_tokens:
+        size = ramped_batch_size(consumed, full, first, rampup_tokens)
+        until = requested_tokens
+        if size < full:  # to the next rise, not step by step
+            assert first is not None
+            rise = -(-rampup_tokens * (size // first) // (full // first - 1))
+            until = min(until, max(rise, consumed + 1))
+        more = -(-(until - consumed) // (size * seq_length))
+        steps, consumed = steps + more, consumed + more * size * seq_length
+    return steps, consumed
+
+
 Rounding = Literal["up", "exact"]
 
 

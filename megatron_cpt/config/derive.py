@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron_cpt.budget import broken_rule, plan_steps
+from megatron_cpt.budget import broken_rule, plan_ramped_steps, plan_steps
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.problems import Problem, raise_problems
 from megatron_cpt.config.schema import RunConfig
@@ -48,24 +48,64 @@ def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "c
     parallel, batch = config.parallel, config.batch
     world_size = parallel.nodes * parallel.gpus_per_node
     dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
-    steps = plan_steps(config.budget.train_tokens, batch.global_batch_size * batch.seq_length, config.budget.rounding)
+    tokens_per_step = batch.global_batch_size * batch.seq_length
+    train_iters, train_tokens = planned_steps(config)
+    added_tokens = train_tokens - config.budget.train_tokens
     sequence_parallel = parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
     return Derived(
         world_size=world_size,
         data_parallel_size=dp,
         gradient_accumulation_steps=batch.global_batch_size // (batch.micro_batch_size * dp),
-        tokens_per_step=steps.tokens_per_step,
-        train_iters=steps.train_iters,
-        train_tokens=steps.train_tokens,
-        added_tokens=steps.added_tokens,
+        tokens_per_step=tokens_per_step,
+        train_iters=train_iters,
+        train_tokens=train_tokens,
+        added_tokens=added_tokens,
         warmup_tokens=config.budget.warmup_tokens,
-        decay_tokens=decay_tokens(config, steps.train_tokens),
+        decay_tokens=decay_tokens(config, train_tokens),
         sequence_parallel=sequence_parallel,
         padded_vocab_size=arch.padded_vocab_size(parallel.tp) if arch else None,
         parameters=arch.num_parameters if arch else None,
         layers_per_stage=arch.num_layers // parallel.pp if arch else None,
-        notes=tuple(_notes(config, steps.added_tokens, steps.train_iters, steps.tokens_per_step)),
+        notes=tuple(_notes(config, added_tokens, train_iters, tokens_per_step)),
     )
+
+
+def planned_steps(config: RunConfig) -> tuple[int, int]:
+    """(optimizer steps, tokens) of the whole budget, the last step made whole."""
+    batch = config.batch
+    if batch.rampup_from is None or batch.global_batch_size % batch.rampup_from:
+        tokens_per_step = batch.global_batch_size * batch.seq_length
+        steps = plan_steps(config.budget.train_tokens, tokens_per_step, config.budget.rounding)
+        return steps.train_iters, steps.train_tokens
+    return plan_ramped_steps(
+        config.budget.train_tokens, batch.seq_length, batch.global_batch_size, batch.rampup_from, batch.rampup_tokens
+    )
+
+
+def _rampup_problems(config: RunConfig) -> Iterator[Problem]:
+    parallel, batch = config.parallel, config.batch
+    if batch.rampup_from is None:
+        if batch.rampup_tokens:
+            yield Problem(
+                "batch.rampup_tokens", batch.rampup_tokens, "means nothing without rampup_from", "set both or none"
+            )
+        return
+    if batch.global_batch_size % batch.rampup_from:
+        yield Problem(
+            "batch.rampup_from",
+            batch.rampup_from,
+            f"must divide global_batch_size = {batch.global_batch_size}",
+            f"one of {_divisors(batch.global_batch_size)}",
+        )
+    dp = parallel.nodes * parallel.gpus_per_node // (parallel.tp * parallel.pp * parallel.cp)
+    per_round = batch.micro_batch_size * max(1, dp) * (parallel.pp if parallel.vpp else 1)
+    if batch.rampup_from % per_round:
+        yield Problem(
+            "batch.rampup_from",
+            batch.rampup_from,
+            f"must be a multiple of {per_round} (micro_batch_size x dp, and x pp for the interleaved schedule)",
+            f"{per_round}",
+        )
 
 
 def decay_tokens(config: RunConfig, train_tokens: int) -> int:
@@ -156,7 +196,8 @@ def _budget_problems(config: RunConfig) -> Iterator[Problem]:
     if broken := broken_rule(budget.train_tokens, tokens_per_step, budget.rounding):
         yield Problem("budget.train_tokens", budget.train_tokens, *broken)
         return
-    train_tokens = plan_steps(budget.train_tokens, tokens_per_step, budget.rounding).train_tokens
+    yield from _rampup_problems(config)
+    train_tokens = planned_steps(config)[1]
     if optimizer.min_lr > optimizer.lr:
         yield Problem(
             "optimizer.min_lr",

@@ -76,6 +76,12 @@ class BatchConfig(Section):
     seq_length: Positive = Field(1024, description="Tokens per training sample.")
     micro_batch_size: Positive = Field(1, description="Samples per forward pass of one data-parallel rank.")
     global_batch_size: Positive = Field(32, description="Samples per optimizer step, over all ranks.")
+    rampup_from: Positive | None = Field(
+        None,
+        description="Start with this global batch size and raise it by as much again at equal distances over "
+        "rampup_tokens; global_batch_size must be a multiple of it.",
+    )
+    rampup_tokens: Tokens = Field(0, description="Tokens from the start of the run to the full global batch size.")
 
 
 class ScheduleConfig(Section):
@@ -180,6 +186,11 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """What is kept on disk. The last step always saves."""
 
+    branch_from: str | None = Field(
+        None,
+        description="Run folder or checkpoint of another run from which this run takes weights, optimizer, data "
+        "position and token count when it starts: an anneal off a stable checkpoint, for example.",
+    )
     save_every: Every | None = Field(
         Interval(1000, "iters"), validate_default=True, description="Interval between saves."
     )
@@ -230,6 +241,11 @@ class LogConfig(Section):
     """Metrics. `metrics.jsonl` is always written."""
 
     every: Every = Field(Interval(1, "iters"), validate_default=True, description="Interval between metric lines.")
+    tensorboard: bool = Field(False, description="Also write <run_dir>/tensorboard.")
+    wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project.")
+    wandb_mode: Literal["online", "offline"] = Field(
+        "offline", description="`offline` writes below <run_dir>/wandb, for `wandb sync` later."
+    )
 
 
 class RunConfig(Section):

@@ -28,7 +28,7 @@ from megatron_cpt.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 # A change of these makes it another run; everything else may change from one start to the next.
-_IDENTITY = ("job_name", "seed", "model.init_from", "model.architecture", "precision.dtype")
+_IDENTITY = ("job_name", "seed", "model.init_from", "model.architecture", "precision.dtype", "checkpoint.branch_from")
 _NO_SIDE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 
 

@@ -13,10 +13,12 @@ from megatron_cpt.config.load import load_config
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.sources import Datasets, check_datasets
+from megatron_cpt.errors import CheckpointError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.model_dir import architecture_dir
 from megatron_cpt.launch.run_folder import RunFolder
-from megatron_cpt.train.checkpoint_folder import complete_checkpoints
+from megatron_cpt.train.checkpoint_folder import Marker, complete_checkpoints, faults, read_marker
+from megatron_cpt.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def check_job(config_path: Path, overrides: Sequence[str]) -> Job:
         UserError: the config, the model's files or a dataset.
     """
     config = load_config(config_path, overrides)
+    check_trackers(config)
     model_dir = architecture_dir(config)
     refuse_instruct_model(config, model_dir)
     arch = read_architecture(model_dir)
@@ -44,10 +47,33 @@ def check_job(config_path: Path, overrides: Sequence[str]) -> Job:
     return Job(config, arch, derived, check_datasets(config, arch, model_dir), model_dir)
 
 
+def branch_point(config: RunConfig) -> tuple[Path, Marker] | None:
+    """The checkpoint of another run that checkpoint.branch_from names, None when it names none.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    if config.checkpoint.branch_from is None:
+        return None
+    path = Path(config.checkpoint.branch_from)
+    candidates = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
+    if (marker := read_marker(path)) is not None:
+        candidates = [(path, marker)]
+    if not candidates:
+        raise CheckpointError(
+            f"checkpoint.branch_from = {str(path)!r} is neither a run folder nor one of its complete checkpoints",
+            hint="megatron-cpt checkpoints RUN lists them; weights alone are taken with model.init_from",
+        )
+    if found := faults(*candidates[0]):
+        raise CheckpointError(f"{candidates[0][0]} is damaged: {'; '.join(found[:3])}", hint="branch from another one")
+    return candidates[0]
+
+
 def standing_ledger(job: Job) -> Ledger:
-    """The ledger from which the run would go on: the newest complete checkpoint's, or an empty one."""
+    """The ledger to go on from: of the newest complete checkpoint, of the branch point, or an empty one."""
     newest = complete_checkpoints(RunFolder(Path(job.config.folder)).checkpoints)
-    ledger = Ledger.from_json(newest[0][1].ledger) if newest else Ledger()
+    origin = newest[0] if newest else branch_point(job.config)
+    ledger = Ledger.from_json(origin[1].ledger) if origin else Ledger()
     return ledger.with_sources(job.datasets.manifests(), job.config.batch.seq_length)
 
 

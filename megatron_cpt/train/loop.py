@@ -18,7 +18,7 @@ from megatron_cpt.train.checkpoint import CheckpointManager, SaveFailed, layout
 from megatron_cpt.train.control import Control
 from megatron_cpt.train.progress import Progress
 from megatron_cpt.train.report import Reporter, StepClock
-from megatron_cpt.train.schedule import learning_rate
+from megatron_cpt.train.schedule import batch_size, learning_rate
 from megatron_cpt.train.start_checks import check_start
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.train.step import evaluate_step, train_step
@@ -48,14 +48,14 @@ def train(run: Run, progress: Progress) -> int:
     config, derived, state, failure = run.config, run.derived, run.state, run.config.failure
     micro, dp = config.batch.micro_batch_size, derived.data_parallel_size
     if progress.iteration == 0:
-        first = run.batches.plan_step(progress.ledger, config.batch.global_batch_size)
+        first = run.batches.plan_step(progress.ledger, batch_size(config, 0))
         check_start(state, next(run.batches.micro_batches(first, micro, run.dp_rank, dp)))
         progress = evaluate(run, progress)
     while progress.ledger.tokens < derived.train_tokens:
         run.watchdog.enter("step")
         clock = StepClock()
         before = progress.ledger.tokens
-        plan = run.batches.plan_step(progress.ledger, config.batch.global_batch_size)
+        plan = run.batches.plan_step(progress.ledger, batch_size(config, before))
         batches = list(run.batches.micro_batches(plan, micro, run.dp_rank, dp))
         clock.lap("data")
 

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_cpt.budget import format_count
 from megatron_cpt.launch.local import CONSOLE_FD
+from megatron_cpt.train.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,9 @@ logger = logging.getLogger(__name__)
 class MetricsFile:
     """Appends rows to metrics.jsonl; a line that a crash cut short is closed before the first row."""
 
-    def __init__(self, path: Path, start: int) -> None:
+    def __init__(self, path: Path, start: int, trackers: Sequence[Tracker] = ()) -> None:
         self.start = start
+        self.trackers = trackers
         torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         self._file = path.open("a", encoding="utf-8")
         if torn:
@@ -41,6 +44,8 @@ class MetricsFile:
         finite = {key: _json_safe(value) for key, value in row.items()}
         self._file.write(json.dumps({**finite, "start": self.start, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
+        for track in self.trackers:
+            track(row)
 
     def close(self) -> None:
         self._file.close()

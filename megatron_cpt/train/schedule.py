@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from megatron_cpt.budget import ramped_batch_size
 from megatron_cpt.config.derive import decay_tokens
 from megatron_cpt.config.schema import RunConfig
 
@@ -25,6 +26,12 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     "1-sqrt": lambda x: 1 - math.sqrt(x),
 }
+
+
+def batch_size(config: RunConfig, consumed_tokens: int) -> int:
+    """Samples of the step after `consumed_tokens`."""
+    batch = config.batch
+    return ramped_batch_size(consumed_tokens, batch.global_batch_size, batch.rampup_from, batch.rampup_tokens)
 
 
 def learning_rate(config: RunConfig, train_tokens: int, consumed_tokens: float) -> float:

@@ -20,12 +20,13 @@ from megatron_cpt.runtime.distributed import Runtime
 from megatron_cpt.train.checkpoint import CheckpointManager
 from megatron_cpt.train.checkpoint_folder import complete_checkpoints
 from megatron_cpt.train.control import Control
-from megatron_cpt.train.job import Job
+from megatron_cpt.train.job import Job, branch_point
 from megatron_cpt.train.loop import Run, train
 from megatron_cpt.train.metrics import ConsoleHandler, ConsoleView, MetricsFile, open_console
 from megatron_cpt.train.progress import Progress
 from megatron_cpt.train.report import Reporter
 from megatron_cpt.train.state import build_train_state
+from megatron_cpt.train.trackers import open_trackers
 from megatron_cpt.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def train_job(
     config = job.config
     start = _shared_start_number(folder)
     checkpoints = CheckpointManager(config, folder, start, lease)
-    chosen = checkpoints.choose()
+    chosen = checkpoints.choose() or branch_point(config)
     state = build_train_state(resolve_init_from(job), job.arch)
     progress = Progress() if chosen is None else checkpoints.load(state, *chosen)
     ledger = progress.ledger.with_sources(job.datasets.manifests(), config.batch.seq_length)
@@ -91,9 +92,10 @@ def _open_reporter(job: Job, folder: RunFolder, start: int, ledger: Ledger) -> R
     seq_length = job.config.batch.seq_length
     if dist.get_rank() != 0:
         return Reporter(job.arch, job.derived, seq_length, names, None, None)
+    metrics = MetricsFile(folder.metrics, start, open_trackers(job.config, folder))
     view = ConsoleView(open_console(), job.derived.train_tokens, ledger.tokens)
     logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(view))
-    return Reporter(job.arch, job.derived, seq_length, names, MetricsFile(folder.metrics, start), view)
+    return Reporter(job.arch, job.derived, seq_length, names, metrics, view)
 
 
 def _first_line(job: Job, progress: Progress, checkpoint: Path | None) -> str:

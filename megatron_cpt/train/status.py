@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.budget import plan_steps
+from megatron_cpt.config.derive import planned_steps
 from megatron_cpt.config.load import build_config, read_yaml
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.launch.lease import HEARTBEAT_SECONDS, is_alive_here, read_lease
@@ -49,8 +49,7 @@ def read_status(root: Path) -> RunStatus:
     if not folder.resolved.is_file():
         raise CheckpointError(f"{root} is not a run folder: it has no resolved.yaml", hint="give the run_dir of a run")
     config = build_config(read_yaml(folder.resolved), origin=str(folder.resolved))
-    tokens_per_step = config.batch.global_batch_size * config.batch.seq_length
-    train_tokens = plan_steps(config.budget.train_tokens, tokens_per_step, config.budget.rounding).train_tokens
+    train_tokens = planned_steps(config)[1]
     rows = read_metrics(folder.metrics)
     steps = [row for row in rows if "event" not in row]
     events = sorted((row for row in rows if row.get("event") in _LAST_WORDS), key=lambda row: row["time"])

@@ -231,3 +231,33 @@ def test_a_run_starts_from_the_weights_of_another_run(pool: RankPool, inputs: Pa
     assert (first["iteration"], first["consumed_tokens"]) == (0, 0)
     assert first["loss"] == pytest.approx(loss[8], abs=1e-6)
     assert loss[0] - loss[8] > 0.05
+
+
+def test_an_anneal_branches_off_a_stable_checkpoint_by_config_alone(
+    pool: RankPool, inputs: Path, tmp_path: Path
+) -> None:
+    """A wsd run of 8 steps; a branch at step 4 anneals over 4 more; both have the same samples at the same tokens."""
+    stable = Job(pool, inputs, tmp_path, steps=8, schedule={"kind": "constant"})
+    assert stable.train() == FINISHED
+    branch_folder = tmp_path / "branch"
+    branch_folder.mkdir()
+    schedule = {"kind": "wsd", "decay_tokens": 4 * 256}
+    checkpoint = {"branch_from": str(stable.run / "checkpoints" / "iter_0000004"), "save_every": None}
+    branch = Job(pool, inputs, branch_folder, steps=8, schedule=schedule, checkpoint=checkpoint)
+    assert branch.train() == FINISHED
+    ours, theirs = branch.steps(), {row["iteration"]: row for row in stable.steps()}
+    assert [row["iteration"] for row in ours] == [5, 6, 7, 8]
+    assert [row["consumed_tokens"] for row in ours] == [theirs[n]["consumed_tokens"] for n in (5, 6, 7, 8)]
+    assert ours[0]["loss"] == theirs[5]["loss"]  # the same weights on the same samples
+    assert ours[0]["grad_norm"] == theirs[5]["grad_norm"]
+    assert ours[-1]["lr"] < theirs[8]["lr"] / 2
+    assert ours[-1]["loss"] != theirs[8]["loss"]
+    # a batch that ramps up: the same budget in more steps
+    ramp_folder = tmp_path / "ramp"
+    ramp_folder.mkdir()
+    batch = {**stable.raw["batch"], "global_batch_size": 8, "rampup_from": 4, "rampup_tokens": 1024}
+    ramp = Job(pool, inputs, ramp_folder, steps=16, batch=batch)
+    assert ramp.train() == FINISHED
+    assert [row["global_batch_size"] for row in ramp.steps()] == [4, 4, 4, 4, 8, 8, 8, 8, 8, 8]
+    missing = Job(pool, inputs, ramp_folder, steps=4, run_dir=str(tmp_path / "x"), checkpoint={"branch_from": "/no"})
+    assert missing.train() == USER_ERROR

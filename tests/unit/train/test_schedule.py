@@ -12,7 +12,7 @@ from megatron_cpt.config.derive import derive
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.train.schedule import learning_rate
+from megatron_cpt.train.schedule import batch_size, learning_rate
 
 TOTAL, WARMUP, LR, MIN = 1024 * 1000, 1024 * 100, 1e-4, 1e-5
 
@@ -105,3 +105,62 @@ def test_only_the_token_counts(consumed: int, kind: tuple[str, dict[str, Any]]) 
 def test_impossible_schedules_are_refused(kind: str, extra: dict[str, Any], path: str) -> None:
     with pytest.raises(ConfigError, match=path.replace(".", r"\.")):
         derive(config(kind, **extra))
+
+
+def ramped(first: int | None, tokens: int, full: int = 32, budget: int = 64_000, **parallel: Any) -> RunConfig:
+    return build_config(
+        {
+            "job_name": "t",
+            "model": {"init_from": "m"},
+            "batch": {"seq_length": 10, "global_batch_size": full, "rampup_from": first, "rampup_tokens": tokens},
+            "budget": {"train_tokens": budget, "warmup_tokens": 0},
+            "parallel": parallel,
+        }
+    )
+
+
+@given(
+    st.sampled_from([(8, 32), (4, 32), (1, 7), (5, 5), (None, 16)]),
+    st.integers(0, 100_000),
+    st.integers(1_000, 100_000),
+)
+def test_the_batch_ramps_up_and_the_plan_counts_its_steps(
+    sizes: tuple[int | None, int], tokens: int, budget: int
+) -> None:
+    first, full = sizes
+    run = ramped(first, tokens if first else 0, full, budget)
+    derived = derive(run)
+    consumed, seen = 0, []
+    while consumed < budget:
+        seen.append(batch_size(run, consumed))
+        consumed += seen[-1] * 10
+    assert (len(seen), consumed) == (derived.train_iters, derived.train_tokens)
+    assert seen == sorted(seen)
+    assert all(size % (first or full) == 0 and size <= full for size in seen)
+
+
+def test_the_ramp_rises_at_equal_distances() -> None:
+    run = ramped(8, 9_000)
+    assert [batch_size(run, t) for t in (0, 2_999, 3_000, 5_999, 6_000, 8_999, 9_000, 50_000)] == [
+        8,
+        8,
+        16,
+        16,
+        24,
+        24,
+        32,
+        32,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "tokens", "parallel", "path"),
+    [
+        (7, 1000, {}, "batch.rampup_from"),
+        (None, 1000, {}, "batch.rampup_tokens"),
+        (4, 1000, {"gpus_per_node": 8}, "batch.rampup_from"),
+    ],
+)
+def test_impossible_ramps_are_refused(first: int | None, tokens: int, parallel: dict[str, int], path: str) -> None:
+    with pytest.raises(ConfigError, match=path.replace(".", r"\.")):
+        derive(ramped(first, tokens, **parallel))

@@ -1,0 +1,69 @@
+"""TensorBoard and Weights & Biases: optional copies of metrics.jsonl, by consumed tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.errors import ConfigError
+from megatron_cpt.launch.run_folder import RunFolder, resolved_dict
+
+# takes one row of metrics.jsonl
+Tracker = Callable[[dict[str, Any]], None]
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Raise ConfigError when a tracker is asked for whose package is not installed."""
+    asked = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb_project is not None}
+    for package, wanted in asked.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            key = "log.tensorboard" if package == "tensorboard" else "log.wandb_project"
+            raise ConfigError(f"{key} needs the package {package}", hint="pip install 'megatron-cpt[trackers]'")
+
+
+def open_trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
+    """The trackers that `config` asks for; each goes on where an earlier start of the run stopped."""
+    trackers: list[Tracker] = []
+    if config.log.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder.root / "tensorboard"))
+
+        def to_tensorboard(row: dict[str, Any]) -> None:
+            for name, value in scalars(row).items():
+                writer.add_scalar(name, value, row["consumed_tokens"])
+            writer.flush()
+
+        trackers.append(to_tensorboard)
+    if config.log.wandb_project is not None:
+        import wandb
+
+        run = wandb.init(
+            project=config.log.wandb_project,
+            name=config.job_name,
+            id=config.job_name,
+            resume="allow",
+            mode=config.log.wandb_mode,
+            dir=str(folder.root),
+            config=resolved_dict(config),
+        )
+        run.define_metric("*", step_metric="consumed_tokens")
+
+        def to_wandb(row: dict[str, Any]) -> None:
+            run.log({**scalars(row), "consumed_tokens": row["consumed_tokens"]})
+
+        trackers.append(to_wandb)
+    return trackers
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """name -> number of a row: `loss_by_source/NAME` for nested ones, `validation/NAME/loss` for a validation's."""
+    if row.get("event") == "validation":
+        return {f"validation/{row['name']}/{key}": row[key] for key in ("loss", "perplexity")}
+    if "event" in row:
+        return {}
+    flat = {f"{key}/{name}": v for key, value in row.items() if isinstance(value, dict) for name, v in value.items()}
+    plain = {key: value for key, value in row.items() if isinstance(value, int | float)}
+    return {**plain, **flat}

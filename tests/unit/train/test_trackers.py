@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_cpt.config.load import build_config
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.errors import ConfigError
+from megatron_cpt.launch.run_folder import RunFolder
+from megatron_cpt.train import trackers
+from megatron_cpt.train.metrics import MetricsFile
+
+STEP = {"iteration": 3, "consumed_tokens": 300, "loss": 2.5, "loss_by_source": {"a": 2.0, "b": 3.0}, "mfu": None}
+
+
+def make(**log: Any) -> RunConfig:
+    return build_config({"job_name": "t", "model": {"init_from": "m"}, "log": log})
+
+
+def test_rows_become_scalars_by_consumed_tokens(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 1, [lambda row: seen.append(trackers.scalars(row))])
+    metrics.write(**STEP)
+    metrics.write(event="validation", name="held_out", iteration=3, consumed_tokens=300, loss=2.0, perplexity=7.4)
+    metrics.write(event="saved", iteration=3, consumed_tokens=300)
+    assert seen == [
+        {"iteration": 3, "consumed_tokens": 300, "loss": 2.5, "loss_by_source/a": 2.0, "loss_by_source/b": 3.0},
+        {"validation/held_out/loss": 2.0, "validation/held_out/perplexity": 7.4},
+        {},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb_project": "p"}, "wandb")]
+)
+def test_a_missing_package_is_said_before_anything_starts(
+    log: dict[str, Any], package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"needs the package {package}") as caught:
+        trackers.check_trackers(make(**log))
+    assert "megatron-cpt[trackers]" in str(caught.value.hint)
+    trackers.check_trackers(make())
+
+
+def test_wandb_goes_on_with_the_same_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Run:
+        def define_metric(self, *args: Any, **kwargs: Any) -> None:
+            calls.append((args, kwargs))
+
+        def log(self, row: dict[str, Any]) -> None:
+            calls.append(row)
+
+    fake = ModuleType("wandb")
+    fake.init = lambda **kwargs: calls.append(kwargs) or Run()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (track,) = trackers.open_trackers(make(wandb_project="cpt"), RunFolder(tmp_path))
+    track(STEP)
+    started, metric, row = calls
+    assert {"id": "t", "resume": "allow", "mode": "offline", "project": "cpt"}.items() <= started.items()
+    assert metric == (("*",), {"step_metric": "consumed_tokens"})
+    assert row["loss"] == 2.5 and row["consumed_tokens"] == 300
