@@ -1,0 +1,326 @@
+"""Time, memory and exactness of checkpoint conversion, as ratios to `cp` and to transformers in the same run.
+
+    python benchmarks/convert.py --parts abcd --work /scratch/bench
+
+a  HF -> torch_dist -> HF of a random Qwen2-7B-shaped model (--model), against `cp` of the same bytes; TP4, because
+   its 4 key/value heads and 28 heads forbid TP8
+b  HF -> HF against transformers' from_pretrained + save_pretrained (--peer-model)
+c  Qwen2-72B: the dry-run plan, and a run over its true tensor shapes, each output file verified and deleted
+d  round trips of all families, TP 1/2/4/8 x PP 1/2/4, tied and untied, padded vocabulary
+
+Prints Markdown. Files are evicted from the page cache before each measured stage (c deletes its files while cached).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoint_convert.checkpoint import Checkpoint, Extent, StoredTensor, Weights
+from checkpoint_convert.convert import Options, convert, plan
+from checkpoint_convert.families import FAMILIES, architecture_from_config
+from checkpoint_convert.hf import plan_hf, read_hf, tensor_shapes
+from checkpoint_convert.rows import Files, write_rows
+from checkpoint_convert.sources import open_checkpoint
+from checkpoint_convert.stream import Copier, run_parallel
+from checkpoint_convert.target import Target
+
+GB, GIB = 1e9, 2**30
+
+
+def qwen2(hidden: int, layers: int, heads: int, groups: int, ffn: int, vocab: int, tied: bool) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    sizes |= {"num_key_value_heads": groups, "intermediate_size": ffn, "vocab_size": vocab}
+    rest = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "hidden_act": "silu"}
+    names = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "torch_dtype": "bfloat16"}
+    return {**names, **sizes, **rest, "tie_word_embeddings": tied}
+
+
+MODELS = {
+    "0.5b": qwen2(896, 24, 14, 2, 4864, 151936, True),
+    "1.5b": qwen2(1536, 28, 12, 2, 8960, 151936, True),
+    "7b": qwen2(3584, 28, 28, 4, 18944, 152064, False),
+    "72b": qwen2(8192, 80, 64, 8, 29568, 152064, False),
+}
+
+
+@dataclass
+class Measured:
+    seconds: float
+    peak_rss_bytes: int
+    peak_anonymous_bytes: int
+
+
+def measure(command: list[str], log: Path) -> Measured:
+    """Run a command; wall time including its fsync, peak resident and peak anonymous memory of the process."""
+    start, peak, over = time.monotonic(), [0], threading.Event()
+    with log.open("ab") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+
+        def watch() -> None:
+            while not over.wait(0.02):
+                try:
+                    text = Path(f"/proc/{process.pid}/status").read_text()
+                except OSError:
+                    return
+                peak[0] = max([peak[0], *(int(x.split()[1]) * 1024 for x in text.splitlines() if "RssAnon" in x)])
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - start
+        over.set()
+        watcher.join()
+    if status:
+        raise SystemExit(f"failed: {' '.join(command)}; see {log}")
+    return Measured(seconds, usage.ru_maxrss * 1024, peak[0])
+
+
+def evict(folder: Path) -> None:
+    """Write a folder to disk and drop it from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def write_random_hf(folder: Path, config: dict[str, Any], *, shard_bytes: int = 5 * 10**9) -> Path:
+    """A Hugging Face folder of random finite bf16 weights, written block by block."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    arch = architecture_from_config(config)
+    target = plan_hf(folder, arch, dict.fromkeys(tensor_shapes(arch), "bfloat16"), shard_bytes)
+    target.allocate()
+    generator = np.random.default_rng(0)
+    with Files(write=True) as files:
+        for tensor in target.tensors.values():
+            step = max(1, 2**25 // tensor.row_bytes)
+            for start in range(0, tensor.rows, step):
+                rows = min(step, tensor.rows - start)
+                bits = generator.integers(0, 2**16, (rows, tensor.columns), dtype=np.uint16)
+                write_rows(files, tensor, start, ((bits & 0x83FF) | 0x3C00).view(np.uint8))
+    for path, data in target.small_files.items():
+        path.write_bytes(data)
+    return folder
+
+
+def convert_command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "checkpoint_convert", *map(str, args)]
+
+
+def copy_seconds(source: Path, work: Path, log: Path) -> float:
+    target = work / "cp"
+    evict(source)
+    seconds = measure(["sh", "-c", f"cp -r {source} {target} && sync -f {target} && sync {target}/*"], log).seconds
+    shutil.rmtree(target)
+    return seconds
+
+
+def part_a(work: Path, log: Path, model: str, tp: int, pp: int, repeats: int) -> list[str]:
+    source, middle, back = work / "hf", work / "td", work / "back"
+    write_random_hf(source, MODELS[model])
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    largest = max(t.nbytes for t in open_checkpoint(source).weights.tensors.values())
+    rows = [f"### (a) {model}, {size / GB:.1f} GB bf16, largest tensor {largest / GIB:.2f} GiB, TP{tp} PP{pp}", ""]
+    rows += [
+        "| run | stage | s | `cp` + sync, s | ratio | peak RSS, GiB | of it anonymous |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in range(1, repeats + 1):
+        for stage, a, b, flags in (
+            ("HF -> torch_dist", source, middle, ("--to", "torch_dist", "--tp", tp, "--pp", pp)),
+            ("torch_dist -> HF", middle, back, ("--to", "hf")),
+        ):
+            copied = copy_seconds(a, work, log)
+            evict(a)
+            found = measure(convert_command(a, b, *flags), log)
+            rows.append(
+                f"| {run} | {stage} | {found.seconds:.0f} | {copied:.0f} | {found.seconds / copied:.2f} | "
+                f"{found.peak_rss_bytes / GIB:.2f} | {found.peak_anonymous_bytes / GIB:.2f} |"
+            )
+            if stage == "torch_dist -> HF":
+                prints = [
+                    json.loads((p / "conversion.json").read_text())["target"]["fingerprint"] for p in (middle, back)
+                ]
+                shutil.rmtree(middle)
+                check = measure(convert_command("verify", source, back, "--no-logits"), log)
+                rows.append(
+                    f"| {run} | verify, bit-exact | {check.seconds:.0f} | | | {check.peak_rss_bytes / GIB:.2f} | |"
+                )
+                assert prints[0] == prints[1]
+                shutil.rmtree(back)
+    shutil.rmtree(source)
+    return rows
+
+
+def part_b(work: Path, log: Path, model: str, repeats: int) -> list[str]:
+    source = write_random_hf(work / "hf", MODELS[model])
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    peer = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A; "
+        "A.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2]); import os; os.sync()"
+    )
+    rows = [f"### (b) {model}, {size / GB:.1f} GB bf16, HF -> HF", ""]
+    rows += ["| run | tool | s | peak RSS, GiB |", "|---|---|---|---|"]
+    for run in range(1, repeats + 1):
+        for tool, command in (
+            ("transformers", [sys.executable, "-c", peer, str(source), str(work / "out")]),
+            ("convert", convert_command(source, work / "out", "--to", "hf")),
+        ):
+            evict(source)
+            found = measure(command, log)
+            rows.append(f"| {run} | {tool} | {found.seconds:.1f} | {found.peak_rss_bytes / GIB:.2f} |")
+            shutil.rmtree(work / "out")
+    shutil.rmtree(source)
+    return rows
+
+
+def part_c(work: Path, log: Path, workers: int) -> list[str]:
+    """The plan from config.json alone, then every true shape streamed through a file that exists."""
+    folder = work / "config"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(MODELS["72b"]))
+    dry = measure(
+        convert_command(folder, work / "td", "--to", "torch_dist", "--tp", 8, "--pp", 4, "--dry-run", "--json"), log
+    )
+    run = [sys.executable, __file__, "--parts", "stream72b", "--work", str(work), "--workers", str(workers)]
+    out = work / "stream72b.json"
+    found = measure(run, log)
+    result = json.loads(out.read_text())
+    shutil.rmtree(folder)
+    return [
+        "### (c) Qwen2-72B on this machine",
+        "",
+        f"- dry run from config.json: {dry.seconds:.1f} s, {dry.peak_rss_bytes / GIB:.2f} GiB",
+        f"- {result['bytes'] / GB:.1f} GB in {result['tensors']} tensors through {result['files']} files, TP8: "
+        f"{found.seconds:.0f} s with read-back, **peak RSS {found.peak_rss_bytes / GIB:.2f} GiB** "
+        f"(anonymous {found.peak_anonymous_bytes / GIB:.2f}); largest tensor {result['largest_bytes'] / GIB:.2f} GiB; "
+        f"{workers} workers; {result['verified']} tensors read back bit-exact",
+    ]
+
+
+def stream_72b(work: Path, workers: int) -> None:
+    """Every tensor of Qwen2-72B is read from one file of noise, written to its torch_dist file, read back, deleted."""
+    config = MODELS["72b"]
+    arch = architecture_from_config(config)
+    noise = work / "noise.bin"
+    shapes = tensor_shapes(arch)
+    largest = max(2 * int(np.prod(shape)) for shape in shapes.values())
+    generator = np.random.default_rng(0)
+    with noise.open("wb") as file:
+        for _ in range(-(-largest // 2**26)):
+            bits = generator.integers(0, 2**16, 2**25, dtype=np.uint16)
+            file.write(((bits & 0x83FF) | 0x3C00).data)
+
+    def source_tensor(name: str, shape: tuple[int, ...]) -> StoredTensor:
+        extent = Extent(0, 0, shape[0], int(np.prod(shape[1:])), noise, 0)
+        return StoredTensor(name, shape, "bfloat16", (extent,))
+
+    weights = Weights({name: source_tensor(name, shape) for name, shape in shapes.items()})
+    source = Checkpoint("hf", noise.parent, arch, config, work, weights)
+    options = Options(to="torch_dist", tp=8, pp=4, workers=workers)
+    target = plan(source, work / "td", options)
+    waiting = {name: {e.path for e in tensor.extents} for name, tensor in target.tensors.items()}
+    hashes: dict[str, str] = {}
+    verified = 0
+    done: set[Path] = set()
+    for path, size in target.file_bytes.items():
+        one = Target(target.folder, file_bytes={path: size}, skeleton=[s for s in target.skeleton if s[0] == path])
+        one.allocate()
+        here = [name for name, paths in waiting.items() if path in paths]
+        with Files() as sources, Files(write=True) as targets:
+            copier = Copier(sources, targets, lambda count: None)
+            parts = {
+                name: replace(t, extents=tuple(e for e in t.extents if e.path == path))
+                for name, t in ((name, target.tensors[name]) for name in here)
+            }
+            jobs = [functools.partial(copier.copy, weights.tensors[name], parts[name]) for name in here]
+            for record in run_parallel(jobs, workers):
+                hashes[record.name] = record.sha256
+            done.add(path)
+            whole = [name for name in here if waiting[name] <= done]
+            reader = Copier(targets, None, lambda count: None)
+            for name in whole:
+                assert reader.sha256(target.tensors[name]) == hashes[name], name
+                del waiting[name]
+            verified += len(whole)
+        for old in sorted(done):
+            if old.is_file() and not any(old in paths for paths in waiting.values()):
+                old.unlink()
+    assert not waiting and verified == len(shapes)
+    noise.unlink()
+    shutil.rmtree(target.folder)
+    report = {"bytes": target.nbytes, "tensors": len(shapes), "files": len(target.file_bytes), "verified": verified}
+    report |= {"largest_bytes": largest, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    (work / "stream72b.json").write_text(json.dumps(report))
+
+
+def part_d(work: Path) -> list[str]:
+    start, count = time.monotonic(), 0
+    for family, tied, (tp, pp), fmt in itertools.product(
+        FAMILIES, (False, True), itertools.product((1, 2, 4, 8), (1, 2, 4)), ("torch_dist", "legacy")
+    ):
+        config = qwen2(64, 4, 8, 8, 96, 509, tied) | {"model_type": family, "head_dim": 8, "sliding_window": None}
+        config["architectures"] = [FAMILIES[family].hf_class]
+        source = write_random_hf(work / "hf", config)
+        convert(open_checkpoint(source), work / "there", Options(to=fmt, tp=tp, pp=pp))  # type: ignore[arg-type]
+        convert(open_checkpoint(work / "there"), work / "back", Options(to="hf"))
+        arch = architecture_from_config(config)
+        with Files() as files:
+            copier = Copier(files, None, lambda n: None)
+            a, b = (read_hf(folder, arch).tensors for folder in (source, work / "back"))
+            assert all(copier.sha256(a[name]) == copier.sha256(b[name]) for name in a)
+        count += 1
+        for name in ("hf", "there", "back"):
+            shutil.rmtree(work / name)
+    return [
+        "### (d) Round trips",
+        "",
+        f"{count} of {count} bit-exact: {len(FAMILIES)} families x tied/untied x TP 1/2/4/8 x PP 1/2/4 x torch_dist and "
+        f"legacy, vocabulary 509 padded whenever TP > 1 ({time.monotonic() - start:.0f} s).",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="abcd")
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder on the disk to measure")
+    parser.add_argument("--model", choices=MODELS, default="7b", help="of part a")
+    parser.add_argument("--tp", type=int, default=4, help="of part a; must divide the key/value heads")
+    parser.add_argument("--peer-model", choices=MODELS, default="1.5b", help="of part b")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    log = args.work / "log.txt"
+    if args.parts == "stream72b":
+        stream_72b(args.work, args.workers)
+        return
+    parts = {
+        "a": lambda: part_a(args.work, log, args.model, args.tp, 4, args.repeats),
+        "b": lambda: part_b(args.work, log, args.peer_model, args.repeats),
+        "c": lambda: part_c(args.work, log, args.workers),
+        "d": lambda: part_d(args.work),
+    }
+    for part in args.parts:
+        print("\n".join(parts[part]()), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
