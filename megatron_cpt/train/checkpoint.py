@@ -33,6 +33,7 @@ from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.launch.lease import Lease
 from megatron_cpt.launch.run_folder import RunFolder, resolved_yaml
+from megatron_cpt.runtime.distributed import failing_together
 from megatron_cpt.train.checkpoint_folder import (
     Marker,
     checkpoint_path,
@@ -229,6 +230,12 @@ class CheckpointManager:
             loaded = dist_checkpointing.load(wanted, str(path))
         for key, chunk in zip(_model_keys(state), state.chunks, strict=True):
             unwrap(chunk).load_state_dict(loaded[key])
+        with failing_together():  # Megatron-Core reads a chunk that is missing from a checkpoint as NaN, in silence
+            for name, parameter in ((n, p) for chunk in state.chunks for n, p in chunk.named_parameters()):
+                if not parameter.isfinite().all():
+                    raise CheckpointError(
+                        f"{name} in {path} is incomplete or not finite", hint="use another checkpoint"
+                    )
         with torch.no_grad():  # dp_reshardable copies into leaf parameters
             state.optimizer.load_state_dict(loaded["optimizer"])
         if same_layout:

@@ -15,9 +15,10 @@ from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.validation import ValidationSet
 from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
 from megatron_cpt.train.checkpoint import CheckpointManager, SaveFailed, layout
+from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.control import Control
 from megatron_cpt.train.progress import Progress
-from megatron_cpt.train.report import Reporter, StepClock
+from megatron_cpt.train.report import Reporter
 from megatron_cpt.train.schedule import batch_size, learning_rate
 from megatron_cpt.train.start_checks import check_start
 from megatron_cpt.train.state import TrainState
@@ -53,7 +54,7 @@ def train(run: Run, progress: Progress) -> int:
         progress = evaluate(run, progress)
     while progress.ledger.tokens < derived.train_tokens:
         run.watchdog.enter("step")
-        clock = StepClock()
+        clock = LapClock()
         before = progress.ledger.tokens
         plan = run.batches.plan_step(progress.ledger, batch_size(config, before))
         batches = list(run.batches.micro_batches(plan, micro, run.dp_rank, dp))

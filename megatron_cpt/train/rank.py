@@ -13,31 +13,36 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from megatron_cpt.data.sources import plan_sources
 from megatron_cpt.errors import CptError
-from megatron_cpt.launch.exit_codes import FAILED
+from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FAILED
 from megatron_cpt.launch.lease import Lease
 from megatron_cpt.launch.local import CONSOLE_FD, adopt_slurm_ranks
 from megatron_cpt.launch.run_folder import RunFolder, prepare_run_folder, record_start
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.job import Job, check_job, index_cache_dir, standing_ledger
 from megatron_cpt.train.watchdog import Watchdog, phase_timeouts
 
 logger = logging.getLogger(__name__)
 
 
-def run_rank(job: Job, accept_changes: bool = False) -> int:
+def run_rank(job: Job, clock: LapClock, accept_changes: bool = False) -> int:
     """Train as the rank that the environment names; the exit code."""
     adapt_megatron_core_to_cpu()
     from megatron_cpt.data.batches import open_batches
     from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
     from megatron_cpt.train.setup import train_job
 
+    clock.lap("import_engine")
     config = job.config
     folder, lease, rank = RunFolder(Path(config.folder)), None, int(os.environ.get("RANK", "0"))
     watchdog = Watchdog(phase_timeouts(config.failure), partial(_leave_error, folder, rank))
@@ -45,15 +50,20 @@ def run_rank(job: Job, accept_changes: bool = False) -> int:
     if rank == 0 and CONSOLE_FD not in os.environ:  # else the parent has done it
         _, changes = prepare_run_folder(config, job.model_dir, accept_changes=accept_changes)
         record_start(folder, config, changes)
+    if folder.kill_switch.exists():
+        logger.error("%s is there: remove it to let this run start", folder.kill_switch)
+        return DO_NOT_RESTART
     if rank == 0:
         lease = Lease(folder.lease)
         lease.acquire()
     ledger = standing_ledger(job)
     plans = plan_sources(config, job.datasets, ledger, job.derived.train_tokens)
     batches = open_batches(config, job.datasets, ledger, plans, index_cache_dir(config))
+    clock.lap("data_indices")
     # Longer than every phase: the watchdog, which says where each rank stands, comes first.
     runtime = init_runtime(config, timeout_minutes=1.5 * max(phase_timeouts(config.failure).values()) / 60)
-    code = train_job(job, folder, batches, runtime, lease, watchdog)
+    clock.lap("process_groups")
+    code = train_job(job, folder, batches, runtime, lease, watchdog, clock)
     shutdown_runtime()
     if lease is not None:
         lease.release()
@@ -61,6 +71,7 @@ def run_rank(job: Job, accept_changes: bool = False) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    clock = LapClock({"import_python": time.time() - psutil.Process().create_time()})
     parser = argparse.ArgumentParser(prog="megatron_cpt.train.rank")
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
@@ -77,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         job = check_job(arguments.config, arguments.overrides)
         folder = RunFolder(Path(job.config.folder))
-        return run_rank(job, arguments.accept_changes)
+        clock.lap("checks")
+        return run_rank(job, clock, arguments.accept_changes)
     except CptError as error:
         logger.error("%s", error)
         _leave_error(folder, rank, error.message, error.hint, error.exit_code)

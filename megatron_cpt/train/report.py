@@ -5,37 +5,17 @@ from __future__ import annotations
 import math
 import resource
 import sys
-import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.derive import Derived
+from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.metrics import ConsoleView, MetricsFile
 from megatron_cpt.train.progress import Progress
 from megatron_cpt.train.step import StepResult
 from megatron_cpt.train.throughput import flops_per_token, peak_flops
-
-
-@dataclass
-class StepClock:
-    """Seconds of one step by part: a context for each part, in the order of the loop."""
-
-    started: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-    _mark: float = field(default_factory=time.perf_counter)
-
-    def lap(self, part: str) -> None:
-        """The time since the last lap belongs to `part`."""
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._mark
-        self._mark = now
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
 
 
 class Reporter:
@@ -59,7 +39,7 @@ class Reporter:
         self._rate: float | None = None  # tokens per second, smoothed
 
     def step(
-        self, progress: Progress, result: StepResult, lr: float, tokens: int, samples: int, clock: StepClock, show: bool
+        self, progress: Progress, result: StepResult, lr: float, tokens: int, samples: int, clock: LapClock, show: bool
     ) -> None:
         step_seconds = clock.total
         rate = tokens / step_seconds
@@ -83,7 +63,7 @@ class Reporter:
             "skipped": result.skipped,
             "global_batch_size": samples,
             "step_seconds": round(step_seconds, 4),
-            **{f"{part}_seconds": round(seconds, 4) for part, seconds in clock.seconds.items()},
+            **{f"{part}_seconds": seconds for part, seconds in clock.rounded().items()},
             "tokens_per_second": round(rate, 1),
             "tokens_per_second_per_gpu": round(rate / self.derived.world_size, 1),
             "mfu": self._mfu(rate),

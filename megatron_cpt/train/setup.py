@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 
 from megatron_cpt.budget import format_count
 from megatron_cpt.config.schema import RunConfig
@@ -19,6 +21,7 @@ from megatron_cpt.launch.run_folder import RunFolder
 from megatron_cpt.runtime.distributed import Runtime
 from megatron_cpt.train.checkpoint import CheckpointManager
 from megatron_cpt.train.checkpoint_folder import complete_checkpoints
+from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.control import Control
 from megatron_cpt.train.job import Job, branch_point
 from megatron_cpt.train.loop import Run, train
@@ -33,19 +36,37 @@ logger = logging.getLogger(__name__)
 
 
 def train_job(
-    job: Job, folder: RunFolder, batches: BatchStream, runtime: Runtime, lease: Lease | None, watchdog: Watchdog
+    job: Job,
+    folder: RunFolder,
+    batches: BatchStream,
+    runtime: Runtime,
+    lease: Lease | None,
+    watchdog: Watchdog,
+    clock: LapClock,
 ) -> int:
-    """Build everything, continue from the newest sound checkpoint, and train; the exit code."""
+    """Build everything, continue from the newest sound checkpoint, and train; the exit code.
+
+    `clock` has timed the start so far; all of it goes into the start's row of metrics.jsonl.
+    """
     config = job.config
     start = _shared_start_number(folder)
     checkpoints = CheckpointManager(config, folder, start, lease)
     chosen = checkpoints.choose() or branch_point(config)
-    state = build_train_state(resolve_init_from(job), job.arch)
+    # A checkpoint sets every weight: then the base model's are not read at all.
+    state = build_train_state(resolve_init_from(job), job.arch, set_weights=None if chosen is None else _leave_unset)
+    clock.lap("model")
     progress = Progress() if chosen is None else checkpoints.load(state, *chosen)
+    clock.lap("checkpoint")
     ledger = progress.ledger.with_sources(job.datasets.manifests(), config.batch.seq_length)
     progress = dataclasses.replace(progress, ledger=ledger)
     report = _open_reporter(job, folder, start, progress.ledger)
-    report.event("start", progress, _first_line(job, progress, chosen and chosen[0]), world_size=runtime.world_size)
+    report.event(
+        "start",
+        progress,
+        _first_line(job, progress, chosen and chosen[0]),
+        world_size=runtime.world_size,
+        setup_seconds=clock.rounded(),
+    )
     minutes = config.failure.wall_time_minutes
     run = Run(
         config,
@@ -68,6 +89,9 @@ def train_job(
         return train(run, progress)
     finally:
         report.close()
+
+
+def _leave_unset(chunks: list[GPTModel]) -> None: ...
 
 
 def resolve_init_from(job: Job) -> RunConfig:
@@ -94,7 +118,8 @@ def _open_reporter(job: Job, folder: RunFolder, start: int, ledger: Ledger) -> R
         return Reporter(job.arch, job.derived, seq_length, names, None, None)
     metrics = MetricsFile(folder.metrics, start, open_trackers(job.config, folder))
     view = ConsoleView(open_console(), job.derived.train_tokens, ledger.tokens)
-    logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(view))
+    if view.stream is not sys.stderr:  # else the log goes there anyhow
+        logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(view))
     return Reporter(job.arch, job.derived, seq_length, names, metrics, view)
 
 
