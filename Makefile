@@ -24,7 +24,13 @@ setup: .venv/.installed  ## create .venv and install everything the tests and th
 quickstart: setup  ## the whole job on a real 135M model and real text; SIZE=tiny for two minutes
 	$(BIN)/python examples/quickstart/quickstart.py --size $(SIZE)
 
-preprocess: setup  ## tokenise a corpus: make preprocess CORPUS=examples/medical/corpus.yaml
+# The shipped example corpora derive their raw text from packages first; your own needs nothing.
+EXAMPLE := $(patsubst examples/%/corpus.yaml,%,$(filter examples/%/corpus.yaml,$(CORPUS)))
+
+data/%/raw.jsonl:
+	$(BIN)/python examples/prepare_corpus.py $*
+
+preprocess: setup $(EXAMPLE:%=data/%/raw.jsonl)  ## tokenise a corpus: make preprocess CORPUS=examples/medical/corpus.yaml
 	$(BIN)/megatron-cpt preprocess $(or $(CORPUS),$(error say which corpus: make preprocess CORPUS=corpus.yaml))
 
 plan: setup  ## validate a config and print its numbers: make plan CONFIG=config.yaml
