@@ -3,7 +3,7 @@
     python benchmarks/convert.py --parts abcd --work /scratch/bench
 
 a  HF -> torch_dist -> HF of a random Qwen2-7B-shaped model (--model), against `cp` of the same bytes; TP4, because
-   its 4 key/value heads and 28 heads forbid TP8
+   its 28 heads forbid TP8
 b  HF -> HF against transformers' from_pretrained + save_pretrained (--peer-model)
 c  Qwen2-72B: the dry-run plan, and a run over its true tensor shapes, each output file verified and deleted
 d  round trips of all families, TP 1/2/4/8 x PP 1/2/4, tied and untied, padded vocabulary
@@ -61,6 +61,7 @@ MODELS = {
 @dataclass
 class Measured:
     seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int
     peak_anonymous_bytes: int
 
@@ -87,7 +88,7 @@ def measure(command: list[str], log: Path) -> Measured:
         watcher.join()
     if status:
         raise SystemExit(f"failed: {' '.join(command)}; see {log}")
-    return Measured(seconds, usage.ru_maxrss * 1024, peak[0])
+    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, peak[0])
 
 
 def evict(folder: Path) -> None:
@@ -124,12 +125,12 @@ def convert_command(*args: object) -> list[str]:
     return [sys.executable, "-m", "checkpoint_convert", *map(str, args)]
 
 
-def copy_seconds(source: Path, work: Path, log: Path) -> float:
+def measure_copy(source: Path, work: Path, log: Path) -> Measured:
     target = work / "cp"
     evict(source)
-    seconds = measure(["sh", "-c", f"cp -r {source} {target} && sync -f {target} && sync {target}/*"], log).seconds
+    found = measure(["sh", "-c", f"cp -r {source} {target} && sync {target}/*"], log)
     shutil.rmtree(target)
-    return seconds
+    return found
 
 
 def part_a(work: Path, log: Path, model: str, tp: int, pp: int, repeats: int) -> list[str]:
@@ -147,11 +148,13 @@ def part_a(work: Path, log: Path, model: str, tp: int, pp: int, repeats: int) ->
             ("HF -> torch_dist", source, middle, ("--to", "torch_dist", "--tp", tp, "--pp", pp)),
             ("torch_dist -> HF", middle, back, ("--to", "hf")),
         ):
-            copied = copy_seconds(a, work, log)
+            copied = measure_copy(a, work, log)
             evict(a)
             found = measure(convert_command(a, b, *flags), log)
+            ratio = found.seconds / copied.seconds
             rows.append(
-                f"| {run} | {stage} | {found.seconds:.0f} | {copied:.0f} | {found.seconds / copied:.2f} | "
+                f"| {run} | {stage} | {found.seconds:.0f} | {copied.seconds:.0f} | {ratio:.2f} | "
+                f"{found.cpu_seconds:.0f} | {copied.cpu_seconds:.0f} | "
                 f"{found.peak_rss_bytes / GIB:.2f} | {found.peak_anonymous_bytes / GIB:.2f} |"
             )
             if stage == "torch_dist -> HF":
@@ -160,9 +163,8 @@ def part_a(work: Path, log: Path, model: str, tp: int, pp: int, repeats: int) ->
                 ]
                 shutil.rmtree(middle)
                 check = measure(convert_command("verify", source, back, "--no-logits"), log)
-                rows.append(
-                    f"| {run} | verify, bit-exact | {check.seconds:.0f} | | | {check.peak_rss_bytes / GIB:.2f} | |"
-                )
+                memory = f"{check.peak_rss_bytes / GIB:.2f} | {check.peak_anonymous_bytes / GIB:.2f}"
+                rows.append(f"| {run} | verify | {check.seconds:.0f} | | | {check.cpu_seconds:.0f} | | {memory} |")
                 assert prints[0] == prints[1]
                 shutil.rmtree(back)
     shutil.rmtree(source)
@@ -177,7 +179,7 @@ def part_b(work: Path, log: Path, model: str, repeats: int) -> list[str]:
         "A.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2]); import os; os.sync()"
     )
     rows = [f"### (b) {model}, {size / GB:.1f} GB bf16, HF -> HF", ""]
-    rows += ["| run | tool | s | peak RSS, GiB |", "|---|---|---|---|"]
+    rows += ["| run | tool | s | CPU s | peak RSS, GiB |", "|---|---|---|---|---|"]
     for run in range(1, repeats + 1):
         for tool, command in (
             ("transformers", [sys.executable, "-c", peer, str(source), str(work / "out")]),
@@ -185,7 +187,9 @@ def part_b(work: Path, log: Path, model: str, repeats: int) -> list[str]:
         ):
             evict(source)
             found = measure(command, log)
-            rows.append(f"| {run} | {tool} | {found.seconds:.1f} | {found.peak_rss_bytes / GIB:.2f} |")
+            rows.append(
+                f"| {run} | {tool} | {found.seconds:.1f} | {found.cpu_seconds:.1f} | {found.peak_rss_bytes / GIB:.2f} |"
+            )
             shutil.rmtree(work / "out")
     shutil.rmtree(source)
     return rows
@@ -292,8 +296,8 @@ def part_d(work: Path) -> list[str]:
     return [
         "### (d) Round trips",
         "",
-        f"{count} of {count} bit-exact: {len(FAMILIES)} families x tied/untied x TP 1/2/4/8 x PP 1/2/4 x torch_dist and "
-        f"legacy, vocabulary 509 padded whenever TP > 1 ({time.monotonic() - start:.0f} s).",
+        f"{count} of {count} bit-exact: {len(FAMILIES)} families x tied/untied x TP 1/2/4/8 x PP 1/2/4 x "
+        f"torch_dist/legacy, vocabulary 509 padded whenever TP > 1 ({time.monotonic() - start:.0f} s).",
     ]
 
 

@@ -107,14 +107,21 @@ def slice_shape(m: Mapping, arch: Architecture, tp: int = 1, padded_vocab: int |
         shape[0] = padded_vocab or arch.padded_vocab_size(tp)
     if m.partition_dim is None:
         return tuple(shape)
-    units = {"qkv": arch.num_query_groups, "gated": arch.ffn_hidden_size}.get(m.kind, shape[m.partition_dim])
-    if m.kind == "plain" and m.partition_dim == 1 and m.name_in_layer == "self_attention.linear_proj.weight":
-        units = arch.num_query_groups  # its columns are the heads of linear_qkv's rows
-    if units % tp:
-        what = {"qkv": "key/value heads", "gated": "ffn rows"}.get(m.kind, "slices")
-        raise ConversionError(f"{m.megatron}: {units} {what} do not divide by tensor parallel size {tp}")
+    _check_divides(m, arch, tp, shape[m.partition_dim])
     shape[m.partition_dim] //= tp
     return tuple(shape)
+
+
+def _check_divides(m: Mapping, arch: Architecture, tp: int, size: int) -> None:
+    """Raise ConversionError unless Megatron-Core can cut this tensor for `tp` ranks."""
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    if m.kind == "qkv" and groups % tp and tp % groups:
+        raise ConversionError(f"{m.megatron}: tensor parallel size {tp} and {groups} key/value heads do not divide")
+    is_projection = m.name_in_layer == "self_attention.linear_proj.weight"
+    what, count = ("attention heads", heads) if m.kind == "qkv" or is_projection else ("slices", size)
+    what, count = ("ffn rows", arch.ffn_hidden_size) if m.kind == "gated" else (what, count)
+    if count % tp or size % tp:
+        raise ConversionError(f"{m.megatron}: {count} {what} do not divide by tensor parallel size {tp}")
 
 
 def segments(
@@ -124,7 +131,7 @@ def segments(
     rows, *columns = slice_shape(m, arch, tp, padded_vocab)
     everything = slice(None)
     if m.kind == "qkv":
-        return list(_qkv_segments(m, arch, tp, rank))
+        return list(_qkv_segments(m, arch, rows, rank))
     if m.kind == "gated":
         half = rows // 2
         return [Segment(name, rank * half, i * half, half, everything) for i, name in enumerate(m.hf)]
@@ -138,11 +145,14 @@ def segments(
     return [Segment(m.hf[0], start, 0, rows, everything)]
 
 
-def _qkv_segments(m: Mapping, arch: Architecture, tp: int, rank: int) -> Iterator[Segment]:
-    d, groups = arch.head_dim, arch.num_query_groups // tp
-    query_rows = arch.num_attention_heads // arch.num_query_groups * d
-    row = 0
-    for group in range(rank * groups, (rank + 1) * groups):
-        for name, count in zip(m.hf, (query_rows, d, d), strict=True):
-            yield Segment(name, group * count, row, count, slice(None))
+def _qkv_segments(m: Mapping, arch: Architecture, rows: int, rank: int) -> Iterator[Segment]:
+    """Rows [rank * rows, (rank + 1) * rows) of the whole; they may cut a group when tp exceeds the groups."""
+    d = arch.head_dim
+    counts = (arch.num_attention_heads // arch.num_query_groups * d, d, d)
+    first, last, row = rank * rows, (rank + 1) * rows, 0
+    for group in range(arch.num_query_groups):
+        for name, count in zip(m.hf, counts, strict=True):
+            low, high = max(row, first), min(row + count, last)
+            if low < high:
+                yield Segment(name, group * count + low - row, low - first, high - low, slice(None))
             row += count

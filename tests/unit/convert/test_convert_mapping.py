@@ -93,7 +93,23 @@ def test_vocabulary_padding_is_added_and_stripped(vocab: int, tp: int) -> None:
     assert slice_shape(m, arch, tp, padded)[0] * tp == padded
 
 
-def test_tp_that_does_not_divide_is_refused() -> None:
+def test_more_ranks_than_key_value_heads_cut_the_same_rows_evenly() -> None:
     arch = arch_of(num_attention_heads=8, num_key_value_heads=2)
-    with pytest.raises(ConversionError, match="key/value heads"):
-        [slice_shape(m, arch, 4) for m in mapping(arch)]
+    hf = numbered(arch)
+    m = next(m for m in mapping(arch) if m.kind == "qkv")
+    whole, parts = slices(arch, hf, 1)[m.megatron][0], slices(arch, hf, 4)[m.megatron]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "words"),
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, "3 key/value heads"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 30}, 4, "6 attention heads"),
+        ({"intermediate_size": 50}, 4, "ffn rows"),
+    ],
+)
+def test_tp_that_does_not_divide_is_refused(changes: dict[str, int], tp: int, words: str) -> None:
+    arch = arch_of(**changes)
+    with pytest.raises(ConversionError, match=words):
+        [slice_shape(m, arch, tp) for m in mapping(arch)]
