@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from megatron_cpt.budget import format_count
 from megatron_cpt.data.sources import plan_sources
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
@@ -16,7 +15,7 @@ from megatron_cpt.launch.lease import refuse_if_held_here
 from megatron_cpt.launch.local import adopt_slurm_ranks, run_ranks, under_launcher
 from megatron_cpt.launch.run_folder import RunFolder, check_continues, prepare_run_folder, record_start
 from megatron_cpt.train.checkpoint_folder import complete_checkpoints
-from megatron_cpt.train.job import Job, check_job, standing_ledger
+from megatron_cpt.train.job import announce, check_free_space, check_job, standing_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -65,41 +64,9 @@ def train(config_path: Path, overrides: tuple[str, ...], accept_changes: bool) -
     plans = plan_sources(job.config, job.datasets, ledger, job.derived.train_tokens)
     folder, changes = prepare_run_folder(job.config, job.model_dir, accept_changes=accept_changes)
     record_start(folder, job.config, changes)
-    _announce(job)
-    for change in changes:
-        logger.info("changed since the last start: %s", change)
-    for plan in plans:
-        logger.info(
-            "source %s: %s of %s tokens needed, %.2f epochs at the end",
-            plan.name,
-            format_count(plan.needed_tokens),
-            format_count(plan.available_tokens),
-            plan.epochs_at_end,
-        )
+    announce(job, plans, changes)
+    check_free_space(job)
     code = run_ranks(folder, arguments, job.derived.world_size)
     if code == STOPPED:
         logger.info("stopped after saving; the same command continues")
     return code
-
-
-def _announce(job: Job) -> None:
-    parallel, derived = job.config.parallel, job.derived
-    logger.info(
-        "%s: %s parameters on %d ranks (TP %d x PP %d x CP %d x DP %d)",
-        job.config.job_name,
-        f"{job.arch.num_parameters:,}",
-        derived.world_size,
-        parallel.tp,
-        parallel.pp,
-        parallel.cp,
-        derived.data_parallel_size,
-    )
-    logger.info(
-        "%s tokens = %s steps of %s tokens, %d micro-batches per step and rank",
-        format_count(derived.train_tokens),
-        f"{derived.train_iters:,}",
-        f"{derived.tokens_per_step:,}",
-        derived.gradient_accumulation_steps,
-    )
-    for note in derived.notes:
-        logger.info("note: %s", note)

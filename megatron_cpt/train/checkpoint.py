@@ -68,8 +68,9 @@ class _Pending:
 class CheckpointManager:
     """Owns RUN/checkpoints for this start of the run; every method is called on all ranks together."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, start: int, lease: Lease | None) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, start: int, lease: Lease | None, first_bytes: int) -> None:
         self.config = config
+        self.first_bytes = first_bytes  # predicted size of the first checkpoint
         self.lease = lease  # of rank 0
         self.root = folder.checkpoints
         self.start = start
@@ -160,9 +161,9 @@ class CheckpointManager:
         return f"it needs {expected:,} bytes and {free:,} are free" if free < expected else None
 
     def expected_bytes(self) -> int:
-        """Size of the next checkpoint: that of the newest one; 0 while there is none."""
+        """Size of the next checkpoint: that of the newest one, or predicted while there is none."""
         newest = complete_checkpoints(self.root)
-        return newest[0][1].total_bytes if newest else 0
+        return newest[0][1].total_bytes if newest else self.first_bytes
 
     def _retain(self) -> None:
         kept = self.config.checkpoint

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_convert.families import read_architecture
+from megatron_cpt.budget import format_count
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.data.sources import Datasets, check_datasets
+from megatron_cpt.data.sources import Datasets, SourcePlan, check_datasets
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.model_dir import architecture_dir
-from megatron_cpt.launch.run_folder import RunFolder
-from megatron_cpt.train.checkpoint_folder import Marker, complete_checkpoints, faults, read_marker
+from megatron_cpt.launch.run_folder import Change, RunFolder
+from megatron_cpt.train.checkpoint_folder import Marker, complete_checkpoints, faults, free_bytes, read_marker
 from megatron_cpt.train.trackers import check_trackers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,56 @@ def standing_ledger(job: Job) -> Ledger:
     origin = newest[0] if newest else branch_point(job.config)
     ledger = Ledger.from_json(origin[1].ledger) if origin else Ledger()
     return ledger.with_sources(job.datasets.manifests(), job.config.batch.seq_length)
+
+
+def predicted_checkpoint_bytes(config: RunConfig, arch: Architecture) -> int:
+    """Size of a checkpoint: the weights, and fp32 weights and two moments for the optimizer."""
+    return arch.num_parameters * ((2 if config.precision.dtype == "bf16" else 4) + 12)
+
+
+def check_free_space(job: Job) -> None:
+    """Raise CheckpointError when the run folder has no room for one checkpoint. Call it once the folder exists."""
+    root = RunFolder(Path(job.config.folder)).checkpoints
+    needed, free = predicted_checkpoint_bytes(job.config, job.arch), free_bytes(root)
+    if free < needed:
+        raise CheckpointError(
+            f"a checkpoint of this model needs about {needed:,} bytes, {free:,} are free in {root}",
+            hint="free some space, or set run_dir to a folder on larger storage",
+        )
+
+
+def announce(job: Job, plans: Sequence[SourcePlan], changes: Sequence[Change]) -> None:
+    """Log what is about to be trained, what changed since the last start, and what the data gives."""
+    parallel, derived = job.config.parallel, job.derived
+    logger.info(
+        "%s: %s parameters on %d ranks (TP %d x PP %d x CP %d x DP %d)",
+        job.config.job_name,
+        f"{job.arch.num_parameters:,}",
+        derived.world_size,
+        parallel.tp,
+        parallel.pp,
+        parallel.cp,
+        derived.data_parallel_size,
+    )
+    logger.info(
+        "%s tokens = %s steps of %s tokens, %d micro-batches per step and rank",
+        format_count(derived.train_tokens),
+        f"{derived.train_iters:,}",
+        f"{derived.tokens_per_step:,}",
+        derived.gradient_accumulation_steps,
+    )
+    for note in derived.notes:
+        logger.info("note: %s", note)
+    for change in changes:
+        logger.info("changed since the last start: %s", change)
+    for plan in plans:
+        logger.info(
+            "source %s: %s tokens needed, an epoch has %s; %.2f epochs at the end",
+            plan.name,
+            format_count(plan.needed_tokens),
+            format_count(plan.available_tokens),
+            plan.epochs_at_end,
+        )
 
 
 def index_cache_dir(config: RunConfig) -> Path:

@@ -29,7 +29,7 @@ from megatron_cpt.launch.local import CONSOLE_FD, adopt_slurm_ranks
 from megatron_cpt.launch.run_folder import RunFolder, prepare_run_folder, record_start
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 from megatron_cpt.train.clock import LapClock
-from megatron_cpt.train.job import Job, check_job, index_cache_dir, standing_ledger
+from megatron_cpt.train.job import Job, announce, check_free_space, check_job, index_cache_dir, standing_ledger
 from megatron_cpt.train.watchdog import Watchdog, phase_timeouts
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def run_rank(job: Job, clock: LapClock, accept_changes: bool = False) -> int:
     if rank == 0 and CONSOLE_FD not in os.environ:  # else the parent has done it
         _, changes = prepare_run_folder(config, job.model_dir, accept_changes=accept_changes)
         record_start(folder, config, changes)
+        check_free_space(job)
     if folder.kill_switch.exists():
         logger.error("%s is there: remove it to let this run start", folder.kill_switch)
         return DO_NOT_RESTART
@@ -58,6 +59,8 @@ def run_rank(job: Job, clock: LapClock, accept_changes: bool = False) -> int:
         lease.acquire()
     ledger = standing_ledger(job)
     plans = plan_sources(config, job.datasets, ledger, job.derived.train_tokens)
+    if rank == 0 and CONSOLE_FD not in os.environ:
+        announce(job, plans, changes)
     batches = open_batches(config, job.datasets, ledger, plans, index_cache_dir(config))
     clock.lap("data_indices")
     # Longer than every phase: the watchdog, which says where each rank stands, comes first.

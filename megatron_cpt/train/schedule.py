@@ -61,6 +61,19 @@ def learning_rate(config: RunConfig, train_tokens: int, consumed_tokens: float) 
             return _between(peak, schedule.constant_lr, cooled, SHAPES["cosine"])
 
 
+def sample_schedule(config: RunConfig, train_tokens: int, points: int) -> list[tuple[int, float]]:
+    """(consumed tokens, rate) at equal distances over the budget, both ends included."""
+    positions = [train_tokens * i // (points - 1) for i in range(points)]
+    return [(tokens, learning_rate(config, train_tokens, tokens)) for tokens in positions]
+
+
+def draw_schedule(config: RunConfig, train_tokens: int, columns: int = 60) -> str:
+    """The schedule as one line of bars, as high as the rate is of the peak."""
+    bars = " ▁▂▃▄▅▆▇█"
+    rates = [rate / config.optimizer.lr for _, rate in sample_schedule(config, train_tokens, columns)]
+    return "".join(bars[round(min(1.0, rate) * (len(bars) - 1))] for rate in rates)
+
+
 def _share(done: float, whole: int) -> float:
     """done / whole within 0 and 1; nothing to do counts as done."""
     return min(1.0, max(0.0, done / whole)) if whole else float(done >= 0)

@@ -23,7 +23,7 @@ from megatron_cpt.train.checkpoint import CheckpointManager
 from megatron_cpt.train.checkpoint_folder import complete_checkpoints
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.control import Control
-from megatron_cpt.train.job import Job, branch_point
+from megatron_cpt.train.job import Job, branch_point, predicted_checkpoint_bytes
 from megatron_cpt.train.loop import Run, train
 from megatron_cpt.train.metrics import ConsoleHandler, ConsoleView, MetricsFile, open_console
 from megatron_cpt.train.progress import Progress
@@ -50,7 +50,7 @@ def train_job(
     """
     config = job.config
     start = _shared_start_number(folder)
-    checkpoints = CheckpointManager(config, folder, start, lease)
+    checkpoints = CheckpointManager(config, folder, start, lease, predicted_checkpoint_bytes(config, job.arch))
     chosen = checkpoints.choose() or branch_point(config)
     # A checkpoint sets every weight: then the base model's are not read at all.
     state = build_train_state(resolve_init_from(job), job.arch, set_weights=None if chosen is None else _leave_unset)

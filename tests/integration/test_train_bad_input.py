@@ -127,3 +127,26 @@ def test_a_run_folder_of_another_run(job: dict[str, Any], tmp_path: Path, capsys
     assert code == 2
     assert "seed: 99 -> 1234" in err
     assert "--accept-changes" in err
+
+
+def test_no_room_for_a_checkpoint(
+    job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_cpt.train.job.free_bytes", lambda root: 1000)
+    code, err = train(job, tmp_path, capsys)
+    assert code == 2
+    assert "1,000 are free" in err and "hint:" in err
+
+
+def test_a_branch_point_that_is_none(job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = train(job, tmp_path, capsys, f"checkpoint.branch_from={tmp_path}")
+    assert code == 2
+    assert "neither a run folder nor one of its complete checkpoints" in err
+
+
+def test_the_kill_switch_keeps_a_run_from_starting(
+    job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "KILL").touch()
+    assert train(job, tmp_path, capsys)[0] == 76

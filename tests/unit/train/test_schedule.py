@@ -12,7 +12,7 @@ from megatron_cpt.config.derive import derive
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.train.schedule import batch_size, learning_rate
+from megatron_cpt.train.schedule import batch_size, draw_schedule, learning_rate, sample_schedule
 
 TOTAL, WARMUP, LR, MIN = 1024 * 1000, 1024 * 100, 1e-4, 1e-5
 
@@ -164,3 +164,9 @@ def test_the_ramp_rises_at_equal_distances() -> None:
 def test_impossible_ramps_are_refused(first: int | None, tokens: int, parallel: dict[str, int], path: str) -> None:
     with pytest.raises(ConfigError, match=path.replace(".", r"\.")):
         derive(ramped(first, tokens, **parallel))
+
+
+def test_the_drawing_shows_the_shape() -> None:
+    drawn = draw_schedule(config("wsd", decay_tokens=TOTAL // 2), TOTAL, columns=11)
+    assert drawn == " █████▇▅▄▂▁"
+    assert sample_schedule(config("constant", warmup=0), TOTAL, 3) == [(0, LR), (TOTAL // 2, LR), (TOTAL, LR)]
