@@ -1,4 +1,4 @@
-"""Write the reference pages of docs/ from the code: config.md from the schema, cli.md from the commands.
+"""Write the reference pages of docs/ from the code: config.md and corpus-reference.md from schemas, cli.md.
 
 `make docs` runs it; a test fails when a page differs from what this writes.
 """
@@ -15,6 +15,13 @@ import pydantic
 from megatron_cpt.cli import COMMANDS, cli
 from megatron_cpt.config.load import ALIASES, WITHOUT_MEANING
 from megatron_cpt.config.schema import RunConfig, Section
+from megatron_cpt.corpus import schema as corpus_schema
+from megatron_cpt.corpus import schema_processing as processing
+
+CORPUS_SECTIONS: list[type[pydantic.BaseModel]] = [corpus_schema.Corpus, corpus_schema.Source, corpus_schema.Chunking]
+CORPUS_SECTIONS += [processing.Clean, processing.Filters, processing.Language, processing.GopherQuality]
+CORPUS_SECTIONS += [processing.GopherRepetition, processing.FineWeb, processing.CodeQuality, processing.Dedup]
+CORPUS_SECTIONS += [processing.Near, processing.Decontaminate]
 
 DOCS = Path(__file__).resolve().parent
 NOTE = "<!-- written by docs/generate.py (make docs); edit the code instead -->\n"
@@ -91,7 +98,7 @@ def _default(field: pydantic.fields.FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    return "" if value is None or value == () or value == {} else f"`{value}`"
+    return "" if value is None or value in ((), {}) or isinstance(value, pydantic.BaseModel) else f"`{value}`"
 
 
 def cli_page() -> str:
@@ -120,7 +127,19 @@ def _help(command: click.Command, path: list[str]) -> str:
     return command.get_help(context).rstrip()
 
 
-PAGES = {"config.md": config_page, "cli.md": cli_page}
+def corpus_page() -> str:
+    lines = [
+        NOTE,
+        "# Keys of a corpus.yaml\n",
+        "The [guide](corpus.md) says what they are for. `true` switches a group of rules on with its defaults. "
+        "Unknown keys are errors.\n",
+    ]
+    for section in CORPUS_SECTIONS:
+        lines += [f"## {section.__name__}\n", (section.__doc__ or "").strip() + "\n", *_table(section.model_fields), ""]
+    return "\n".join(lines)
+
+
+PAGES = {"config.md": config_page, "cli.md": cli_page, "corpus-reference.md": corpus_page}
 
 
 def main() -> None:

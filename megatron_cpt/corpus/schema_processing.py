@@ -138,12 +138,14 @@ class Filters(Section):
 
     min_chars: int | None = Field(None, ge=0, description="Characters of a document, at least.")
     max_chars: int | None = Field(None, gt=0, description="Characters of a document, at most.")
-    language: Language | None = Field(None, description="Language.")
-    gopher_quality: Annotated[GopherQuality | None, BeforeValidator(switch)] = Field(None, description="Gopher.")
+    language: Language | None = Field(None, description="Language by fastText.")
+    gopher_quality: Annotated[GopherQuality | None, BeforeValidator(switch)] = Field(
+        None, description="Quality rules of Gopher."
+    )
     gopher_repetition: Annotated[GopherRepetition | None, BeforeValidator(switch)] = Field(None, description="Gopher.")
     c4: bool = Field(False, description="C4: no lorem ipsum, no curly bracket, 5 sentences or more.")
-    fineweb: Annotated[FineWeb | None, BeforeValidator(switch)] = Field(None, description="FineWeb.")
-    code: Annotated[CodeQuality | None, BeforeValidator(switch)] = Field(None, description="Source files.")
+    fineweb: Annotated[FineWeb | None, BeforeValidator(switch)] = Field(None, description="Rules of FineWeb.")
+    code: Annotated[CodeQuality | None, BeforeValidator(switch)] = Field(None, description="Rules for source files.")
     custom: tuple[str, ...] = Field(
         (), description="module:function, called with the text; returns True, False, or the text to go on with."
     )
