@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("shared_machine", deadline=None)  # no test asserts wall-clock time
+hypothesis.settings.load_profile("shared_machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from megatron_cpt.budget import format_count, parse_count
+from megatron_cpt.budget import parse_count
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.launch.lease import refuse_if_held_here
 from megatron_cpt.launch.run_folder import RunFolder
@@ -16,6 +16,7 @@ from megatron_cpt.train.checkpoint_folder import (
     Checkpoint,
     complete_checkpoints,
     faults,
+    format_bytes,
     list_checkpoints,
     read_best,
     removable,
@@ -91,7 +92,7 @@ def _print(rows: list[dict[str, Any]], removed: list[str]) -> None:
             continue
         losses = "  ".join(f"{name} {loss:.4f}" for name, loss in row["validation"].items())
         click.echo(
-            f"{row['path']}  {row['consumed_tokens']:,} tokens  {format_count(row['bytes'])} bytes  {row['created']}"
+            f"{row['path']}  {row['consumed_tokens']:,} tokens  {format_bytes(row['bytes'])}  {row['created']}"
             + (f"  {losses}" if losses else "")
             + ("  best" if row["best"] else "")
         )

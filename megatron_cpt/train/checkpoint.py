@@ -39,6 +39,7 @@ from megatron_cpt.train.checkpoint_folder import (
     checkpoint_path,
     complete_checkpoints,
     faults,
+    format_bytes,
     free_bytes,
     read_best,
     removable,
@@ -139,9 +140,9 @@ class CheckpointManager:
                 update_best(self.root, self.config.checkpoint.best_by, marker)
             self._retain()
             logger.info(
-                "checkpoint %s is complete: %s bytes at %s tokens",
+                "checkpoint %s is complete: %s at %s tokens",
                 final,
-                format_count(marker.total_bytes),
+                format_bytes(marker.total_bytes),
                 format_count(marker.consumed_tokens),
             )
         dist.barrier()

@@ -175,6 +175,16 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def format_bytes(count: int) -> str:
+    """1234567 -> '1.18 MiB'."""
+    value, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count} bytes" if unit == "bytes" else f"{value:.2f} {unit}"
+
+
 def free_bytes(root: Path) -> int:
     """Bytes that this user may still write to the file system of `root`."""
     stat = os.statvfs(root)

@@ -1,6 +1,7 @@
 """Requests from outside the loop: signals, switch files and the wall-time limit, agreed by all ranks at a step's end.
 
-    SIGTERM, SIGUSR1, RUN/STOP, wall-time limit    save, then exit 75
+    SIGTERM, SIGUSR1, RUN/STOP, wall-time limit,
+    or the process that started the ranks is gone  save, then exit 75
     RUN/SAVE                                       save and go on
     RUN/KILL                                       exit 76 at once, without saving
 Any rank that saw a request makes it everyone's: one small all-reduce per step.
@@ -9,6 +10,7 @@ Any rank that saw a request makes it everyone's: one small all-reduce per step.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ class Control:
         self.limit = wall_time_limit_seconds
         self.started = time.monotonic()
         self._signal: int | None = None
+        self._parent = os.getppid()
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         if dist.get_rank() == 0:
@@ -57,19 +60,24 @@ class Control:
         local = [
             float(self._signal or 0),
             float(timed_out),
+            float(os.getppid() != self._parent),
             *(float(files.get(name, False)) for name in (SAVE, STOP, KILL)),
         ]
         asked = torch.tensor(local, device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        number, limit, save, stop, kill = (int(value) for value in asked.tolist())
+        number, limit, orphaned, save, stop, kill = (int(value) for value in asked.tolist())
         if save and dist.get_rank() == 0:
             (self.root / SAVE).unlink(missing_ok=True)
         reasons = [
             f"signal {signal.Signals(number).name}" if number else "",
             "the wall-time limit" if limit else "",
+            "the end of the process that started the ranks" if orphaned else "",
             f"the file {self.root / STOP}" if stop else "",
             f"the file {self.root / KILL}" if kill else "",
         ]
         return Request(
-            bool(save), bool(number or limit or stop), bool(kill), " and ".join(reason for reason in reasons if reason)
+            bool(save),
+            bool(number or limit or orphaned or stop),
+            bool(kill),
+            " and ".join(reason for reason in reasons if reason),
         )
