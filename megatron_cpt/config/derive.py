@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_cpt.budget import broken_rule, plan_ramped_steps, plan_steps
 from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.config.layout import divisors, layout_problems, model_problems
 from megatron_cpt.config.problems import Problem, raise_problems
 from megatron_cpt.config.schema import RunConfig
 
@@ -40,9 +41,9 @@ def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "c
     Raises:
         ConfigError: all broken rules at once.
     """
-    problems = [*_layout_problems(config), *_budget_problems(config), *_data_problems(config)]
+    problems = [*layout_problems(config), *_budget_problems(config), *_data_problems(config)]
     if arch is not None:
-        problems += _architecture_problems(config, arch)
+        problems += model_problems(config, arch)
     raise_problems(problems, origin)
 
     parallel, batch = config.parallel, config.batch
@@ -95,7 +96,7 @@ def _rampup_problems(config: RunConfig) -> Iterator[Problem]:
             "batch.rampup_from",
             batch.rampup_from,
             f"must divide global_batch_size = {batch.global_batch_size}",
-            f"one of {_divisors(batch.global_batch_size)}",
+            f"one of {divisors(batch.global_batch_size)}",
         )
     dp = parallel.nodes * parallel.gpus_per_node // (parallel.tp * parallel.pp * parallel.cp)
     per_round = batch.micro_batch_size * max(1, dp) * (parallel.pp if parallel.vpp else 1)
@@ -116,78 +117,6 @@ def decay_tokens(config: RunConfig, train_tokens: int) -> int:
     if kind == "constant":
         return 0
     return train_tokens - config.schedule.start_tokens - config.budget.warmup_tokens
-
-
-def _divisors(number: int, limit: int = 64) -> list[int]:
-    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
-
-
-def _layout_problems(config: RunConfig) -> Iterator[Problem]:
-    parallel, batch = config.parallel, config.batch
-    world_size = parallel.nodes * parallel.gpus_per_node
-    model_ranks = parallel.tp * parallel.pp * parallel.cp
-    if parallel.gpus_per_node % parallel.tp:
-        yield Problem(
-            "parallel.tp",
-            parallel.tp,
-            f"must divide gpus_per_node = {parallel.gpus_per_node}: tensor parallelism "
-            "across nodes is bound by the network",
-            f"one of {_divisors(parallel.gpus_per_node)}",
-        )
-    if world_size % model_ranks:
-        yield Problem(
-            "parallel",
-            None,
-            f"tp x pp x cp = {parallel.tp} x {parallel.pp} x {parallel.cp} = {model_ranks} must divide "
-            f"nodes x gpus_per_node = {parallel.nodes} x {parallel.gpus_per_node} = {world_size}",
-            f"choose a product among {_divisors(world_size, world_size)}",
-        )
-    else:
-        dp = world_size // model_ranks
-        per_round = batch.micro_batch_size * dp
-        if batch.global_batch_size % per_round:
-            low = batch.global_batch_size // per_round * per_round
-            yield Problem(
-                "batch.global_batch_size",
-                batch.global_batch_size,
-                f"must be a multiple of micro_batch_size x dp = {batch.micro_batch_size} x {dp} = {per_round}",
-                f"{low} or {low + per_round}" if low else str(per_round),
-            )
-        elif parallel.vpp and (batch.global_batch_size // per_round) % parallel.pp:
-            accumulation = batch.global_batch_size // per_round
-            yield Problem(
-                "batch.global_batch_size",
-                batch.global_batch_size,
-                "the interleaved schedule needs micro-batches per step "
-                f"({accumulation}) to be a multiple of pp = {parallel.pp}",
-                f"a multiple of {per_round * parallel.pp}",
-            )
-    if parallel.vpp is not None and parallel.pp < 2:
-        yield Problem("parallel.vpp", parallel.vpp, "virtual stages need pp > 1", "leave vpp out or set parallel.pp")
-    if parallel.cp > 1 and batch.seq_length % (2 * parallel.cp):
-        yield Problem(
-            "batch.seq_length",
-            batch.seq_length,
-            f"context parallelism cuts a sequence into 2 x cp = {2 * parallel.cp} chunks",
-            f"a multiple of {2 * parallel.cp}",
-        )
-    wants_sp = parallel.sequence_parallel is True or (parallel.sequence_parallel is None and parallel.tp > 1)
-    if wants_sp and parallel.tp == 1:
-        yield Problem("parallel.sequence_parallel", True, "needs tp > 1", "leave it out")
-    if wants_sp and batch.seq_length % (parallel.tp * parallel.cp):
-        yield Problem(
-            "batch.seq_length",
-            batch.seq_length,
-            f"sequence parallelism splits each sequence over tp x cp = {parallel.tp * parallel.cp}",
-            f"a multiple of {parallel.tp * parallel.cp}, or parallel.sequence_parallel: false",
-        )
-    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
-        yield Problem(
-            "parallel.overlap_param_gather",
-            True,
-            "needs distributed_optimizer and overlap_grad_reduce",
-            "switch both on, or this off",
-        )
 
 
 def _budget_problems(config: RunConfig) -> Iterator[Problem]:
@@ -297,45 +226,6 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
             best_by,
             "is not a validation set",
             f"one of {known}" if known else "name held-out sets under data.validation",
-        )
-
-
-def _architecture_problems(config: RunConfig, arch: Architecture) -> Iterator[Problem]:
-    parallel, batch = config.parallel, config.batch
-    for what, count in (
-        ("attention heads", arch.num_attention_heads),
-        ("key/value heads", arch.num_query_groups),
-        ("MLP rows", arch.ffn_hidden_size),
-    ):
-        if count % parallel.tp:
-            yield Problem(
-                "parallel.tp",
-                parallel.tp,
-                f"must divide the model's {count} {what}",
-                f"one of {_divisors(count)}",
-            )
-    chunks = parallel.pp * (parallel.vpp or 1)
-    if arch.num_layers % chunks:
-        shown = "parallel.pp" if parallel.vpp is None else "parallel.vpp"
-        yield Problem(
-            shown,
-            parallel.pp if parallel.vpp is None else parallel.vpp,
-            f"pp x vpp = {chunks} must divide the model's {arch.num_layers} layers",
-            f"a product among {_divisors(arch.num_layers, 128)}",
-        )
-    if batch.seq_length > arch.max_position_embeddings:
-        yield Problem(
-            "batch.seq_length",
-            batch.seq_length,
-            f"exceeds the model's {arch.max_position_embeddings:,} positions",
-            f"at most {arch.max_position_embeddings}",
-        )
-    if arch.sliding_window is not None and batch.seq_length > arch.sliding_window:
-        yield Problem(
-            "batch.seq_length",
-            batch.seq_length,
-            f"exceeds the model's sliding window of {arch.sliding_window:,} tokens, which is not implemented",
-            f"at most {arch.sliding_window}, where the window changes nothing",
         )
 
 

@@ -51,10 +51,10 @@ class ModelConfig(Section):
         description="Before the first step, refuse a loss near ln(vocabulary), that of a uniform guess, and compare it "
         "with transformers' where that is installed and memory allows. Off for weights that are meant to be untrained.",
     )
-    attention: Literal["auto", "te", "sdpa", "unfused"] = Field(
+    attention: Literal["auto", "te", "sdpa", "block_causal", "unfused"] = Field(
         "auto",
-        description="Core attention: TransformerEngine, torch SDPA or Megatron's unfused; auto picks TE on "
-        "CUDA where installed, else SDPA.",
+        description="Core attention: TransformerEngine, torch SDPA, blocks of matrix products for CPUs, or Megatron's "
+        "unfused; auto picks TE on CUDA where installed, SDPA on CUDA else, and block_causal on a CPU.",
     )
     document_attention: bool = Field(False, description="Keep packed documents from attending to each other.")
 
@@ -116,6 +116,12 @@ class OptimizerConfig(Section):
     adam_beta2: float = Field(0.95, gt=0, lt=1, description="Decay of the second moment.")
     adam_eps: float = Field(1e-8, gt=0, description="Term added to the denominator.")
     clip_grad: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0 switches it off.")
+    cpu_offload_ratio: float = Field(
+        0.0, ge=0, le=1, description="Share of the optimizer state kept and updated in host memory; CUDA only."
+    )
+    moments_dtype: Literal["fp32", "bf16", "fp8"] = Field(
+        "fp32", description="Storage of AdamW's moments; below fp32 needs TransformerEngine's optimizer."
+    )
 
 
 class ParallelConfig(Section):
@@ -141,6 +147,9 @@ class PrecisionConfig(Section):
 
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="Weights and activations; master weights and gradient sums are fp32 either way."
+    )
+    fp8: Literal["hybrid", "e4m3"] | None = Field(
+        None, description="fp8 matrix products of TransformerEngine, with per-tensor current scaling; CUDA only."
     )
 
 

@@ -44,7 +44,8 @@ def sign_of_instruct(model_dir: Path) -> str | None:
 
 def _ids(config: dict[str, Any]) -> set[int]:
     value = config.get("eos_token_id")
-    return set(value) if isinstance(value, list) else {value} - {None}
+    values = value if isinstance(value, list) else [value]
+    return {token_id for token_id in values if isinstance(token_id, int)}
 
 
 def _special_tokens(model_dir: Path) -> dict[int, str]:

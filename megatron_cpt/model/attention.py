@@ -2,6 +2,7 @@
 
 `SdpaAttention`     torch scaled_dot_product_attention: CPU and GPU, grouped queries, context parallelism,
                     documents kept apart; never builds a mask as large as the square of the sequence on a GPU
+`block_causal.py`   the same in blocks of matrix products, faster on a CPU
 `UnfusedAttention`  Megatron-Core's matmul-softmax-matmul, the plain reference
 
 The argument `attention_mask` of Megatron-Core's forward carries document boundaries here: None for plain causal

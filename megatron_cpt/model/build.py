@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError
+from megatron_cpt.model.levers import fp8_settings
 from megatron_cpt.model.spec import layer_spec, resolve_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -80,13 +81,15 @@ def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConf
         bf16=dtype == torch.bfloat16,
         # Each token weighs the same, whichever micro batch, data-parallel or context-parallel rank it falls to.
         calculate_per_token_loss=True,
-        bias_activation_fusion=True,
+        # Fused SwiGLU is a compiled kernel; uncompiled, as on a CPU, it is slower than the plain operations.
+        bias_activation_fusion=torch.cuda.is_available(),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         attention_softmax_in_fp32=True,
         # Frees what was sent to the next stage. NCCL keeps what it still sends alive; gloo does not.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
+        **fp8_settings(config),
         **_recompute(config),
         **_interleaving(config),
     )

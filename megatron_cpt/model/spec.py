@@ -22,8 +22,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.model.attention import SdpaAttention, UnfusedAttention
+from megatron_cpt.model.block_causal import BlockCausalAttention
 
-CORE_ATTENTION: dict[str, type] = {"sdpa": SdpaAttention, "unfused": UnfusedAttention}
+CORE_ATTENTION: dict[str, type] = {
+    "sdpa": SdpaAttention,
+    "block_causal": BlockCausalAttention,
+    "unfused": UnfusedAttention,
+}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -44,9 +49,10 @@ def transformer_engine_is_usable() -> bool:
 
 
 def resolve_attention(asked: str) -> str:
-    """`auto` -> `te` where TransformerEngine can run, else `sdpa`; ConfigError when `te` is asked for in vain."""
+    """`auto` -> the fastest back end of this machine; ConfigError when `te` is asked for in vain."""
     if asked == "auto":
-        return "te" if transformer_engine_is_usable() else "sdpa"
+        on_gpu = "te" if transformer_engine_is_usable() else "sdpa"
+        return on_gpu if torch.cuda.is_available() else "block_causal"
     if asked == "te" and not transformer_engine_is_usable():
         why = "is not installed" if torch.cuda.is_available() else "needs CUDA, which is not available here"
         raise ConfigError(
@@ -58,7 +64,7 @@ def resolve_attention(asked: str) -> str:
 def layer_spec(
     config: TransformerConfig, attention: str, *, document_attention: bool = False, vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The spec for GPTModel. `attention` is `te`, `sdpa` or `unfused`.
+    """The spec for GPTModel. `attention` is `te` or a key of CORE_ATTENTION.
 
     With documents kept apart, TransformerEngine's linear layers and norms work with torch's SDPA, which needs
     neither a mask nor another data layout.

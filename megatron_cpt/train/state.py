@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.model.build import DTYPES, build_model
+from megatron_cpt.model.levers import optimizer_settings
 from megatron_cpt.model.load_hf import load_hf_weights, random_weights
 from megatron_cpt.model.load_megatron import is_megatron_checkpoint, load_megatron_weights
 from megatron_cpt.runtime.adamw import select_adam
@@ -121,6 +122,7 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
         params_dtype=dtype,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        **optimizer_settings(config),
     )
 
 

@@ -37,6 +37,7 @@ BF16 = {"precision.dtype": "bf16"}
 BASE_PRECISION = {"precision.dtype": "fp32"}
 PLAIN_OPTIMIZER = parallel(distributed_optimizer=False)
 SINGLES = {"batch.micro_batch_size": 1}
+SDPA = {"model.attention": "sdpa"}
 DOCUMENTS = {"model.document_attention": True}
 SELECTIVE = {"recompute.granularity": "selective", "recompute.modules": ["core_attn", "mlp"]}
 OVERLAP = parallel(overlap_grad_reduce=True, overlap_param_gather=True)
@@ -53,6 +54,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("base_documents", 1, DOCUMENTS, baseline="base_documents", documents=True),
     # one rank, another way of computing the same
     TrainRow("plain_optimizer", 1, PLAIN_OPTIMIZER),
+    TrainRow("sdpa", 1, SDPA),
     TrainRow("unfused", 1, {"model.attention": "unfused"}),
     TrainRow("accumulation_4", 1, SINGLES),
     TrainRow("accumulation_1", 1, {"batch.micro_batch_size": 4}),
@@ -63,6 +65,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
         "documents_unfused", 1, {"model.document_attention": True, "model.attention": "unfused"},
         baseline="base_documents", documents=True,
     ),
+    TrainRow("documents_sdpa", 1, DOCUMENTS | SDPA, baseline="base_documents", documents=True),
     # two ranks
     TrainRow("tp2", 2, parallel(tp=2, sequence_parallel=False)),
     TrainRow("tp2_sp", 2, parallel(tp=2)),
@@ -70,6 +73,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("pp2", 2, parallel(pp=2)),
     TrainRow("pp2_vpp2", 2, parallel(pp=2, vpp=2) | SINGLES),
     TrainRow("cp2", 2, parallel(cp=2)),
+    TrainRow("cp2_sdpa", 2, parallel(cp=2) | SDPA),
     TrainRow("dp2", 2, PLAIN_OPTIMIZER),
     TrainRow("dp2_distributed_optimizer", 2),
     TrainRow("dp2_overlap", 2, OVERLAP, bucket_elements=5000),

@@ -20,7 +20,7 @@ def make_config(init_from: str | Path = "random", **sections: Any) -> RunConfig:
         "job_name": "unit",
         "model": {"init_from": str(init_from), **sections.pop("model", {})},
         "batch": {"seq_length": 32, "global_batch_size": 4, **sections.pop("batch", {})},
-        "precision": {"dtype": "fp32"},
+        "precision": {"dtype": "fp32", **sections.pop("precision", {})},
         **sections,
     }
     return build_config(tree)

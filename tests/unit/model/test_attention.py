@@ -35,7 +35,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("base", tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "unfused"])
+@pytest.mark.parametrize("attention", ["sdpa", "block_causal", "unfused"])
 def test_documents_in_one_sample_equal_documents_alone(model_dir: Path, attention: str) -> None:
     arch = read_architecture(model_dir)
     config = make_config(model_dir, model={"attention": attention, "document_attention": True})
@@ -82,6 +82,6 @@ def test_gradients_of_packed_documents_equal_those_apart(model_dir: Path) -> Non
 def test_te_without_cuda_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    assert resolve_attention("auto") == "sdpa"
+    assert resolve_attention("auto") == "block_causal"
     with pytest.raises(ConfigError, match="TransformerEngine needs CUDA"):
         resolve_attention("te")

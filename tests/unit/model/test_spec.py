@@ -15,7 +15,7 @@ from tests.parity.tiny_models import save_tiny_model
 from tests.unit.model.conftest import make_config
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "unfused"])
+@pytest.mark.parametrize("attention", ["sdpa", "block_causal", "unfused"])
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_tied", "llama3_rope"])
 def test_checkpoint_keys_are_those_of_the_mapping(tmp_path: Path, attention: str, name: str) -> None:
     arch = read_architecture(save_tiny_model(name, tmp_path))
