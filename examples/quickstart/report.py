@@ -102,11 +102,15 @@ def cost_table(numbers: dict[str, Any]) -> Table:
     table = Table(title="Cost", title_justify="left")
     table.add_column("step")
     table.add_column("seconds", justify="right")
+    table.add_column("CPU seconds", justify="right")
     table.add_column("peak memory, MB", justify="right")
-    for title, record in numbers["steps"].items():
-        table.add_row(title, f"{record['seconds']:.1f}", f"{record['peak_memory_bytes'] / 1e6:,.0f}")
+    records = numbers["steps"]
+    for title, record in records.items():
+        megabytes = record["peak_memory_bytes"] / 1e6
+        table.add_row(title, f"{record['seconds']:.1f}", f"{record['cpu_seconds']:.1f}", f"{megabytes:,.0f}")
+    totals = [sum(record[unit] for record in records.values()) for unit in ("seconds", "cpu_seconds")]
     table.add_section()
-    table.add_row("all", f"{sum(record['seconds'] for record in numbers['steps'].values()):.0f}", "")
+    table.add_row("all", *(f"{total:.0f}" for total in totals), "")
     return table
 
 

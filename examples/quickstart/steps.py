@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import threading
@@ -41,7 +42,7 @@ class Step:
 
 
 def run_steps(steps: list[Step], state_path: Path, console: Console) -> dict[str, dict[str, Any]]:
-    """Run all unfinished steps in order; returns the state: title -> seconds, peak_memory_bytes, ...
+    """Run all unfinished steps in order; returns the state: title -> seconds, cpu_seconds, peak_memory_bytes, ...
 
     Raises:
         CptError: a command failed; the error says which and how to try again.
@@ -87,7 +88,7 @@ def _shown(step: Step) -> str:
 
 
 def _run(step: Step) -> dict[str, float]:
-    started = time.monotonic()
+    started, cpu_before = time.monotonic(), _children_cpu_seconds()
     partial = step.stdout.with_name(step.stdout.name + ".partial") if step.stdout else None
     with open(partial or os.devnull, "wb") as sink:
         process = subprocess.Popen(
@@ -105,7 +106,17 @@ def _run(step: Step) -> dict[str, float]:
         )
     if partial and step.stdout:
         partial.rename(step.stdout)
-    return {"seconds": round(time.monotonic() - started, 2), "peak_memory_bytes": peak_memory_bytes}
+    return {
+        "seconds": round(time.monotonic() - started, 2),
+        "cpu_seconds": round(_children_cpu_seconds() - cpu_before, 2),  # of all cores, whatever else they do
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+
+
+def _children_cpu_seconds() -> float:
+    """User and system time of all processes that ended under this one so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _wait_and_measure(process: subprocess.Popen[bytes]) -> int:
