@@ -61,7 +61,7 @@ def model_card(source: Checkpoint, tool: str) -> str:
     title = run.get("job_name") or source.path.resolve().name
     lines = [*head, "---", "", f"# {title}", ""]
     if not run:
-        lines += [f"Converted from {source.format} by {tool}. The weights are unchanged; see conversion.json."]
+        lines += [f"Converted from {source.format} by {tool}; conversion.json says what was done to the weights."]
         return "\n".join(lines) + "\n"
     iteration = "" if source.iteration is None else f" Weights of iteration {source.iteration:,}."
     lines += [f"Draft, written by {tool}: continued pre-training of `{base}`.{iteration}", ""]

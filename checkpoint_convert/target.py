@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +41,7 @@ class Target:
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 os.ftruncate(fd, size)
-                if size:
-                    os.posix_fallocate(fd, 0, size)
+                _reserve(fd, size)
             except OSError as error:
                 raise ConversionError(
                     f"cannot reserve {size / 2**30:.2f} GiB for {path}: {error.strerror}", hint="free some disk space"
@@ -51,3 +52,18 @@ class Target:
             with path.open("r+b") as file:
                 file.seek(offset)
                 file.write(data)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Have the file system set the space aside, where it can.
+
+    Not os.posix_fallocate: where the file system cannot (NFS, Lustre), libc would write to every block instead.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None or not size:
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(fd, 0, 0, size) != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code))

@@ -47,9 +47,19 @@ NOT_WEIGHTS = {
 }
 EXTRA_STATE = "._extra_state"  # TransformerEngine's fp8 scales; empty for bf16 weights
 
-# Module -> names (None: all) that the pickled index may ask for.
-INDEX_TYPES: dict[str, set[str] | None] = {
-    "torch.distributed.checkpoint.metadata": None,
+# Module -> names that the pickled index may ask for. Whole names only: a pickle may also ask for `os.system` of a
+# module that happens to import `os`.
+INDEX_TYPES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
     "torch.serialization": {"_get_layout"},
@@ -67,8 +77,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         value = getattr(torch, name, None) if module == "torch" else None
         if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)) or value is torch.Size:
             return value
-        names = INDEX_TYPES.get(module, set())
-        if names is None or name in names:
+        if name in INDEX_TYPES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
 

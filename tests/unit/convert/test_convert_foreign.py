@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +86,29 @@ def test_holes_and_overlaps_are_found(tmp_path: Path, damage: str) -> None:
         open_checkpoint(tmp_path / "ckpt")
 
 
-def test_an_index_that_runs_code_is_refused(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.system, (f"touch {tmp_path / 'pwned'}",)
+PICKLED_CALLS = {
+    "directly": (b"cposix\nsystem\n", "posix.system"),
+    # `os` as an attribute of a module on the list: protocol 4 looks names up along dots
+    "through an allowed module": (
+        b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93",
+        "torch.distributed.checkpoint.metadata.os.system",
+    ),
+}
 
+
+@pytest.mark.parametrize("how", PICKLED_CALLS)
+def test_an_index_that_runs_code_is_refused(tmp_path: Path, how: str) -> None:
+    lookup, name = PICKLED_CALLS[how]
+    command = f"touch {tmp_path / 'pwned'}".encode()
+    payload = lookup + b"(X" + len(command).to_bytes(4, "little") + command + b"tR."
     hf = write_hf(tmp_path / "hf")
     convert(open_checkpoint(hf), tmp_path / "ckpt", Options(to="torch_dist"))
-    (tmp_path / "ckpt" / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ConversionError, match=r"outside the allow-list: posix\.system"):
+    (tmp_path / "ckpt" / ".metadata").write_bytes(payload)
+    with pytest.raises(ConversionError, match=f"outside the allow-list: {re.escape(name)}"):
         open_checkpoint(tmp_path / "ckpt")
     assert not (tmp_path / "pwned").exists()
+    pickle.loads(payload)  # the payload does work where nobody looks
+    assert (tmp_path / "pwned").exists()
 
 
 def write_legacy(hf: Path, folder: Path, extra: dict[str, Any] | None = None, *, local: bool = False) -> Path:
