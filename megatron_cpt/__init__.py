@@ -1,3 +1,28 @@
-"""Continued pre-training of large language models on Megatron-Core, driven by token budgets."""
+"""Continued pre-training of large language models on Megatron-Core, driven by token budgets.
 
+    from megatron_cpt import load_config, train
+
+    config = load_config("config.yaml", ["optimizer.lr=1e-5"])
+    if __name__ == "__main__":
+        train(config)
+
+does what `megatron-cpt train config.yaml optimizer.lr=1e-5` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_cpt.config.load import load_config
+
+__all__ = ["__version__", "load_config"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:  # imported on use, so that `megatron-cpt --help` stays fast
+    if name == "load_config":
+        from megatron_cpt.config.load import load_config
+
+        return load_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
