@@ -24,6 +24,7 @@ from megatron_cpt.corpus.rejects import (
     lines_before,
     write_json_lines,
 )
+from megatron_cpt.corpus.report import Report, write_report
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.sources import Unit, plan_units
 from megatron_cpt.corpus.staging import plan_fingerprint, shared_staging_folder, staging_folder, staging_path
@@ -243,7 +244,8 @@ def _finish(
         rows = absolute_metadata(job.staging, units, records, split, duplicates.keep)
         write_json_lines(Path(f"{prefix}.documents.jsonl"), rows)
     datasets = {prefix: write_dataset(assembly, split, prefix) for split, prefix in prefixes.items()}
-    return Outcome(datasets, documents_read, rejects, str(rejects_file) if rejects else None)
+    write_report(Report(corpus.output_prefix, datasets, records, documents_read, rejects, corpus.train_tokens))
+    return Outcome(datasets, documents_read, rejects, str(rejects_file) if rejects_file.exists() else None)
 
 
 def _check_not_empty(

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from megatron_cpt.budget import parse_count
 from megatron_cpt.corpus.schema_processing import Clean, Decontaminate, Dedup, Filters, Section, switch
 from megatron_cpt.errors import ConfigError
 
@@ -69,6 +70,10 @@ class Chunking(Section):
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
+def _tokens(value: Any) -> Any:
+    return parse_count(value) if isinstance(value, str) else value
+
+
 class Corpus(Section):
     """One corpus: its sources, the tokenizer, where the dataset goes."""
 
@@ -92,6 +97,9 @@ class Corpus(Section):
     decontaminate: Decontaminate | None = Field(None, description="Overlap with evaluation sets.")
     chunking: Chunking = Field(Chunking(), description="Documents into sequences.")
     registry: str | None = Field(None, description="JSON or YAML file: dataset name -> {files, text, format}.")
+    train_tokens: Annotated[int | None, BeforeValidator(_tokens)] = Field(
+        None, gt=0, description="Tokens of the planned run, such as 1.5B, for the report's advice."
+    )
     max_reject_ratio: float = Field(
         0.001, ge=0, le=1, description="Fail when more than this ratio of the documents cannot be read."
     )

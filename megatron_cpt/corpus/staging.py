@@ -37,7 +37,9 @@ def plan_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: Tokenizer
         stats += [(path, Path(path).stat().st_size, 0) for path in corpus.decontaminate.files if Path(path).is_file()]
     content = {
         "format": FORMAT_VERSION,
-        "corpus": corpus.model_dump(mode="json", exclude={"output_prefix", "tokenizer", "max_reject_ratio"}),
+        "corpus": corpus.model_dump(
+            mode="json", exclude={"output_prefix", "tokenizer", "max_reject_ratio", "train_tokens"}
+        ),
         "tokenizer": [tokenizer.fingerprint, tokenizer.eod_id],
         "files": stats,
         "against": [manifest_hash(read_manifest(p)) for p in (corpus.dedup.against if corpus.dedup else ())],
