@@ -23,11 +23,18 @@ class _DefaultCommand(click.Group):
             args = ["run", *args]  # also when SRC is a folder named `run`
         return super().parse_args(ctx, args)
 
+    @property
+    def default_command(self) -> click.Command:
+        return self.commands["run"]
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["verify"]
+
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "SRC DST --to FORMAT [OPTIONS]  |  verify A B [OPTIONS]")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        self.commands["run"].format_options(ctx, formatter)
+        self.default_command.format_options(ctx, formatter)
 
 
 @click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
