@@ -123,10 +123,18 @@ def ramped_batch_size(consumed_tokens: int, full: int, first: int | None, rampup
 
 
 def plan_ramped_steps(
-    requested_tokens: int, seq_length: int, full: int, first: int | None, rampup_tokens: int
+    requested_tokens: int,
+    seq_length: int,
+    full: int,
+    first: int | None,
+    rampup_tokens: int,
+    consumed: int = 0,
 ) -> tuple[int, int]:
-    """(steps, tokens) of a run whose batch ramps up: whole steps of growing size until the budget is reached."""
-    consumed = steps = 0
+    """(steps from `consumed` tokens on, tokens at the end) of a run of whole steps until the budget is reached.
+
+    The batch has `full` samples, or grows to that from `first` over `rampup_tokens`.
+    """
+    steps = 0
     while consumed < requested_tokens:
         size = ramped_batch_size(consumed, full, first, rampup_tokens)
         until = requested_tokens

@@ -110,10 +110,8 @@ def open_batches(
         dataset.name: EpochStream(dataset, ledger.sources[dataset.name].block_tokens, config.seed, cache_dir)
         for dataset in datasets.train
     }
-    wanted = [
-        (streams[plan.name], range(int(plan.epochs_done), max(int(plan.epochs_done), _last_epoch(plan)) + 1))
-        for plan in plans
-    ]
+    # From the first epoch on: the run may have to fall back to an older checkpoint than the one it was planned from.
+    wanted = [(streams[plan.name], range(_last_epoch(plan) + 1)) for plan in plans]
     build_indices(wanted, cache_dir)
     document_end = datasets.train[0].eod_id if config.model.document_attention else None
     return BatchStream(blend_of(config), streams, config.batch.seq_length, document_end)
@@ -121,5 +119,5 @@ def open_batches(
 
 def _last_epoch(plan: SourcePlan) -> int:
     """Index of the epoch that holds the last token needed."""
-    done = round(plan.epochs_at_end * plan.available_tokens)
-    return max(0, done - 1) // plan.available_tokens
+    end = round(plan.epochs_at_end * plan.available_tokens)
+    return max(0, end - 1) // plan.available_tokens

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cpt.budget import plan_ramped_steps
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.corpus.indexed import open_indexed
@@ -156,7 +157,12 @@ def plan_sources(config: RunConfig, datasets: Datasets, ledger: Ledger, train_to
         DataError: a source would be repeated more often than data.max_epochs allows.
     """
     seq_length = config.batch.seq_length
-    samples = -(-max(0, train_tokens - ledger.tokens) // seq_length)
+    batch = config.batch
+    # In whole steps from here: after a change of the batch size they may end behind the budget.
+    _, end_tokens = plan_ramped_steps(
+        train_tokens, seq_length, batch.global_batch_size, batch.rampup_from, batch.rampup_tokens, ledger.tokens
+    )
+    samples = (end_tokens - ledger.tokens) // seq_length
     counts = blend_of(config).counts(ledger.samples, ledger.samples + samples)
     plans = []
     for dataset in datasets.train:

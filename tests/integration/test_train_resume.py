@@ -160,3 +160,23 @@ def test_another_layout_continues_within_rounding(
     other = write_config(work, "other_seed", LAYOUTS["PP2"], seed=8)
     assert pool.run(other, ranks=2, log=log) == [0, 0]
     assert max(abs(rows(work / "other_seed")[k][0] - whole[k][0]) for k in whole if isinstance(k, int)) > 1e-4
+
+
+def test_bf16_and_both_forms_of_the_optimizer_resume_exactly(pool: RankPool, work: Path) -> None:
+    """DP2 in bf16: stopped twice, the optimizer saved as dp_reshardable and then as fully_reshardable."""
+    precision = {"precision": {"dtype": "bf16"}}
+    whole = write_config(work, "bf16", LAYOUTS["DP2"], **precision)
+    assert pool.run(whole, ranks=2, log=work / "bf16.log") == [0, 0]
+    run, log = work / "bf16_stopped", work / "bf16_stopped.log"
+    for steps, sharding in ((5, "dp_reshardable"), (10, "fully_reshardable"), (STEPS, "dp_reshardable")):
+        checkpoint = {"save_every": "3 iters", "optimizer_sharding": sharding}
+        config = write_config(work, run.name, LAYOUTS["DP2"], checkpoint=checkpoint, **precision)
+        pids = pool.start(config, ranks=2, log=log)
+        while steps < STEPS and not any(row == steps for row in rows(run)):
+            time.sleep(0.01)
+        if steps < STEPS:
+            os.kill(pids[0], signal.SIGTERM)
+        assert pool.wait() == ([75, 75] if steps < STEPS else [0, 0]), log.read_text()[-3000:]
+        newest = complete_checkpoints(run / "checkpoints")[0][1]
+        assert newest.optimizer_sharding == sharding
+    assert rows(run) == rows(work / "bf16")

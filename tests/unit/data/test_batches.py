@@ -197,6 +197,16 @@ def test_a_half_built_index_is_built_again(data: Path, tmp_path: Path) -> None:
     assert torch.equal(again.streams["a"].read(0, SEQ)[0], open_run(config, data)[0].streams["a"].read(0, SEQ)[0])
 
 
+def test_the_plan_covers_the_last_step_after_a_change_of_the_batch_size(data: Path) -> None:
+    """Consumed 3 x 8 samples of 40; in steps of 32 the run ends at 56, and the indices must reach that far."""
+    config = make_config(data, train_tokens=SEQ * 40, a=1.0)
+    stream, ledger = open_run(config, data)
+    _, ledger = consume(stream, ledger, [8, 8, 8])
+    changed = config.model_copy(update={"batch": config.batch.model_copy(update={"global_batch_size": 32})})
+    (plan,) = plan_sources(changed, datasets_of(changed), ledger, SEQ * 40)
+    assert plan.needed_tokens == SEQ * 32
+
+
 def test_too_many_epochs_are_refused(data: Path) -> None:
     config = make_config(data, train_tokens=SEQ * 3000)
     config = config.model_copy(update={"data": config.data.model_copy(update={"max_epochs": 2.0})})
