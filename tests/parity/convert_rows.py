@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+OTHER_PADDING = "other-padding"  # written for TP1, so without padding rows, and loaded under TP2
 SWAPPED = "gate-swapped"  # the converter writes up above gate: it must be noticed
 
 # name, model, tp, pp, vpp: four ranks each, data parallelism is what remains
@@ -14,6 +15,7 @@ ROWS: list[tuple[str, str, int, int, int | None]] = [
     ("tp4", "llama2", 4, 1, None),
     ("tp2-padded", "odd_vocab", 2, 2, None),
     ("head-dim", "mistral", 2, 2, None),
+    (OTHER_PADDING, "odd_vocab", 2, 2, None),
     (SWAPPED, "qwen2", 2, 2, None),
 ]
 RANKS = 4

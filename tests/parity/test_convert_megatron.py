@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from convert_rows import RANKS, ROWS, SWAPPED
+from convert_rows import OTHER_PADDING, RANKS, ROWS, SWAPPED
 from tiny_models import save_tiny_model
 
 from checkpoint_convert import convert as convert_module
@@ -53,7 +53,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model, tp, pp, vpp in ROWS:
         source = open_checkpoint(work / "models" / model)
         with swapped_gate() if name == SWAPPED else contextlib.nullcontext():
-            convert(source, work / name / "torch_dist", Options(to="torch_dist", tp=tp))
+            convert(source, work / name / "torch_dist", Options(to="torch_dist", tp=1 if name == OTHER_PADDING else tp))
         convert(source, work / name / "legacy", Options(to="legacy", tp=tp, pp=pp, vpp=vpp, local_names=True))
     worker = str(Path(__file__).with_name("convert_worker.py"))
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
