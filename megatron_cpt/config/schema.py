@@ -57,6 +57,9 @@ class ModelConfig(Section):
         "unfused; auto picks TE on CUDA where installed, SDPA on CUDA else, and block_causal on a CPU.",
     )
     document_attention: bool = Field(False, description="Keep packed documents from attending to each other.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of attention and residuals; large models are trained without."
+    )
 
 
 class BudgetConfig(Section):

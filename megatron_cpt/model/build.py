@@ -66,8 +66,8 @@ def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConf
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        hidden_dropout=config.model.dropout,
+        attention_dropout=config.model.dropout,
         # Not perform_initialization=False: that leaves out the marks by which TP shards count in the gradient norm.
         init_method=_leave,
         output_layer_init_method=_leave,

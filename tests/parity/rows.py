@@ -38,6 +38,7 @@ BASE_PRECISION = {"precision.dtype": "fp32"}
 PLAIN_OPTIMIZER = parallel(distributed_optimizer=False)
 SINGLES = {"batch.micro_batch_size": 1}
 SDPA = {"model.attention": "sdpa"}
+DROPOUT = {"model.dropout": 0.1}
 DOCUMENTS = {"model.document_attention": True}
 SELECTIVE = {"recompute.granularity": "selective", "recompute.modules": ["core_attn", "mlp"]}
 OVERLAP = parallel(overlap_grad_reduce=True, overlap_param_gather=True)
@@ -66,6 +67,9 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
         baseline="base_documents", documents=True,
     ),
     TrainRow("documents_sdpa", 1, DOCUMENTS | SDPA, baseline="base_documents", documents=True),
+    TrainRow("dropout", 1, DROPOUT, baseline="dropout"),
+    TrainRow("dropout_again", 1, DROPOUT, baseline="dropout", loss_bound=0.0, grad_norm_bound=0.0),
+    TrainRow("dropout_recompute", 1, DROPOUT | {"recompute.granularity": "full"}, baseline="dropout"),
     # two ranks
     TrainRow("tp2", 2, parallel(tp=2, sequence_parallel=False)),
     TrainRow("tp2_sp", 2, parallel(tp=2)),
@@ -107,6 +111,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("dp2_tp2_pp2", 8, parallel(tp=2, pp=2) | SINGLES),
     # negative controls
     TrainRow("sabotage_padding", 2, parallel(tp=2), model="odd_vocab", sabotage="unmasked_padding"),
+    TrainRow("sabotage_dropout", 1, DROPOUT | {"seed": 4321}, baseline="dropout", sabotage="another_seed"),
     TrainRow("sabotage_micro_batch_mean", 1, sabotage="mean_per_micro_batch"),
     TrainRow("sabotage_norm_gradients", 2, parallel(tp=2), sabotage="norms_not_reduced"),
     TrainRow("sabotage_interleaving", 2, parallel(pp=2, vpp=2) | SINGLES, sabotage="interleaving_without_overlap"),

@@ -69,6 +69,11 @@ def whole_sequence_attention() -> Any:
     return contextlib.nullcontext()
 
 
+def another_seed() -> Any:
+    """Dropout draws other numbers. The row sets the seed; nothing is left to patch."""
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def qkv_not_interleaved() -> Iterator[None]:
     """All queries, then all keys, then all values: Hugging Face's order."""
@@ -134,6 +139,7 @@ SABOTAGES = {
         tied_gradients_not_reduced,
         keys_in_rank_order,
         whole_sequence_attention,
+        another_seed,
         qkv_not_interleaved,
         gate_and_up_swapped,
         wrong_rope_base,

@@ -24,3 +24,9 @@ def test_every_family_is_covered() -> None:
     assert len(LOGITS_ROWS) == 3 * len(FAMILY_MODELS) + 6
     for family in FAMILIES:
         assert any(name.startswith(family) for name in FAMILY_MODELS)
+
+
+def test_a_weight_damaged_for_one_rank_is_one_error_on_all(parity_results: RESULTS) -> None:
+    first, second = parity_results(2)["damaged_load"]["messages"]
+    assert "model.layers.0.mlp.down_proj.weight" in second and "NaN" in second
+    assert first == f"rank 1: {second}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
@@ -24,6 +26,9 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from checkpoint_convert.families import read_architecture  # noqa: E402
 from megatron_cpt.config.derive import derive  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
+from megatron_cpt.errors import CheckpointError  # noqa: E402
+from megatron_cpt.model.build import build_model  # noqa: E402
+from megatron_cpt.model.load_hf import load_hf_weights  # noqa: E402
 from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402
 from megatron_cpt.train.state import build_train_state  # noqa: E402
 from megatron_cpt.train.step import train_step  # noqa: E402
@@ -139,6 +144,28 @@ def run_logits(row: LogitsRow, models_dir: Path) -> dict[str, Any]:
     return {"difference": difference.item()}
 
 
+def run_damaged_load(models_dir: Path) -> dict[str, Any]:
+    """What each rank is told when only the last one meets a NaN in its slice of a weight."""
+    row = TrainRow("damaged", torch.distributed.get_world_size(), {"parallel.tp": torch.distributed.get_world_size()})
+    config = config_of(row, models_dir)
+    init_parallel_groups(config)
+    folder = models_dir / f"damaged_{row.ranks}"
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(models_dir / row.model, folder, dirs_exist_ok=True)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.0.mlp.down_proj.weight"][0, -1] = float("nan")  # the last TP rank's columns
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.distributed.barrier()
+    told: str | None = None
+    try:
+        load_hf_weights(build_model(config, read_architecture(folder)), folder, read_architecture(folder))
+    except CheckpointError as error:
+        told = error.message
+    messages: list[str | None] = [None] * row.ranks
+    torch.distributed.all_gather_object(messages, told)
+    return {"messages": messages}
+
+
 def main() -> None:
     ranks, models_dir, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -148,6 +175,8 @@ def main() -> None:
     results = {}
     for row in rows:
         results[row.name] = run_train(row, models_dir) if isinstance(row, TrainRow) else run_logits(row, models_dir)
+    if ranks == 2 and (not only or "damaged_load" in only):
+        results["damaged_load"] = run_damaged_load(models_dir)
     if runtime.rank == 0:
         out.write_text(json.dumps(results))
     shutdown_runtime()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,3 +132,62 @@ def test_random_weights_depend_on_seed_and_name_only(model_dir: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
     assert 0.015 < first[0].std() < 0.025
+
+
+MEASURE = """
+import re, sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from megatron_cpt.runtime.distributed import init_runtime
+from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+adapt_megatron_core_to_cpu()
+from checkpoint_convert.families import read_architecture
+from megatron_cpt.model.build import build_model
+from megatron_cpt.model.load_hf import load_hf_weights
+from tests.unit.model.conftest import make_config
+
+def anonymous_kib():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+folder = Path(sys.argv[1])
+config, arch = make_config(folder), read_architecture(folder)
+init_runtime(config)
+warm = build_model(config, arch)
+del warm
+chunks = build_model(config, arch)
+before, peak, done = anonymous_kib(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous_kib())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+load_hf_weights(chunks, folder, arch)
+done = True
+thread.join()
+print(peak - before, sum(p.numel() * 4 for p in chunks[0].parameters()) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_peak_memory_is_the_parameters_and_one_slice(tmp_path: Path) -> None:
+    """The whole state dict is never in memory: at most the parameters and their largest single slice."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+            num_key_value_heads=8, vocab_size=8192, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    added_kib, parameters_kib = map(int, done.stdout.split()[-2:])
+    largest_slice_kib = 8192 * 512 * 4 // 1024
+    assert parameters_kib > 140_000
+    assert added_kib <= parameters_kib + largest_slice_kib + 24_000
