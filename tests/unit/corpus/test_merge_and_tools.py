@@ -79,3 +79,22 @@ def test_megatron_flags_give_megatron_files(tmp_path: Path, tokenizer_dir: Path)
     result = tool("preprocess_data.py", "--input", "none.jsonl", "--output-prefix", tmp_path / "b",
                   "--tokenizer-model", tokenizer_dir)  # fmt: skip
     assert result.returncode == 2 and "matches no file" in result.stderr
+
+
+def test_extend_vocabulary(tmp_path: Path, tokenizer_dir: Path) -> None:
+    import shutil
+
+    from safetensors.numpy import save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(tokenizer_dir, model)
+    size = load_tokenizer(tokenizer_dir).vocab_size
+    save_file({"model.embed_tokens.weight": np.ones((size, 4), np.float32)}, model / "model.safetensors")
+    (model / "config.json").write_text('{"vocab_size": 0}')
+    text = write_jsonl(tmp_path / "a.jsonl", ["an electroencephalogram here, an electroencephalogram there"] * 20)
+    flags = ["--model", model, "--input", text, "--count", 1, "--output", tmp_path / "new"]
+    result = tool("extend_vocabulary.py", *flags)
+    assert result.returncode == 0 and "electroencephalogram" in result.stdout, result.stderr
+    assert load_tokenizer(tmp_path / "new").vocab_size == size + 1
+    result = tool("extend_vocabulary.py", *flags)
+    assert result.returncode == 2 and "not empty" in result.stderr
