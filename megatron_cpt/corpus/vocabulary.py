@@ -1,7 +1,7 @@
 """New tokens for a domain: find them, add them to a Hugging Face tokenizer, give the model rows for them.
 
 A new row is the mean of the rows of the pieces that the word had before (Hewitt 2021, Initializing New Word
-Embeddings), in the input embedding and, if it is not tied, in the output layer. numpy and safetensors only; weights stream
+Embeddings), in the input embedding and, if it is not tied, in the output layer. numpy only; weights stream
 through memory one tensor at a time.
 """
 
