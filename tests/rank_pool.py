@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,23 @@ class RankPool:
         return json.loads(line)
 
 
+def _wait(pids: list[int]) -> list[int]:
+    """Exit codes; as the real launcher does, ranks that do not notice the end of a peer are killed after a while."""
+    codes: dict[int, int] = {}
+    kill_at = float("inf")
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG)) != (0, 0):
+                codes[pid] = os.waitstatus_to_exitcode(ended[1])
+                if codes[pid] not in (0, 75):
+                    kill_at = min(kill_at, time.monotonic() + 15)
+        if time.monotonic() > kill_at:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
 def _serve() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
@@ -107,7 +125,7 @@ def _serve() -> None:
                     os._exit(code)
             pids.append(pid)
         answers.write(json.dumps(pids) + "\n")
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        codes = _wait(pids)
         answers.write(json.dumps(codes) + "\n")
 
 
