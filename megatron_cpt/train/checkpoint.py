@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import __version__ as megatron_core_version
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt import __version__
@@ -41,6 +41,7 @@ from megatron_cpt.train.checkpoint_folder import (
     faults,
     format_bytes,
     free_bytes,
+    leave_shard_hashes,
     read_best,
     removable,
     remove_checkpoint,
@@ -104,9 +105,12 @@ class CheckpointManager:
         fields = self._marker_fields(state, progress)
         asynchronous = self.config.checkpoint.async_save and not wait
         with gathered_parameters(state), _named_failure(partial):
-            request = dist_checkpointing.save(_state_dict(state), str(partial), async_sharded_save=asynchronous)
-            if request is not None:
-                self._queue.schedule_async_request(request)
+            request = dist_checkpointing.save(_state_dict(state), str(partial), async_sharded_save=True)
+            assert request is not None
+            if asynchronous:
+                self._queue.schedule_async_request(_hashing(request, partial))
+            else:
+                _hashing(request, partial).execute_sync()
         self._pending = _Pending(partial, fields)
         if not asynchronous:
             self._seal()
@@ -200,25 +204,38 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are complete checkpoints, and all are damaged.
         """
-        chosen: list[tuple[Path, Marker] | str | None] = [None]
-        if dist.get_rank() == 0:
-            chosen[0] = _newest_sound(self.root)
-        dist.broadcast_object_list(chosen)
-        if isinstance(chosen[0], str):
+        candidates = self._candidates()
+        chosen = self._first_sound(candidates)
+        if candidates and chosen is None:
             raise CheckpointError(
-                chosen[0],
+                f"every checkpoint in {self.root} is damaged; the log says how",
                 hint="restore one from a copy, or move the folder away to start from the beginning",
             )
-        return chosen[0]
+        return chosen
 
     def newest_before(self, iteration: int) -> tuple[Path, Marker] | None:
         """The newest sound checkpoint of `iteration` or before, the same on all ranks."""
-        chosen: list[tuple[Path, Marker] | None] = [None]
-        if dist.get_rank() == 0:
-            candidates = (c for c in complete_checkpoints(self.root) if c[1].iteration <= iteration)
-            chosen[0] = next((c for c in candidates if not faults(*c)), None)
-        dist.broadcast_object_list(chosen)
-        return chosen[0]
+        return self._first_sound([c for c in self._candidates() if c[1].iteration <= iteration])
+
+    def _candidates(self) -> list[tuple[Path, Marker]]:
+        """Complete checkpoints, newest first, as rank 0 sees them."""
+        found = [complete_checkpoints(self.root) if dist.get_rank() == 0 else []]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def _first_sound(self, candidates: list[tuple[Path, Marker]]) -> tuple[Path, Marker] | None:
+        """The first without faults. Each rank hashes its share of the files."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        for path, marker in candidates:
+            shares: list[list[str]] = [[] for _ in range(ranks)]
+            dist.all_gather_object(shares, faults(path, marker, sorted(marker.file_bytes)[rank::ranks]))
+            found = [fault for share in shares for fault in share]
+            if not found:
+                return path, marker
+            if rank == 0:
+                shown = "; ".join(sorted(found)[:3])
+                logger.error("%s is damaged (%s): falling back to the one before it", path, shown)
+        return None
 
     def load(self, state: TrainState, path: Path, marker: Marker) -> Progress:
         """Put the checkpoint at `path` into `state`; returns where the run stands.
@@ -303,16 +320,19 @@ def _set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _newest_sound(root: Path) -> tuple[Path, Marker] | str | None:
-    """The newest complete checkpoint without faults; a message when all are damaged; None without any."""
-    damaged = []
-    for path, marker in complete_checkpoints(root):
-        found = faults(path, marker)
-        if not found:
-            return path, marker
-        logger.error("%s is damaged (%s): falling back to the one before it", path, "; ".join(found[:3]))
-        damaged.append(f"{path.name}: {'; '.join(found[:3])}")
-    return f"every checkpoint in {root} is damaged: {', '.join(damaged)}" if damaged else None
+def _hashing(request: AsyncRequest, folder: Path) -> AsyncRequest:
+    """`request` whose writer, this rank's, also hashes its files, behind the loop's back where that is asynchronous."""
+    write = request.async_fn
+    if write is None:
+        return request  # nothing to write on this rank
+    rank, buckets = request.async_fn_args[0], request.async_fn_args[1]
+    names = [storage_key for _, storage_key, _ in buckets]
+
+    def write_and_hash(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        leave_shard_hashes(folder, rank, names)
+
+    return request._replace(async_fn=write_and_hash)
 
 
 class _named_failure:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ MARKER = "complete.json"
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best.json"
 _HASHED = (".metadata", "common.pt", "metadata.json", "resolved.yaml")  # small and decisive
+_SHARD_HASHES = "sha256_{writer}.json"  # {file name: sha256}, left by whoever wrote the files
 _NAME = re.compile(r"^iter_(\d{7,})$")
 _PARTIAL = re.compile(r"^iter_\d{7,}\.partial-\d+$")
 
@@ -40,7 +41,7 @@ class Marker:
     layout: dict[str, int]  # tp, pp, cp, vpp, dp
     optimizer_sharding: str  # "fully_reshardable", "dp_reshardable" or "replicated"
     file_bytes: dict[str, int]
-    sha256: dict[str, str]  # of the small files
+    sha256: dict[str, str]  # of every file
     start: int  # number of the start of the run that wrote it
     created: str
     versions: dict[str, str]
@@ -94,9 +95,10 @@ def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[s
     One process calls this, after every rank has flushed its files.
     """
     (path / "resolved.yaml").write_text(resolved_config, encoding="utf-8")
+    shard_hashes = _take_shard_hashes(path)
     sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
     hashes = {name: _sha256(path / name) for name in _HASHED if name in sizes}
-    marker = Marker(file_bytes=sizes, sha256=hashes, **marker_fields)
+    marker = Marker(file_bytes=sizes, sha256=hashes | shard_hashes, **marker_fields)
     if final.exists():  # an abandoned or damaged one of the same iteration
         shutil.rmtree(final)
     path.replace(final)
@@ -106,10 +108,25 @@ def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[s
     return marker
 
 
-def faults(path: Path, marker: Marker) -> list[str]:
-    """What is wrong with a complete checkpoint: files missing or of another size, small files with another hash."""
+def leave_shard_hashes(path: Path, writer: int, names: Iterable[str]) -> None:
+    """Hash the files that `writer` has just written, for `seal`; what it did not write is left out."""
+    hashes = {name: _sha256(path / name) for name in names if (path / name).is_file()}
+    (path / _SHARD_HASHES.format(writer=writer)).write_text(json.dumps(hashes))
+
+
+def _take_shard_hashes(path: Path) -> dict[str, str]:
+    hashes: dict[str, str] = {}
+    for left in path.glob(_SHARD_HASHES.format(writer="*")):
+        hashes |= json.loads(left.read_text())
+        left.unlink()
+    return hashes
+
+
+def faults(path: Path, marker: Marker, names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with a complete checkpoint, or its files `names`: missing, of another size, of another sha256."""
     found = []
-    for name, size in marker.file_bytes.items():
+    for name in marker.file_bytes if names is None else names:
+        size = marker.file_bytes[name]
         file = path / name
         if not file.is_file():
             found.append(f"{name} is missing")

@@ -11,6 +11,7 @@ from megatron_cpt.train.checkpoint_folder import (
     checkpoint_path,
     complete_checkpoints,
     faults,
+    leave_shard_hashes,
     list_checkpoints,
     read_best,
     removable,
@@ -26,6 +27,7 @@ def write(root: Path, iteration: int, tokens: int = 0, validation: dict[str, flo
     partial.mkdir(parents=True)
     for name in (".metadata", "common.pt", "metadata.json", "__0_0.distcp"):
         (partial / name).write_text(name * 10)
+    leave_shard_hashes(partial, 0, ["__0_0.distcp", "__0_1.distcp"])
     fields: dict[str, Any] = {
         "iteration": iteration,
         "consumed_tokens": tokens or 100 * iteration,
@@ -50,7 +52,7 @@ def test_a_sealed_checkpoint_counts_and_is_latest(tmp_path: Path) -> None:
     assert (tmp_path / LATEST).read_text() == "10\n"
     path, marker = complete_checkpoints(tmp_path)[0]
     assert faults(path, marker) == []
-    assert set(marker.sha256) == {".metadata", "common.pt", "metadata.json", "resolved.yaml"}
+    assert set(marker.sha256) == {".metadata", "common.pt", "metadata.json", "resolved.yaml", "__0_0.distcp"}
     assert marker.total_bytes == sum(f.stat().st_size for f in path.iterdir() if f.name != MARKER)
 
 
