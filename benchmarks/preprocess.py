@@ -91,12 +91,12 @@ class Tool:
     name: str
     slow: bool
     python: str
-    arguments: tuple[str, ...]  # {input}, {folder}, {file} and {output} are filled in
+    arguments: tuple[str, ...]  # {input}, {folder}, {file} and {output} stand for paths
     environment: dict[str, str]
 
     def run(self, file: Path, output: Path) -> Measurement:
-        values = {"input": str(file), "folder": str(file.parent), "file": file.name, "output": str(output)}
-        command = [self.python, *(argument.format(**values) for argument in self.arguments)]
+        values = {"{input}": str(file), "{folder}": str(file.parent), "{file}": file.name, "{output}": str(output)}
+        command = [self.python, *(values.get(argument, argument) for argument in self.arguments)]
         return measure(command, {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | self.environment)
 
 

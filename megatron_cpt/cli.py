@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "verify": ("megatron_cpt.commands.dataset:verify", "Prove a dataset sound in one pass."),
     "merge": ("megatron_cpt.commands.dataset:merge", "Join datasets of one tokenizer into one."),
+    "split": ("megatron_cpt.commands.dataset:split", "Split a dataset by document."),
+    "dedup": ("megatron_cpt.commands.dataset:dedup", "Join datasets without duplicate documents."),
     "plan": (
         "megatron_cpt.commands.plan:plan",
         "Validate a config and print what it derives from the token budget.",

@@ -1,4 +1,4 @@
-"""`megatron-cpt verify`, `inspect` and `merge`: work on finished datasets."""
+"""`megatron-cpt verify`, `inspect`, `merge`, `split` and `dedup`: work on finished datasets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 import click
 
+from megatron_cpt.commands.preprocess import parse_split
+from megatron_cpt.corpus.manifest import Manifest
 from megatron_cpt.corpus.merge import merge_datasets
+from megatron_cpt.corpus.rewrite import dedup_datasets, split_dataset
+from megatron_cpt.corpus.schema_processing import Dedup, Near
 from megatron_cpt.corpus.verify import describe_dataset, verify_dataset
 from megatron_cpt.errors import DataError
 
@@ -80,3 +84,48 @@ def merge(prefixes: tuple[str, ...], output_prefix: str, overwrite: bool, as_jso
         click.echo(json.dumps({"prefix": output_prefix} | asdict(manifest)))
     else:
         click.echo(f"{output_prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens")
+
+
+@click.command()
+@click.argument("prefix")
+@click.option("--split", "fractions", required=True, callback=parse_split, help="E.g. train=0.98,valid=0.02.")
+@click.option("--overwrite", is_flag=True, help="Replace datasets that are there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def split(prefix: str, fractions: dict[str, float], overwrite: bool, as_json: bool) -> None:
+    """Split the dataset PREFIX by document into PREFIX_NAME for each name."""
+    if abs(sum(fractions.values()) - 1) > 1e-9:
+        raise click.BadParameter(f"the fractions sum to {sum(fractions.values()):g}, not 1")
+    datasets = split_dataset(prefix, fractions, overwrite=overwrite)
+    _print_datasets(datasets, as_json)
+
+
+@click.command()
+@click.argument("prefixes", nargs=-1, required=True)
+@click.option("--output-prefix", required=True, help="PREFIX of the dataset without duplicates.")
+@click.option("--near", is_flag=True, help="Also near-duplicates.")
+@click.option("--similarity", default=0.6, show_default=True, help="Of near-duplicates, at least.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
+@click.option("--overwrite", is_flag=True, help="Replace a dataset that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def dedup(
+    prefixes: tuple[str, ...],
+    output_prefix: str,
+    near: bool,
+    similarity: float,
+    workers: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Join the datasets PREFIXES, of one tokenizer, without duplicate documents."""
+    rules = Dedup(near=Near(similarity=similarity) if near else None)
+    manifest = dedup_datasets(prefixes, output_prefix, rules, workers=workers, overwrite=overwrite)
+    _print_datasets({output_prefix: manifest}, as_json)
+
+
+def _print_datasets(datasets: dict[str, Manifest], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"datasets": {prefix: asdict(manifest) for prefix, manifest in datasets.items()}}))
+        return
+    for prefix, manifest in datasets.items():
+        dropped = "".join(f", {reason} {count:,}" for reason, count in manifest.rejects.items())
+        click.echo(f"{prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens{dropped}")

@@ -38,14 +38,8 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bo
     if len(prefixes) < 2:
         raise DataError("merge needs at least two datasets", hint="megatron-cpt merge A B --output-prefix C")
     manifests = [read_manifest(prefix) for prefix in prefixes]
+    check_same_tokenizer(prefixes, manifests)
     first = manifests[0]
-    for prefix, manifest in zip(prefixes, manifests, strict=True):
-        ours = (manifest.tokenizer.fingerprint, manifest.tokenizer.eod_id, manifest.dtype, manifest.append_eod)
-        if ours != (first.tokenizer.fingerprint, first.tokenizer.eod_id, first.dtype, first.append_eod):
-            raise DataError(
-                f"{prefix} and {prefixes[0]} differ in tokenizer, EOD or dtype: one dataset cannot hold both",
-                hint="preprocess both with the same tokenizer and the same --append-eod",
-            )
     if manifest_path(output_prefix).exists() and not overwrite:
         raise DataError(f"{output_prefix}: there is already a dataset", hint="give --overwrite, or another prefix")
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +60,21 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bo
     with staging_folder(output_prefix, "merge") as staging:
         columns = (_Column(readers, name) for name in ("tokens", "sequence_lengths", "sequences"))
         return write_files(staging, "merged", output_prefix, template, *columns)
+
+
+def check_same_tokenizer(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Raise DataError when ids of one dataset would mean something else in another."""
+
+    def identity(manifest: Manifest) -> tuple[str, int, str, bool]:
+        tokenizer = manifest.tokenizer
+        return tokenizer.fingerprint, tokenizer.eod_id, manifest.dtype, manifest.append_eod
+
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if identity(manifest) != identity(manifests[0]):
+            raise DataError(
+                f"{prefix} and {prefixes[0]} differ in tokenizer, EOD or dtype: one dataset cannot hold both",
+                hint="preprocess both with the same tokenizer and the same --append-eod",
+            )
 
 
 def _merged_sources(manifests: Sequence[Manifest]) -> tuple[SourceRecord, ...]:

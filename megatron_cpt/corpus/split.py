@@ -13,6 +13,10 @@ def split_of(texts: Sequence[str], fractions: Mapping[str, float]) -> list[int]:
 
     Equal documents fall into the same split, so an exact duplicate never leaks from train into valid.
     """
+    return split_of_hashes([xxhash.xxh3_64_intdigest(text.encode(), seed=1) for text in texts], fractions)
+
+
+def split_of_hashes(hashes: Sequence[int], fractions: Mapping[str, float]) -> list[int]:
+    """Index of the split for each 64-bit hash."""
     bounds = np.cumsum(list(fractions.values()))[:-1]
-    hashes = np.array([xxhash.xxh3_64_intdigest(text.encode(), seed=1) for text in texts], np.uint64)
-    return np.searchsorted(bounds, hashes / 2.0**64, side="right").tolist()  # type: ignore[no-any-return]
+    return np.searchsorted(bounds, np.array(hashes, np.uint64) / 2.0**64, side="right").tolist()  # type: ignore[no-any-return]

@@ -14,10 +14,13 @@ from megatron_cpt.corpus.indexed import open_indexed
 from megatron_cpt.corpus.manifest import read_manifest
 from megatron_cpt.corpus.merge import merge_datasets
 from megatron_cpt.corpus.preprocess import preprocess
+from megatron_cpt.corpus.rewrite import dedup_datasets
+from megatron_cpt.corpus.schema_processing import Dedup, Near
 from megatron_cpt.corpus.tokenizer import load_tokenizer
 from megatron_cpt.corpus.verify import verify_dataset
 from megatron_cpt.errors import DataError
 from tests.unit.corpus.conftest import TEXTS, build_tokenizer, write_jsonl
+from tests.unit.corpus.test_dedup import document, edited
 
 ROOT = Path(__file__).parents[3]
 
@@ -69,9 +72,9 @@ def test_megatron_flags_give_megatron_files(tmp_path: Path, tokenizer_dir: Path)
         open_indexed(tmp_path / "a_text_document"),
         load_tokenizer(tokenizer_dir, special_tokens_in_text="parse", backend="reference"),
     )
-    for document, text in zip(reader, texts, strict=True):
+    for found, text in zip(reader, texts, strict=True):
         ids, _ = reference.encode_batch([text])
-        assert np.array_equal(document, [*ids, reference.eod_id] if len(ids) else [])
+        assert np.array_equal(found, [*ids, reference.eod_id] if len(ids) else [])
     assert reader.sequence_count == len(texts) - 1
     assert read_manifest(tmp_path / "a_text_document").append_eod
     result = tool("inspect_dataset.py", tmp_path / "a_text_document", "--tokenizer", tokenizer_dir)
@@ -98,3 +101,36 @@ def test_extend_vocabulary(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert load_tokenizer(tmp_path / "new").vocab_size == size + 1
     result = tool("extend_vocabulary.py", *flags)
     assert result.returncode == 2 and "not empty" in result.stderr
+
+
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", "from megatron_cpt.cli import main; main()", *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_split_of_a_dataset_keeps_every_document_once(tmp_path: Path, make_corpus: Any) -> None:
+    texts = [f"{text} {i}" for i in range(40) for text in TEXTS]
+    whole = dataset(tmp_path / "set", texts, make_corpus)
+    result = command("split", whole, "--split", "train=0.8,valid=0.2", "--json")
+    assert result.returncode == 0, result.stderr
+    parts = {name: {ids.tobytes() for ids in open_indexed(f"{whole}_{name}")} for name in ("train", "valid")}
+    assert not parts["train"] & parts["valid"] and 20 < len(parts["valid"]) < 65
+    assert parts["train"] | parts["valid"] == {ids.tobytes() for ids in open_indexed(whole)}
+    assert all(verify_dataset(f"{whole}_{name}").ok for name in parts)
+    assert command("split", whole, "--split", "train=0.8,valid=0.1").returncode == 2
+    assert "already a dataset" in command("split", whole, "--split", "train=0.8,valid=0.2").stderr
+
+
+def test_dedup_of_datasets(tmp_path: Path, make_corpus: Any) -> None:
+    texts = [document(i) for i in range(30)]
+    a = dataset(tmp_path / "a", texts[:20] + texts[:3], make_corpus)
+    b = dataset(tmp_path / "b", [*texts[15:], edited(texts[2], 5, 0.02)], make_corpus)
+    expected = {ids.tobytes() for ids in open_indexed(a)} | {ids.tobytes() for ids in open_indexed(b)}
+    result = command("dedup", a, b, "--output-prefix", tmp_path / "exact", "--workers", 2)
+    assert result.returncode == 0 and "duplicate_exact 8" in result.stdout, result.stderr
+    documents = [ids.tobytes() for ids in open_indexed(tmp_path / "exact")]
+    assert len(documents) == 31 and set(documents) == expected
+    assert verify_dataset(str(tmp_path / "exact")).ok
+    manifest = dedup_datasets([a, b], str(tmp_path / "near"), Dedup(near=Near(similarity=0.6)), workers=1)
+    assert manifest.document_count == 30 and manifest.rejects == {"duplicate_exact": 8, "duplicate_near": 1}
+    assert not list(tmp_path.glob("*.partial"))
