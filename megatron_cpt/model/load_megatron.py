@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException  # not an Exception: a BaseException
 
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.distributed import failing_together
@@ -37,9 +39,9 @@ def load_megatron_weights(chunks: list[GPTModel], folder: Path) -> None:
     wanted = {key: chunk.sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
     try:
         loaded = dist_checkpointing.load(wanted, str(folder))
-    except (KeyError, ValueError, dist_checkpointing.core.CheckpointingException, RuntimeError) as error:
+    except (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder} does not hold this model: {str(error).splitlines()[0]}",
+            f"{folder} does not hold this model: {_reason(error)}",
             hint="check that model.architecture describes the checkpoint, and that it is complete",
         ) from error
     for key, chunk in zip(keys, chunks, strict=True):
@@ -51,3 +53,10 @@ def load_megatron_weights(chunks: list[GPTModel], folder: Path) -> None:
                     raise CheckpointError(
                         f"{name} in {folder} is incomplete or holds NaN", hint="use another checkpoint"
                     )
+
+
+def _reason(error: BaseException) -> str:
+    """One line: torch wraps what each rank met, with its traceback."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]

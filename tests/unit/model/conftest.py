@@ -10,7 +10,10 @@ import pytest
 
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
+
+adapt_megatron_core_to_cpu()  # before the test modules import Megatron-Core
 
 MakeConfig = Callable[..., RunConfig]
 

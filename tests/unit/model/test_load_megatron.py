@@ -1,0 +1,54 @@
+"""Weights from a torch_dist checkpoint: all of them, of this model, or one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from checkpoint_convert.families import read_architecture
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.model.build import build_model
+from megatron_cpt.model.load_hf import random_weights
+from megatron_cpt.model.load_megatron import is_megatron_checkpoint, load_megatron_weights
+from tests.parity.tiny_models import save_tiny_model
+from tests.unit.model.conftest import make_config
+
+
+def build(name: str, folder: Path, seed: int) -> torch.nn.Module:
+    arch = read_architecture(save_tiny_model(name, folder))
+    chunks = build_model(make_config(), arch)
+    random_weights(chunks, arch, seed)
+    return chunks[0]
+
+
+def save(model: torch.nn.Module, folder: Path) -> Path:
+    folder.mkdir()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(folder))
+    return folder
+
+
+def test_weights_come_back(tmp_path: Path) -> None:
+    saved, other = build("base", tmp_path, 1), build("base", tmp_path, 2)
+    checkpoint = save(saved, tmp_path / "checkpoint")
+    assert is_megatron_checkpoint(checkpoint) and not is_megatron_checkpoint(tmp_path)
+    load_megatron_weights([other], checkpoint)
+    for a, b in zip(saved.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    checkpoint = save(build("base", tmp_path, 1), tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="does not hold this model"):
+        load_megatron_weights([build("deep", tmp_path, 2)], checkpoint)
+
+
+def test_nan_is_refused(tmp_path: Path) -> None:
+    model = build("base", tmp_path, 1)
+    with torch.no_grad():
+        model.decoder.final_layernorm.weight[3] = float("nan")
+    checkpoint = save(model, tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"final_layernorm\.weight .* incomplete or holds NaN"):
+        load_megatron_weights([build("base", tmp_path, 2)], checkpoint)
