@@ -11,9 +11,7 @@ import functools
 import io
 import os
 import pickle
-import struct
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -132,25 +130,24 @@ class _Window(io.RawIOBase):
 
 
 def locate_tensor(fd: int, offset: int, length: int, where: object) -> tuple[int, tuple[int, ...], torch.dtype]:
-    """Byte offset, shape and dtype of the one tensor in a `torch.save` archive that lies within a file."""
-    window = _Window(fd, offset, length)
+    """Byte offset, shape and dtype of the one tensor in a `torch.save` archive that lies within a file.
+
+    Under fake tensors; `map_location="meta"` alone would read the data.
+    """
+    window = cast(IO[bytes], _Window(fd, offset, length))
     try:
-        tensor = torch.load(cast(IO[bytes], window), map_location="meta", weights_only=True)
-        with zipfile.ZipFile(window) as archive:
-            (record,) = [e for e in archive.infolist() if e.filename.split("/")[-2:-1] == ["data"]]
-    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        with FakeTensorMode():
+            tensor = torch.load(window, weights_only=True, map_location="cpu")
+    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ConversionError(
             f"{where}: damaged chunk: {_first_line(error)}", hint="the checkpoint is corrupt"
         ) from error
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous() or record.compress_type:
-        raise ConversionError(f"{where}: the chunk is not one plain contiguous tensor")
-    header = os.pread(fd, 30, offset + record.header_offset)
-    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-    data = offset + record.header_offset + 30 + name_bytes + extra_bytes
-    end = tensor.storage_offset() * tensor.element_size() + tensor.nbytes
-    if header[:4] != b"PK\x03\x04" or record.file_size < end:
-        raise ConversionError(f"{where}: damaged chunk", hint="the checkpoint is corrupt")
-    return data + tensor.storage_offset() * tensor.element_size(), tuple(tensor.shape), tensor.dtype
+    if not isinstance(tensor, torch.Tensor):
+        raise ConversionError(f"{where}: the chunk is not a tensor")
+    start = byte_offset(tensor, where)
+    if start + tensor.nbytes > length:
+        raise ConversionError(f"{where}: damaged chunk: it ends too early", hint="the checkpoint is corrupt")
+    return offset + start, tuple(tensor.shape), tensor.dtype
 
 
 def fake_tensor(shape: tuple[int, ...], dtype: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class Copier:
             buffer = self._local.buffer = np.empty(max(size, BLOCK_BYTES), np.uint8)
         return buffer
 
-    def blocks(self, tensor: StoredTensor) -> Any:
+    def blocks(self, tensor: StoredTensor) -> Iterator[tuple[int, Bytes]]:
         """(first row, rows as bytes) over the whole tensor; the bytes are valid until the next step."""
         step = max(1, BLOCK_BYTES // tensor.row_bytes)
         buffer = self._buffer(min(step, tensor.rows) * tensor.row_bytes)

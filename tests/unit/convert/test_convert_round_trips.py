@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_checkpoints import assert_same_weights, hf_tensors, write_hf
 
+from checkpoint_convert import stream
 from checkpoint_convert.checkpoint import FORMATS, Format, MismatchError
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.families import FAMILIES
@@ -129,3 +131,18 @@ def test_layouts_that_cannot_be(tmp_path: Path, fmt: Format, options: dict[str, 
     with pytest.raises(ConversionError, match=words):
         to(source, tmp_path / "out", fmt, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most three blocks per worker, and the plan, whatever the tensors' size."""
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 2**20)
+    source = write_hf(tmp_path / "hf", "llama", vocab_size=150_001, hidden_size=64, head_dim=8)
+    opened = open_checkpoint(source)
+    assert max(tensor.nbytes for tensor in opened.weights.tensors.values()) > 18 * 2**20
+    layout = {} if fmt == "hf" else {"tp": 2}
+    tracemalloc.start()
+    convert(opened, tmp_path / "out", Options(to=fmt, workers=2, **layout))  # type: ignore[arg-type]
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 2 * 2**20 <= peak_bytes < (2 * 3 + 2) * 2**20
