@@ -16,6 +16,9 @@ from megatron_cpt.corpus.schema_processing import Clean
 Cleaner = Callable[[str], str]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+# UTF-8 read as Latin-1 or Windows-1252: a lead byte, then a continuation byte, each as a character. ftfy's own test
+# reads the whole text with a large expression, so it is asked only where this finds something.
+_MAYBE_MOJIBAKE = re.compile(r"[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u017e\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
 _TRAILING_SPACE = re.compile(r"[ \t\u00a0\u3000]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")
 _TAG = re.compile(r"<(?:/?[a-zA-Z][^<>]*|!--.*?--|!DOCTYPE[^<>]*)>", re.DOTALL)
@@ -49,10 +52,12 @@ def strip_html(text: str) -> str:
 def repair_unicode(text: str) -> str:
     """Undo encoding mix-ups where ftfy sees one, drop control characters, normalise to NFC."""
     if not text.isascii():
-        from ftfy import fix_encoding
-        from ftfy.badness import is_bad
+        if _MAYBE_MOJIBAKE.search(text):
+            from ftfy import fix_encoding
+            from ftfy.badness import is_bad
 
-        text = unicodedata.normalize("NFC", fix_encoding(text) if is_bad(text) else text)
+            text = fix_encoding(text) if is_bad(text) else text
+        text = unicodedata.normalize("NFC", text)
     text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
     return _CONTROL.sub("", text)
 

@@ -22,12 +22,13 @@ import numpy as np
 from megatron_cpt.corpus.dedup_records import NO_KEY, UnitRecords, key_kinds, load_records
 from megatron_cpt.corpus.parts import Array
 from megatron_cpt.corpus.schema_processing import Dedup
-from megatron_cpt.corpus.signatures import similarity
+from megatron_cpt.corpus.signatures import jaccard, shingle_set
 from megatron_cpt.corpus.workers import run_units
 
 DOCUMENTS_PER_BUCKET = 4 << 20
 # A group of equal keys is compared with at most this many unlike documents before it.
 LEADERS_PER_GROUP = 8
+SHINGLE_SETS_KEPT = 1024
 _UNIT_SHIFT = np.uint64(32)
 
 
@@ -67,6 +68,7 @@ def find_duplicates(store: DocumentStore, dedup: Dedup, workers: int) -> Duplica
     """All documents to leave out. Exact matches first: near ones are then looked for among the rest."""
     _records.cache_clear()
     _known.clear()
+    _last_shingles.clear()
     total = sum(len(load_records(store.folder, unit).documents) for unit in store.units)
     ranges = -(-max(total, 1) // DOCUMENTS_PER_BUCKET)
     edges: dict[str, list[Array]] = {"id": [], "exact": [], "near": []}
@@ -152,6 +154,7 @@ def _records(folder: Path, unit: str) -> UnitRecords:
 
 
 _known: dict[tuple[int, int], float] = {}
+_last_shingles: dict[int, Array] = {}
 
 
 def _similarity(store: DocumentStore, a: int, b: int) -> float:
@@ -159,9 +162,18 @@ def _similarity(store: DocumentStore, a: int, b: int) -> float:
     if (a, b) not in _known:
         if len(_known) > 1_000_000:
             _known.clear()
-        tokens = [store.token_readers[d >> 32].tokens(d & 0xFFFFFFFF) for d in (a, b)]
-        _known[a, b] = similarity(*tokens)
+        _known[a, b] = jaccard(_shingles(store, a), _shingles(store, b))
     return _known[a, b]
+
+
+def _shingles(store: DocumentStore, document: int) -> Array:
+    """The shingles of a document; those met last are kept, because a leader is compared with many."""
+    if document not in _last_shingles:
+        if len(_last_shingles) >= SHINGLE_SETS_KEPT:
+            _last_shingles.clear()
+        tokens = store.token_readers[document >> 32].tokens(document & 0xFFFFFFFF)
+        _last_shingles[document] = shingle_set(tokens)
+    return _last_shingles[document]
 
 
 def _cluster(edges: dict[str, Array]) -> Duplicates:

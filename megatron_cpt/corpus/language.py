@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_cpt.errors import DataError
 
 # The model reads a line; the start of a document tells its language as well as all of it.
-SAMPLE_CHARS = 2000
+SAMPLE_CHARS = 1000
 _HINT = "pip install 'megatron-cpt[corpus]'"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from megatron_cpt.corpus.parts import Array
-from megatron_cpt.corpus.text_statistics import mix
+from megatron_cpt.corpus.text_statistics import mix, sorted_unique
 
 SHINGLE_TOKENS = 5
 BANDS, ROWS = 32, 4  # a pair of similarity 0.6 shares a band with probability 0.99, one of 0.3 with 0.23
@@ -62,10 +62,16 @@ def band_keys(ids: Array, document_tokens: Array) -> Array:
 
 def similarity(first: Array, second: Array) -> float:
     """Jaccard similarity of two documents' sets of shingles, exact; arguments are their token ids."""
-    a, b = _shingle_set(first), _shingle_set(second)
-    shared = len(np.intersect1d(a, b, assume_unique=True))
-    return shared / max(len(a) + len(b) - shared, 1)
+    return jaccard(shingle_set(first), shingle_set(second))
 
 
-def _shingle_set(ids: Array) -> Array:
-    return np.unique(shingle_hashes(np.asarray(ids), np.array([len(ids)]))[0])
+def shingle_set(ids: Array) -> Array:
+    """The distinct shingles of a document, sorted."""
+    return sorted_unique(shingle_hashes(np.asarray(ids), np.array([len(ids)]))[0])
+
+
+def jaccard(first: Array, second: Array) -> float:
+    """Shared members of two sorted sets, divided by the members of either."""
+    both = np.sort(np.concatenate((first, second)))
+    shared = int((both[1:] == both[:-1]).sum())
+    return shared / max(len(both) - shared, 1)
