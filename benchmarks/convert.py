@@ -195,7 +195,7 @@ def part_b(work: Path, log: Path, model: str, repeats: int) -> list[str]:
     return rows
 
 
-def part_c(work: Path, log: Path, workers: int) -> list[str]:
+def part_c(work: Path, log: Path, workers: int, layers: int) -> list[str]:
     """The plan from config.json alone, then every true shape streamed through a file that exists."""
     folder = work / "config"
     folder.mkdir(parents=True)
@@ -204,6 +204,7 @@ def part_c(work: Path, log: Path, workers: int) -> list[str]:
         convert_command(folder, work / "td", "--to", "torch_dist", "--tp", 8, "--pp", 4, "--dry-run", "--json"), log
     )
     run = [sys.executable, __file__, "--parts", "stream72b", "--work", str(work), "--workers", str(workers)]
+    run += ["--layers", str(layers)]
     out = work / "stream72b.json"
     found = measure(run, log)
     result = json.loads(out.read_text())
@@ -212,16 +213,17 @@ def part_c(work: Path, log: Path, workers: int) -> list[str]:
         "### (c) Qwen2-72B on this machine",
         "",
         f"- dry run from config.json: {dry.seconds:.1f} s, {dry.peak_rss_bytes / GIB:.2f} GiB",
-        f"- {result['bytes'] / GB:.1f} GB in {result['tensors']} tensors through {result['files']} files, TP8: "
+        f"- {layers} of its 80 layers: {result['bytes'] / GB:.1f} GB in {result['tensors']} tensors through "
+        f"{result['files']} files, TP8: "
         f"{found.seconds:.0f} s with read-back, **peak RSS {found.peak_rss_bytes / GIB:.2f} GiB** "
         f"(anonymous {found.peak_anonymous_bytes / GIB:.2f}); largest tensor {result['largest_bytes'] / GIB:.2f} GiB; "
         f"{workers} workers; {result['verified']} tensors read back bit-exact",
     ]
 
 
-def stream_72b(work: Path, workers: int) -> None:
+def stream_72b(work: Path, workers: int, layers: int) -> None:
     """Every tensor of Qwen2-72B is read from one file of noise, written to its torch_dist file, read back, deleted."""
-    config = MODELS["72b"]
+    config = MODELS["72b"] | {"num_hidden_layers": layers}
     arch = architecture_from_config(config)
     noise = work / "noise.bin"
     shapes = tensor_shapes(arch)
@@ -309,17 +311,18 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=4, help="of part a; must divide the key/value heads")
     parser.add_argument("--peer-model", choices=MODELS, default="1.5b", help="of part b")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=80, help="of part c; memory does not depend on it")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     log = args.work / "log.txt"
     if args.parts == "stream72b":
-        stream_72b(args.work, args.workers)
+        stream_72b(args.work, args.workers, args.layers)
         return
     parts = {
         "a": lambda: part_a(args.work, log, args.model, args.tp, 4, args.repeats),
         "b": lambda: part_b(args.work, log, args.peer_model, args.repeats),
-        "c": lambda: part_c(args.work, log, args.workers),
+        "c": lambda: part_c(args.work, log, args.workers, args.layers),
         "d": lambda: part_d(args.work),
     }
     for part in args.parts:
