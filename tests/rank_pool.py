@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -91,13 +90,12 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     import megatron_cpt.train.setup  # noqa: F401  # all of torch and Megatron-Core, once
+    from megatron_cpt.launch.local import free_port
     from megatron_cpt.train import rank as rank_module
 
     for line in sys.stdin:
         job = json.loads(line)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         pids = []
         for rank in range(job["ranks"]):
             pid = os.fork()

@@ -7,9 +7,11 @@ left behind is raised here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.exit_codes import STOPPED
 from megatron_cpt.launch.run_folder import RunFolder
 
@@ -96,15 +98,22 @@ def _environment(world_size: int) -> dict[str, str]:
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "PYTHONUNBUFFERED": "1",
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that is free, and outside the range from which the system gives ports to outgoing connections.
+
+    Rank 0 listens on it seconds later; a port of that range could be taken by then.
+    """
+    for _ in range(100):
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LaunchError("no free port between 15000 and 30000", hint="close some of this machine's listening programs")
 
 
 def _start(rank: int, arguments: Sequence[str], environ: Mapping[str, str], log: BinaryIO) -> subprocess.Popen[bytes]:

@@ -85,6 +85,12 @@ def test_a_signal_reaches_the_ranks_and_their_code_comes_back(
     thread.join()
 
 
+def test_a_port_that_no_outgoing_connection_takes() -> None:
+    ports = {local.free_port() for _ in range(50)}
+    assert all(15_000 <= port < 30_000 for port in ports)
+    assert len(ports) > 40  # two jobs that start together hardly meet
+
+
 def test_srun_ranks_get_torchruns_variables() -> None:
     slurm = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
     adopted = local.adopt_slurm_ranks(slurm)
