@@ -34,6 +34,7 @@ adapt_megatron_core_to_cpu()
 from checkpoint_convert.families import read_architecture  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
 from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402
+from megatron_cpt.train import step as step_module  # noqa: E402
 from megatron_cpt.train.state import TrainState, build_train_state, unwrap  # noqa: E402
 from megatron_cpt.train.step import train_step  # noqa: E402
 
@@ -138,7 +139,7 @@ def interleave(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str,
 
 @contextmanager
 def timed_parts(state: TrainState) -> Iterator[dict[str, float]]:
-    """CPU seconds of the forward pass by part of the model, while the context is open."""
+    """CPU seconds by part of the step, while the context is open; the backward pass is what remains."""
     spent: dict[str, float] = defaultdict(float)
     handles = []
     for chunk in state.chunks:
@@ -152,6 +153,7 @@ def timed_parts(state: TrainState) -> Iterator[dict[str, float]]:
         ]
         parts["mlp"] = [layer.mlp for layer in bare.decoder.layers]
         parts["layers in all"] = list(bare.decoder.layers)
+        parts["forward in all"] = [chunk]
         for name, modules in parts.items():
             for module in filter(None, modules):
                 started: list[float] = []
@@ -161,7 +163,19 @@ def timed_parts(state: TrainState) -> Iterator[dict[str, float]]:
                         lambda *_, s=started, n=name: spent.__setitem__(n, spent[n] + time.process_time() - s.pop())
                     )
                 )
+    update = step_module._update
+
+    def timed_update(*args: Any) -> Any:
+        started_at = time.process_time()
+        result = update(*args)
+        spent["optimizer"] += time.process_time() - started_at
+        return result
+
+    step_module._update = timed_update
+    began = time.process_time()
     yield spent
+    spent["step in all"] = time.process_time() - began
+    step_module._update = update
     for handle in handles:
         handle.remove()
 
@@ -183,7 +197,7 @@ def single_rank(size: str, folder: Path, args: argparse.Namespace) -> dict[str, 
     result = {"size": size, "attention": args.attention, "adam": state.adam, **medians}
     for kind in ("cpu_seconds", "wall_seconds"):
         result[f"{kind}_ratio"] = medians["megatron"][kind] / medians["transformers"][kind]
-    result["forward_parts_cpu_seconds"] = {name: round(seconds, 4) for name, seconds in parts.items()}
+    result["parts_cpu_seconds"] = {name: round(seconds, 4) for name, seconds in parts.items()}
     result["tokens_per_wall_second"] = args.global_batch_size * args.seq_length / medians["megatron"]["wall_seconds"]
     return result
 
