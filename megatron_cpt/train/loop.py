@@ -104,8 +104,10 @@ def save(run: Run, progress: Progress, *, wait: bool) -> None:
     """Save; a failure is fatal only for the save that the run's end waits for."""
     with run.watchdog.during("save"):
         finish_save(run, progress, wait=True)
+        started = time.perf_counter()
         try:
             run.checkpoints.save(run.state, progress, wait=wait)
+            run.report.event("save", progress, "", blocked_seconds=round(time.perf_counter() - started, 4))
         except SaveFailed as error:
             if wait:
                 raise
