@@ -139,10 +139,8 @@ def part_a(work: Path, log: Path, model: str, tp: int, pp: int, repeats: int) ->
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     largest = max(t.nbytes for t in open_checkpoint(source).weights.tensors.values())
     rows = [f"### (a) {model}, {size / GB:.1f} GB bf16, largest tensor {largest / GIB:.2f} GiB, TP{tp} PP{pp}", ""]
-    rows += [
-        "| run | stage | s | `cp` + sync, s | ratio | peak RSS, GiB | of it anonymous |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows += ["| run | stage | s | `cp` + sync, s | ratio | CPU s | CPU s of `cp` | peak RSS, GiB | of it anonymous |"]
+    rows += ["|---|---|---|---|---|---|---|---|---|"]
     for run in range(1, repeats + 1):
         for stage, a, b, flags in (
             ("HF -> torch_dist", source, middle, ("--to", "torch_dist", "--tp", tp, "--pp", pp)),
