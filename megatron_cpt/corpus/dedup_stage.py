@@ -84,7 +84,7 @@ def remove_duplicates(
 ) -> DedupResult:
     """Find the duplicates of the run's documents, among themselves and against the reference datasets."""
     dedup = job.corpus.dedup
-    if dedup is None:
+    if dedup is None or not dedup.compares_documents:
         return DedupResult()
     references = _reference_units(job)
     list(run_units(partial(_map_reference, job), references, workers))

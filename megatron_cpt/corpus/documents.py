@@ -62,6 +62,9 @@ class Ledger:
     counts: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)  # of all documents that the language step saw
     rejects: list[Reject] = field(default_factory=list)
+    passages_removed: int = 0
+    passage_chars_removed: int = 0
+    passage_examples: list[str] = field(default_factory=list)
 
     def reject(self, path: str, place: int, reason: str, detail: str = "") -> None:
         self.counts[reason] += 1

@@ -40,6 +40,9 @@ class UnitRecord:
     parts: dict[str, PartCounts]
     reject_counts: dict[str, int] = field(default_factory=dict)
     languages: dict[str, int] = field(default_factory=dict)
+    passages_removed: int = 0
+    passage_chars_removed: int = 0
+    passage_examples: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,19 @@ def rejects_path(folder: Path, unit: int) -> Path:
 
 def commit_unit(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
     """Leave the rejects and, last, the record that makes the unit done."""
-    if rejects := sorted(ledger.rejects, key=lambda reject: (reject.path, reject.place)):
-        lines = [json.dumps(_reject_fields(record.source, r), ensure_ascii=False) for r in rejects]
-        text = "\n".join(lines) + "\n"
-        rejects_path(folder, record.unit).write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_rejects(folder, record, ledger)
     final = record_path(folder, record.unit)
     partial = final.with_suffix(f".json.{os.getpid()}")
     partial.write_text(json.dumps(asdict(record)))
     partial.replace(final)
+
+
+def write_rejects(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
+    """Leave a unit's rejects in input order; without any, no file."""
+    if rejects := sorted(ledger.rejects, key=lambda reject: (reject.path, reject.place)):
+        lines = [json.dumps(_reject_fields(record.source, r), ensure_ascii=False) for r in rejects]
+        text = "\n".join(lines) + "\n"
+        rejects_path(folder, record.unit).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _reject_fields(source: str, reject: Any) -> dict[str, Any]:

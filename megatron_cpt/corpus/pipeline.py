@@ -1,9 +1,12 @@
-"""One unit from raw bytes to a part: read, step by step, tokenise, split, write."""
+"""One unit from raw bytes to a part: read, step by step, tokenise, split, write.
+
+Where passages are deduplicated this is done in two halves, `clean_unit` and `process_unit`: see passage_stage.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +16,16 @@ from megatron_cpt.corpus.chunking import chunk_texts, chunk_tokens
 from megatron_cpt.corpus.decontamination import Decontaminator
 from megatron_cpt.corpus.dedup_records import RecordWriter
 from megatron_cpt.corpus.documents import Batch, Ledger
-from megatron_cpt.corpus.parts import Array, Encoded, PartWriter, UnitRecord, commit_unit
+from megatron_cpt.corpus.parts import Array, Encoded, PartCounts, PartWriter, UnitRecord, commit_unit, write_rejects
+from megatron_cpt.corpus.passage_stage import (
+    CleanedWriter,
+    documents_without_repeats,
+    forget_cleaned,
+    read_cleaned_ledger,
+)
 from megatron_cpt.corpus.readers import read_unit
 from megatron_cpt.corpus.schema import Corpus
+from megatron_cpt.corpus.schema_processing import Passages
 from megatron_cpt.corpus.sources import Unit
 from megatron_cpt.corpus.split import split_of
 from megatron_cpt.corpus.steps import Step, build_steps
@@ -37,6 +47,10 @@ class Job:
     def splits(self) -> list[str]:
         return list(self.corpus.split) or [WHOLE]
 
+    @property
+    def passages(self) -> Passages | None:
+        return self.corpus.dedup.passages if self.corpus.dedup else None
+
 
 def steps_by_source(corpus: Corpus) -> dict[str, list[Step]]:
     """Cleaning and filters of each source (its own, else the corpus's), then decontamination."""
@@ -50,32 +64,63 @@ def steps_by_source(corpus: Corpus) -> dict[str, list[Step]]:
 
 def process_unit(job: Job, unit: Unit) -> UnitRecord:
     """Read, clean, tokenise and commit one unit; returns its record."""
-    ledger = Ledger()
-    steps = job.steps[unit.source]
+    ledger = read_cleaned_ledger(job.staging, unit.index) if job.passages else Ledger()
     writers = {
         split: PartWriter(job.staging, unit.index, split, job.tokenizer.dtype, bool(unit.metadata))
         for split in job.splits
     }
-    duplicates = RecordWriter(job.corpus.dedup) if job.corpus.dedup else None
-    for batch in read_unit(unit, ledger, job.corpus.max_document_bytes):
-        for step in steps:
-            batch = step(batch, ledger)
+    dedup = job.corpus.dedup
+    duplicates = RecordWriter(dedup) if dedup and dedup.compares_documents else None
+    if job.passages:
+        batches = documents_without_repeats(job.staging, unit.index, job.passages, ledger)
+    else:
+        batches = _cleaned_documents(job, unit, ledger)
+    for batch in batches:
         if batch.texts:
             _encode(job, unit, batch, ledger, writers, duplicates)
-    record = UnitRecord(
+    record = unit_record(unit, ledger, {split: writer.close() for split, writer in writers.items()})
+    if duplicates is not None:
+        duplicates.save(job.staging, f"{unit.index:06d}")
+    commit_unit(job.staging, record, ledger)
+    if job.passages:
+        forget_cleaned(job.staging, unit.index)
+    return record
+
+
+def clean_unit(job: Job, unit: Unit) -> UnitRecord:
+    """Read and clean one unit, and leave its documents and passages; returns its record so far."""
+    assert job.passages is not None
+    ledger, writer = Ledger(), CleanedWriter(job.staging, unit.index, job.passages)
+    for batch in _cleaned_documents(job, unit, ledger):
+        writer.add(batch)
+    record = unit_record(unit, ledger, {})
+    write_rejects(job.staging, record, ledger)
+    writer.commit(ledger)
+    return record
+
+
+def _cleaned_documents(job: Job, unit: Unit, ledger: Ledger) -> Iterator[Batch]:
+    for batch in read_unit(unit, ledger, job.corpus.max_document_bytes):
+        for step in job.steps[unit.source]:
+            batch = step(batch, ledger)
+        yield batch
+
+
+def unit_record(unit: Unit, ledger: Ledger, parts: dict[str, PartCounts]) -> UnitRecord:
+    """The record of a unit from its account."""
+    return UnitRecord(
         unit=unit.index,
         source=unit.source,
         size_bytes=unit.size_bytes,
         documents_read=ledger.documents_read,
         lines_read=ledger.lines_read,
-        parts={split: writer.close() for split, writer in writers.items()},
+        parts=parts,
         reject_counts=dict(ledger.counts),
         languages=dict(ledger.languages),
+        passages_removed=ledger.passages_removed,
+        passage_chars_removed=ledger.passage_chars_removed,
+        passage_examples=ledger.passage_examples,
     )
-    if duplicates is not None:
-        duplicates.save(job.staging, f"{unit.index:06d}")
-    commit_unit(job.staging, record, ledger)
-    return record
 
 
 def _encode(

@@ -14,7 +14,17 @@ from megatron_cpt.corpus.assemble import Assembly, write_dataset
 from megatron_cpt.corpus.dedup_stage import remove_duplicates
 from megatron_cpt.corpus.manifest import Manifest, bin_path, manifest_path, read_manifest
 from megatron_cpt.corpus.parts import UnitRecord, parts_are_whole, read_record
-from megatron_cpt.corpus.pipeline import WHOLE, Job, process_unit, sample_texts, steps_by_source, worker_count
+from megatron_cpt.corpus.passage_stage import find_repeated, is_cleaned, read_cleaned_ledger
+from megatron_cpt.corpus.pipeline import (
+    WHOLE,
+    Job,
+    clean_unit,
+    process_unit,
+    sample_texts,
+    steps_by_source,
+    unit_record,
+    worker_count,
+)
 from megatron_cpt.corpus.registry import resolve_datasets
 from megatron_cpt.corpus.rejects import (
     absolute_metadata,
@@ -76,6 +86,9 @@ def preprocess(
             return done
         with staging_folder(resolved.output_prefix, plan.fingerprint) as staging:
             job = plan.job(staging)
+            if job.passages:
+                _clean(job, plan.units, worker_count(workers), start_progress)
+                find_repeated(staging, len(plan.units), job.passages, worker_count(workers))
             records = _process(job, plan.units, worker_count(workers), start_progress)
             return _finish(job, plan.units, records, prefixes, plan.fingerprint, worker_count(workers))
 
@@ -91,15 +104,22 @@ def preprocess_shard(
     """Do every `shards`-th unit, from number `shard` on, and leave the parts in the staging folder.
 
     Any number of shards may run at the same time on machines that share the file system. `preprocess` on the
-    same corpus afterwards finds their parts and finishes. Returns the number of units of this shard.
+    same corpus afterwards finds their parts and finishes. Where passages are deduplicated, a shard cleans its
+    units; when it finds those of all shards cleaned, it goes on to their parts. Returns its number of units.
     """
     if any("-" in source.files for source in corpus.sources):
         raise DataError("standard input cannot be shared by shards", hint="write it to a file first")
     with _disk_full_explained(corpus.output_prefix):
         plan = _plan(resolve_datasets(corpus))
         with shared_staging_folder(corpus.output_prefix, plan.fingerprint) as staging:
-            units = plan.units[shard::shards]
-            _process(plan.job(staging), units, worker_count(workers), start_progress)
+            units, job = plan.units[shard::shards], plan.job(staging)
+            if job.passages:
+                _clean(job, units, worker_count(workers), start_progress)
+                if any(not is_cleaned(staging, unit.index, True) for unit in plan.units):
+                    log.info("cleaned; shards are still at work: run this one again after them, or the joining run")
+                    return len(units)
+                find_repeated(staging, len(plan.units), job.passages, worker_count(workers))
+            _process(job, units, worker_count(workers), start_progress)
             return len(units)
 
 
@@ -177,12 +197,35 @@ def _in_the_way(prefix: str, what: str) -> DataError:
     )
 
 
+def _done_record(job: Job, unit: Unit) -> UnitRecord | None:
+    """The record of a unit whose parts are there in full."""
+    record = read_record(job.staging, unit.index)
+    return record if record is not None and parts_are_whole(job.staging, record, job.tokenizer.dtype) else None
+
+
+def _clean(job: Job, units: Sequence[Unit], workers: int, start_progress: StartProgress | None) -> None:
+    """The first half of all units, where passages are deduplicated."""
+    records: dict[int, UnitRecord] = {}
+    for unit in units:
+        if is_cleaned(job.staging, unit.index, _done_record(job, unit) is not None):
+            records[unit.index] = unit_record(unit, read_cleaned_ledger(job.staging, unit.index), {})
+    todo = [unit for unit in units if unit.index not in records]
+    if not todo:
+        return
+    progress = start_progress(sum(u.size_bytes for u in units)) if start_progress else lambda record: None
+    for record in records.values():
+        progress(record)
+    for record in run_units(partial(clean_unit, job), todo, workers):
+        records[record.unit] = record
+        progress(record)
+        _check_early(job, units, records)
+
+
 def _process(job: Job, units: Sequence[Unit], workers: int, start_progress: StartProgress | None) -> list[UnitRecord]:
     """All units' records in unit order; units that an earlier run finished are not repeated."""
     records: dict[int, UnitRecord] = {}
     for unit in units:
-        record = read_record(job.staging, unit.index)
-        if record is not None and parts_are_whole(job.staging, record, job.tokenizer.dtype):
+        if (record := _done_record(job, unit)) is not None:
             records[unit.index] = record
     if records:
         log.info("continuing: %d of %d units are done", len(records), len(units))
@@ -237,7 +280,9 @@ def _finish(
         append_eod=corpus.append_eod,
         files_per_source=_files_per_source(units),
         rejects=rejects,
-        config=corpus.model_dump(mode="json") | {"plan": fingerprint, "documents_read": documents_read},
+        config=corpus.model_dump(mode="json")
+        | {"plan": fingerprint, "documents_read": documents_read}
+        | _removed_passages(job, records),
         keep=duplicates.keep,
     )
     for split, prefix in prefixes.items():
@@ -246,6 +291,16 @@ def _finish(
     datasets = {prefix: write_dataset(assembly, split, prefix) for split, prefix in prefixes.items()}
     write_report(Report(corpus.output_prefix, datasets, records, documents_read, rejects, corpus.train_tokens))
     return Outcome(datasets, documents_read, rejects, str(rejects_file) if rejects_file.exists() else None)
+
+
+def _removed_passages(job: Job, records: Sequence[UnitRecord]) -> dict[str, int]:
+    """The account of the passages removed, where that was asked for."""
+    if not job.passages:
+        return {}
+    return {
+        "passages_removed": sum(record.passages_removed for record in records),
+        "passage_chars_removed": sum(record.passage_chars_removed for record in records),
+    }
 
 
 def _check_not_empty(

@@ -22,6 +22,7 @@ from megatron_cpt.corpus.manifest import Manifest
 from megatron_cpt.corpus.parts import Array, UnitRecord
 
 EXAMPLES_PER_REASON = 3
+PASSAGES_SHOWN = 10
 # Muennighoff et al. 2023, Scaling Data-Constrained Language Models: up to 4 epochs a repeat is worth nearly new data.
 MAX_USEFUL_EPOCHS = 4
 
@@ -55,6 +56,7 @@ def write_report(report: Report) -> Path:
         _sources(report),
         _lengths(report),
         _languages(report.records),
+        _passages(report),
         _duplicates(Path(f"{report.prefix}.duplicates.jsonl")),
     ]
     title = html.escape(f"Corpus {report.prefix}")
@@ -192,6 +194,22 @@ def _languages(records: Sequence[UnitRecord]) -> str:
     seen = sum(total.values())
     rows = [[html.escape(code), f"{n:,}", _bar(n / seen)] for code, n in total.most_common(20)]
     return "<h2>Languages before the filter</h2>" + _table(["language", "documents", ""], rows)
+
+
+def _passages(report: Report) -> str:
+    """What was removed within documents, if that was asked for: how much, where, and some of it."""
+    first = next(iter(report.datasets.values()))
+    if "passages_removed" not in first.config:
+        return ""
+    counts, chars = Counter[str](), Counter[str]()
+    for record in report.records:
+        counts[record.source] += record.passages_removed
+        chars[record.source] += record.passage_chars_removed
+    rows = [[html.escape(name), f"{n:,}", f"{chars[name]:,}"] for name, n in counts.items()]
+    examples = dict.fromkeys(text for record in report.records for text in record.passage_examples)
+    shown = "".join(f"<pre>{html.escape(text)}</pre>" for text in list(examples)[:PASSAGES_SHOWN])
+    folded = f"<details><summary>examples</summary>{shown}</details>" if shown else ""
+    return "<h2>Repeated passages removed</h2>" + _table(["source", "passages", "characters"], rows) + folded
 
 
 def _duplicates(path: Path) -> str:

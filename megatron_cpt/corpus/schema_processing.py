@@ -109,19 +109,36 @@ class Near(Section):
     )
 
 
+class Passages(Section):
+    """Lines or paragraphs that many documents share; the first occurrence in input order stays."""
+
+    unit: Literal["lines", "paragraphs"] = Field("lines", description="Paragraphs are cut at blank lines.")
+    min_chars: int = Field(20, ge=1, description="Shorter passages always stay (white space counts once).")
+    min_documents: int = Field(2, ge=2, description="Documents that hold a passage from which it is removed.")
+
+
 class Dedup(Section):
     """Duplicate documents, across all sources; the first in input order stays."""
 
     exact: bool = Field(True, description="Same text without regard to case and white space.")
     near: Annotated[Near | None, BeforeValidator(switch)] = Field(None, description="Nearly the same text.")
+    passages: Annotated[Passages | None, BeforeValidator(switch)] = Field(
+        None, description="Lines or paragraphs within documents, removed before documents are compared."
+    )
     id_key: str | None = Field(None, description="Same value of this key, which `metadata` must list.")
     against: tuple[str, ...] = Field((), description="PREFIXes of datasets whose documents are duplicates here.")
 
     @model_validator(mode="after")
     def _something(self) -> Dedup:
-        if not (self.exact or self.near or self.id_key):
-            raise ValueError("nothing to look for: set exact, near or id_key")
+        if not (self.exact or self.near or self.id_key or self.passages):
+            raise ValueError("nothing to look for: set exact, near, passages or id_key")
+        if self.against and not self.compares_documents:
+            raise ValueError("against compares documents: set exact or near")
         return self
+
+    @property
+    def compares_documents(self) -> bool:
+        return bool(self.exact or self.near or self.id_key)
 
 
 class Decontaminate(Section):
