@@ -20,8 +20,9 @@ from megatron_cpt.corpus import schema_processing as processing
 
 CORPUS_SECTIONS: list[type[pydantic.BaseModel]] = [corpus_schema.Corpus, corpus_schema.Source, corpus_schema.Chunking]
 CORPUS_SECTIONS += [processing.Clean, processing.Filters, processing.Language, processing.GopherQuality]
-CORPUS_SECTIONS += [processing.GopherRepetition, processing.FineWeb, processing.CodeQuality, processing.Dedup]
-CORPUS_SECTIONS += [processing.Passages, processing.Near, processing.Decontaminate]
+CORPUS_SECTIONS += [processing.GopherRepetition, processing.FineWeb, processing.CodeQuality]
+CORPUS_SECTIONS += [processing.Perplexity, processing.Dedup, processing.Passages, processing.Near]
+CORPUS_SECTIONS += [processing.Decontaminate]
 
 DOCS = Path(__file__).resolve().parent
 NOTE = "<!-- written by docs/generate.py (make docs); edit the code instead -->\n"

@@ -145,8 +145,8 @@ def _plan(corpus: Corpus) -> _Plan:
         special_tokens_in_text=corpus.special_tokens_in_text,
         sample=sample_texts(units, corpus.max_document_bytes),
     )
-    fingerprint = plan_fingerprint(corpus, units, tokenizer.record())
-    return _Plan(corpus, units, tokenizer, fingerprint, steps_by_source(corpus))
+    steps = steps_by_source(corpus)  # first: it names what cannot be loaded
+    return _Plan(corpus, units, tokenizer, plan_fingerprint(corpus, units, tokenizer.record()), steps)
 
 
 @contextmanager

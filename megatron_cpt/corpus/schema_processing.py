@@ -77,6 +77,14 @@ class CodeQuality(Section):
     python_must_parse: bool = Field(False, description="Drop documents that Python's `ast` cannot parse.")
 
 
+class Perplexity(Section):
+    """Perplexity by a small Hugging Face model on the CPU (needs the extra `eval`)."""
+
+    model: str = Field(description="Folder of a causal language model with its tokenizer.json.")
+    max_perplexity: float = Field(gt=1, description="Perplexity, at most. It depends on the model: look at rejects.")
+    max_tokens: int = Field(512, ge=2, description="Tokens of the model's tokenizer, from the start, that are scored.")
+
+
 PiiKind = Literal["email", "phone", "ip", "ssn", "card"]
 
 
@@ -163,6 +171,7 @@ class Filters(Section):
     c4: bool = Field(False, description="C4: no lorem ipsum, no curly bracket, 5 sentences or more.")
     fineweb: Annotated[FineWeb | None, BeforeValidator(switch)] = Field(None, description="Rules of FineWeb.")
     code: Annotated[CodeQuality | None, BeforeValidator(switch)] = Field(None, description="Rules for source files.")
+    perplexity: Perplexity | None = Field(None, description="Perplexity by a small model.")
     custom: tuple[str, ...] = Field(
         (), description="module:function, called with the text; returns True, False, or the text to go on with."
     )

@@ -35,6 +35,10 @@ def plan_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: Tokenizer
     stats = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in (Path(path).stat(),)]
     if corpus.decontaminate is not None:
         stats += [(path, Path(path).stat().st_size, 0) for path in corpus.decontaminate.files if Path(path).is_file()]
+    filters = [corpus.filters, *(source.filters for source in corpus.sources if source.filters)]
+    for folder in sorted({Path(chosen.perplexity.model) for chosen in filters if chosen.perplexity}):
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        stats += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     content = {
         "format": FORMAT_VERSION,
         "corpus": corpus.model_dump(

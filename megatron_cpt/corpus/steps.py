@@ -14,6 +14,7 @@ from megatron_cpt.corpus.code_filter import code_problem
 from megatron_cpt.corpus.documents import Batch, Ledger
 from megatron_cpt.corpus.heuristics import Rule, fineweb, gopher_quality, gopher_repetition
 from megatron_cpt.corpus.language import language_identifier
+from megatron_cpt.corpus.perplexity_filter import PerplexityCeiling
 from megatron_cpt.corpus.schema_processing import Clean, CodeQuality, Filters, Language
 from megatron_cpt.corpus.text_statistics import TextStatistics
 from megatron_cpt.errors import ConfigError
@@ -44,6 +45,8 @@ def build_steps(clean: Clean, filters: Filters, keep_empty: bool) -> list[Step]:
         steps.append(_c4)
     if (code := filters.code) is not None:
         steps.append(lambda batch, ledger: _code(code, batch, ledger))
+    if filters.perplexity is not None:
+        steps.append(PerplexityCeiling(filters.perplexity))
     steps += [_custom(name) for name in filters.custom]
     return steps
 
