@@ -109,6 +109,10 @@ def outcome_text(outcome: Outcome) -> str:
         )
     lines.append(f"documents read: {outcome.documents_read:,}; rejected: {sum(outcome.rejects.values()):,}")
     lines += [f"  {reason}: {count:,}" for reason, count in outcome.rejects.items()]
+    config = next(iter(outcome.datasets.values())).config
+    if "passages_removed" in config:
+        removed, chars = config["passages_removed"], config["passage_chars_removed"]
+        lines.append(f"repeated passages removed within documents: {removed:,} ({chars:,} characters)")
     if outcome.rejects_file:
         lines.append(f"each rejected document with its place and reason: {outcome.rejects_file}")
     return "\n".join(lines)

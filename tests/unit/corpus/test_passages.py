@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_cpt.commands.preprocess import outcome_text
 from megatron_cpt.corpus import passage_stage, sources
 from megatron_cpt.corpus.manifest import bin_path, idx_path, manifest_path, read_manifest
 from megatron_cpt.corpus.preprocess import dataset_prefixes, preprocess, preprocess_shard
@@ -104,6 +105,7 @@ def test_removed_as_the_plain_rule_says(
     assert outcome.rejects == ({"repeated_passages": emptied} if emptied else {})
     manifest = read_manifest(corpus.output_prefix)
     assert (manifest.config["passages_removed"], manifest.config["passage_chars_removed"]) == (removed, chars)
+    assert f"removed within documents: {removed:,} ({chars:,} characters)" in outcome_text(outcome)
     assert removed > 50 and outcome.documents_read == len(expected) + emptied
     assert (emptied >= 1) == (min_documents == 2)
     text = Path(f"{corpus.output_prefix}.report.html").read_text()
