@@ -124,7 +124,13 @@ def _command_pages(command: click.Command, path: list[str]) -> list[str]:
 
 
 def _help(command: click.Command, path: list[str]) -> str:
-    context = click.Context(command, info_name=" ".join(path), terminal_width=110, max_content_width=110)
+    context = click.Context(
+        command,
+        info_name=" ".join(path),
+        terminal_width=110,
+        max_content_width=110,
+        help_option_names=cli.context_settings["help_option_names"],  # as subcommands inherit it when they run
+    )
     return command.get_help(context).rstrip()
 
 

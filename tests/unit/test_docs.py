@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 import subprocess
@@ -32,7 +33,10 @@ def test_generated_pages_are_current() -> None:
 
     for name, page in generate.PAGES.items():
         path = REPO / "docs" / name
-        assert path.is_file() and path.read_text() == page(), f"docs/{name} is out of date: make docs"
+        difference = difflib.unified_diff(
+            path.read_text().splitlines(), page().splitlines(), "on disk", "generated", lineterm=""
+        )
+        assert not (lines := list(difference)), f"docs/{name} is out of date: make docs\n" + "\n".join(lines)
 
 
 def test_every_command_is_in_the_readme() -> None:
