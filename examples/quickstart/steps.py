@@ -27,6 +27,7 @@ from rich.console import Console
 from megatron_cpt.errors import CptError
 
 SAMPLE_SECONDS = 0.2
+SAMPLE_SHARE = 0.005  # of the time: reading a process's memory map stops that process for as long as it takes
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,11 @@ def _wait_and_measure(process: subprocess.Popen[bytes]) -> int:
 
     def sample() -> None:
         nonlocal peak_bytes
-        while not finished.wait(SAMPLE_SECONDS):
+        pause = SAMPLE_SECONDS
+        while not finished.wait(pause):
+            started = time.perf_counter()
             peak_bytes = max(peak_bytes, _tree_bytes(process.pid))
+            pause = max(SAMPLE_SECONDS, (time.perf_counter() - started) / SAMPLE_SHARE)
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
