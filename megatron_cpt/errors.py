@@ -1,12 +1,12 @@
 """The errors a user can meet, each one sentence with what, where and why, and a hint.
 
-    CptError                exit 1
-    |- UserError            exit 2: the user can mend it
-    |  |- ConfigError       the run's YAML or an override
-    |  |- DataError         a corpus, a tokenizer, a .bin/.idx dataset or its manifest
-    |  |- CheckpointError   a checkpoint or a run folder
-    |  |- ConversionError   a checkpoint conversion
-    |  `- LaunchError       processes, nodes, the environment of the job
+CptError                exit 1
+|- UserError            exit 2: the user can mend it
+|  |- ConfigError       the run's YAML or an override
+|  |- DataError         a corpus, a tokenizer, a .bin/.idx dataset or its manifest
+|  |- CheckpointError   a checkpoint or a run folder
+|  |- ConversionError   a checkpoint conversion
+|  `- LaunchError       processes, nodes, the environment of the job
 """
 
 from __future__ import annotations
