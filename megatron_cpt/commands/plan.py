@@ -64,7 +64,7 @@ def _print_plan(config: RunConfig, arch: Architecture, derived: Derived) -> None
             + (f", {parallel.vpp} virtual stages" if parallel.vpp else "")
             + (", sequence parallel" if derived.sequence_parallel else ""),
         ),
-        ("layers per stage", f"{derived.layers_per_stage}"),
+        ("layers per stage", ", ".join(map(str, derived.layers_per_stage or ()))),
         ("vocabulary rows", f"{arch.vocab_size:,} padded to {derived.padded_vocab_size:,}"),
         (
             "one step",

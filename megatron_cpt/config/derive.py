@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_cpt.budget import broken_rule, plan_ramped_steps, plan_steps
 from megatron_cpt.config.architecture import Architecture
-from megatron_cpt.config.layout import divisors, layout_problems, model_problems
+from megatron_cpt.config.layout import divisors, layout_problems, model_problems, stage_layers
 from megatron_cpt.config.problems import Problem, raise_problems
 from megatron_cpt.config.schema import RunConfig
 
@@ -31,7 +31,7 @@ class Derived:
     sequence_parallel: bool
     padded_vocab_size: int | None  # None while the architecture is unknown
     parameters: int | None
-    layers_per_stage: int | None
+    layers_per_stage: tuple[int, ...] | None  # of each pipeline stage
     notes: tuple[str, ...] = field(default=())  # what a careful user would want to be told
 
 
@@ -66,7 +66,7 @@ def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "c
         sequence_parallel=sequence_parallel,
         padded_vocab_size=arch.padded_vocab_size(parallel.tp) if arch else None,
         parameters=arch.num_parameters if arch else None,
-        layers_per_stage=arch.num_layers // parallel.pp if arch else None,
+        layers_per_stage=stage_layers(parallel, arch.num_layers) if arch else None,
         notes=tuple(_notes(config, added_tokens, train_iters, tokens_per_step)),
     )
 

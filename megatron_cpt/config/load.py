@@ -40,6 +40,8 @@ ALIASES: dict[str, str] = {
     "pipeline_model_parallel_size": "parallel.pp",
     "context_parallel_size": "parallel.cp",
     "virtual_pipeline_model_parallel_size": "parallel.vpp",
+    "num_layers_in_first_pipeline_stage": "parallel.first_stage_layers",
+    "num_layers_in_last_pipeline_stage": "parallel.last_stage_layers",
 }
 # accepted so that a pasted table loads, but without a meaning here: name -> why
 WITHOUT_MEANING: dict[str, str] = {

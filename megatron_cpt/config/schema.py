@@ -135,6 +135,14 @@ class ParallelConfig(Section):
     tp: Positive = Field(1, description="Tensor-parallel ranks; within one node.")
     pp: Positive = Field(1, description="Pipeline stages.")
     vpp: Positive | None = Field(None, description="Virtual pipeline chunks per stage (interleaved schedule).")
+    first_stage_layers: Positive | None = Field(
+        None, description="Layers of the first pipeline stage; default: an equal share of what the last one leaves."
+    )
+    last_stage_layers: Positive | None = Field(
+        None,
+        description="Layers of the last pipeline stage, which also computes the logits and the loss: with fewer layers "
+        "it takes as long as the others. Default: an equal share of what the first one leaves.",
+    )
     cp: Positive = Field(1, description="Context-parallel ranks that share one sequence.")
     sequence_parallel: bool | None = Field(
         None,

@@ -74,6 +74,8 @@ def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConf
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=_vpp(config),
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.cp,
         sequence_parallel=sequence_parallel(config),
         params_dtype=dtype,

@@ -274,6 +274,7 @@ def layout(config: RunConfig) -> dict[str, int]:
         "cp": parallel.cp,
         "vpp": parallel.vpp or 1,
         "dp": ranks // (parallel.tp * parallel.pp * parallel.cp),
+        **{name: n for name in ("first_stage_layers", "last_stage_layers") if (n := getattr(parallel, name))},
     }
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core import parallel_state
 
-from megatron_cpt.model import attention, build, spec
+from megatron_cpt.model import attention, build, load_hf, spec
 from megatron_cpt.train import state, step
 
 
@@ -46,6 +48,19 @@ def norms_not_reduced() -> Iterator[None]:
 def interleaving_without_overlap() -> Any:
     """Megatron-Core 0.16's interleaved schedule at PP2 without the overlapped exchange."""
     return mock.patch.object(build, "_interleaving", lambda config: {})
+
+
+def layers_counted_evenly() -> Any:
+    """Weights are loaded as if every pipeline stage held the same number of layers."""
+    original = load_hf.global_name
+
+    def global_name(chunk: Any, name: str) -> str:
+        stage, stages = parallel_state.get_pipeline_model_parallel_rank(), chunk.config.pipeline_model_parallel_size
+        begins = chunk.decoder.layers[0].layer_number - 1
+        shift = stage * chunk.config.num_layers // stages - begins
+        return re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) + shift}", original(chunk, name))
+
+    return mock.patch.object(load_hf, "global_name", global_name)
 
 
 def tied_gradients_not_reduced() -> Any:
@@ -136,6 +151,7 @@ SABOTAGES = {
         mean_per_micro_batch,
         norms_not_reduced,
         interleaving_without_overlap,
+        layers_counted_evenly,
         tied_gradients_not_reduced,
         keys_in_rank_order,
         whole_sequence_attention,

@@ -105,7 +105,7 @@ def test_the_72b_example_gives_the_numbers_of_its_layout() -> None:
     assert (derived.world_size, derived.data_parallel_size, derived.gradient_accumulation_steps) == (32, 1, 256)
     assert (derived.tokens_per_step, derived.train_iters) == (1_048_576, 1431)
     assert derived.train_tokens - derived.added_tokens == 1_500_000_000
-    assert (derived.layers_per_stage, derived.padded_vocab_size) == (20, 152_064)
+    assert (derived.layers_per_stage, derived.padded_vocab_size) == ((20, 20, 20, 20), 152_064)
 
 
 def test_global_batch_is_not_batch_times_gpus() -> None:

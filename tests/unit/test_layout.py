@@ -9,8 +9,9 @@ import pytest
 
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.derive import derive
+from megatron_cpt.config.layout import stage_layers
 from megatron_cpt.config.load import build_config
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.schema import ParallelConfig, RunConfig
 from megatron_cpt.errors import ConfigError
 
 ARCH = Architecture(
@@ -27,6 +28,35 @@ ILLEGAL: list[tuple[str, Architecture, list[str], str]] = [
     ("ffn", dataclasses.replace(WIDE, ffn_hidden_size=1534), ["parallel.gpus_per_node=4", "parallel.tp=4"], "MLP rows"),
     ("layers", ARCH, ["parallel.gpus_per_node=4", "parallel.pp=4"], "must divide the model's 30 layers"),
     ("vpp layers", ARCH, ["parallel.gpus_per_node=2", "parallel.pp=2", "parallel.vpp=4"], "pp x vpp = 8"),
+    (
+        "layers, with an uneven way out", ARCH, ["parallel.gpus_per_node=4", "parallel.pp=4"],
+        "or parallel.last_stage_layers, one of [3, 6, 9, 12",
+    ),
+    (
+        "last stage", ARCH, ["parallel.gpus_per_node=4", "parallel.pp=4", "parallel.last_stage_layers=5"],
+        "of the model's 30 layers it must leave layers that 3 other stages share equally",
+    ),
+    (
+        "first and last stage", ARCH,
+        ["parallel.gpus_per_node=2", "parallel.pp=2", "parallel.first_stage_layers=18", 
+         "parallel.last_stage_layers=11"],
+        "with first_stage_layers = 18 it must be what the first stage leaves\nhint: one of [12]",
+    ),
+    (
+        "all in the first stage", ARCH, ["parallel.gpus_per_node=2", "parallel.pp=2", "parallel.first_stage_layers=30"],
+        "share equally",
+    ),
+    ("uneven without pp", ARCH, ["parallel.last_stage_layers=12"], "needs pp > 1"),
+    (
+        "uneven vpp", WIDE,
+        ["parallel.gpus_per_node=2", "parallel.pp=2", "parallel.vpp=2", "parallel.last_stage_layers=13"],
+        "must divide into vpp = 2 chunks",
+    ),
+    (
+        "uneven middle vpp", WIDE,
+        ["parallel.gpus_per_node=4", "parallel.pp=4", "parallel.vpp=2", "parallel.last_stage_layers=4"],
+        "3 other stages in 2 chunks each share equally",
+    ),
     ("vpp without pp", ARCH, ["parallel.vpp=2"], "virtual stages need pp > 1"),
     (
         "vpp micro batches", WIDE,
@@ -91,3 +121,30 @@ def test_named_legal_values_are_legal(tp: int) -> None:
         derive(config(["parallel.gpus_per_node=2", "parallel.tp=2"]), ARCH)
     wanted = [f"parallel.gpus_per_node={tp}", f"parallel.tp={tp}", "batch.seq_length=1023"]
     assert derive(config(wanted), ARCH).data_parallel_size == 1
+
+
+UNEVEN = [
+    (30, {"pp": 2}, (15, 15)),
+    (30, {"pp": 2, "last_stage_layers": 12}, (18, 12)),
+    (30, {"pp": 2, "first_stage_layers": 18}, (18, 12)),
+    (30, {"pp": 2, "first_stage_layers": 18, "last_stage_layers": 12}, (18, 12)),
+    (30, {"pp": 4, "last_stage_layers": 6}, (8, 8, 8, 6)),
+    (80, {"pp": 8, "first_stage_layers": 11, "last_stage_layers": 9}, (11, 10, 10, 10, 10, 10, 10, 9)),
+    (32, {"pp": 2, "vpp": 2, "last_stage_layers": 12}, (20, 12)),
+    (30, {"pp": 4}, None),
+    (32, {"pp": 2, "vpp": 2, "last_stage_layers": 13}, None),
+    (30, {"pp": 2, "last_stage_layers": 30}, None),
+]
+
+
+@pytest.mark.parametrize(("num_layers", "parallel", "stages"), UNEVEN)
+def test_layers_of_each_stage(num_layers: int, parallel: dict[str, int], stages: tuple[int, ...] | None) -> None:
+    assert stage_layers(ParallelConfig(gpus_per_node=8, **parallel), num_layers) == stages
+    assert stages is None or sum(stages) == num_layers
+
+
+def test_every_legal_last_stage_is_accepted_and_no_other() -> None:
+    legal = [n for n in range(1, 31) if stage_layers(ParallelConfig(pp=4, last_stage_layers=n), 30)]
+    assert legal == [3, 6, 9, 12, 15, 18, 21, 24, 27]
+    uneven = ["parallel.gpus_per_node=4", "parallel.pp=4", "num_layers_in_last_pipeline_stage=6"]
+    assert derive(config(uneven), ARCH).layers_per_stage == (8, 8, 8, 6)
