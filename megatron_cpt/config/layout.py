@@ -27,13 +27,10 @@ def stage_layers(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...] |
         return (num_layers,) if first is None and last is None else None
     middle = parallel.pp - (first is not None) - (last is not None)
     rest = num_layers - (first or 0) - (last or 0)
-    if middle == 0:
-        stages = () if rest == 0 else None
-    else:
-        stages = (rest // middle,) * middle if rest > 0 and rest % middle == 0 else None
-    if stages is None:
+    if (rest != 0) if middle == 0 else (rest <= 0 or rest % middle):
         return None
-    stages = (*(() if first is None else (first,)), *stages, *(() if last is None else (last,)))
+    between = (rest // middle,) * middle if middle else ()
+    stages = (*(() if first is None else (first,)), *between, *(() if last is None else (last,)))
     return stages if all(layers % chunks == 0 for layers in stages) else None
 
 
