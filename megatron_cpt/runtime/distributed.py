@@ -79,7 +79,7 @@ def init_parallel_groups(config: RunConfig, *, timeout_minutes: float = 10.0) ->
     from megatron.core import parallel_state, tensor_parallel
 
     parallel = config.parallel
-    parallel_state.destroy_model_parallel()
+    _forget_parallel_groups()
     parallel_state.initialize_model_parallel(
         parallel.tp,
         parallel.pp,
@@ -93,6 +93,16 @@ def init_parallel_groups(config: RunConfig, *, timeout_minutes: float = 10.0) ->
     np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _forget_parallel_groups() -> None:
+    """Destroy the groups of an earlier layout: Megatron-Core drops its names only, and each keeps polling threads."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def shutdown_runtime() -> None:
