@@ -53,9 +53,16 @@ class _ZstdStream(io.RawIOBase):
 @contextmanager
 def open_input(path: str) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed by its suffix. Raises DataError for a missing, cut or damaged file."""
+    with open_with_raw(path) as (stream, _):
+        yield stream
+
+
+@contextmanager
+def open_with_raw(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """As open_input, and the file beneath, whose position tells how much of it is read."""
     try:
         with Path(path).open("rb") as file:
-            yield _decompressed(path, file)
+            yield _decompressed(path, file), file
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged or cut short: {error}", hint="copy it again") from error
     except OSError as error:

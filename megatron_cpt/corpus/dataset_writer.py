@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_cpt.corpus.files import sync_folder
+from megatron_cpt.corpus.files import flush_to_disk, sync_folder
 from megatron_cpt.corpus.indexed import write_index
 from megatron_cpt.corpus.manifest import Manifest, bin_path, idx_path, manifest_path, write_manifest
 from megatron_cpt.corpus.parts import Array
@@ -38,7 +37,7 @@ def write_files(
     with staged_idx.open("wb") as file:
         counts = template.sequence_count, template.document_count
         write_index(file, template.dtype, *counts, sequence_lengths, sequences_per_document)
-        _flush(file)
+        flush_to_disk(file)
     with staged_idx.open("rb") as file:
         idx_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     manifest = replace(
@@ -65,10 +64,5 @@ def _write_hashed(file: BinaryIO, pieces: Iterable[Array]) -> str:
             block = data[start : start + COPY_BYTES]
             digest.update(block)
             file.write(block)
-    _flush(file)
+    flush_to_disk(file)
     return digest.hexdigest()
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

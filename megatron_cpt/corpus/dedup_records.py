@@ -10,7 +10,6 @@ stage read a range of keys of all units without holding the rest.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import xxhash
 
 from megatron_cpt.corpus.documents import Batch
+from megatron_cpt.corpus.files import durable_file
 from megatron_cpt.corpus.parts import Array, Encoded
 from megatron_cpt.corpus.schema_processing import Dedup
 from megatron_cpt.corpus.signatures import BANDS, band_keys, exact_keys
@@ -74,10 +74,8 @@ def _id_keys(ids: list[object]) -> Array:
 
 
 def _save(path: Path, array: Array) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
+    with durable_file(path) as file:
         np.save(file, array)
-    partial.replace(path)
 
 
 @dataclass(frozen=True)

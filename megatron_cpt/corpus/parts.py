@@ -1,7 +1,8 @@
 """Parts: what a worker leaves for one unit, so that a killed run continues and shards run anywhere.
 
 For unit 12 the staging folder holds `000012.SPLIT.part` per split and then `000012.json`, renamed into place
-last: a unit is done when its .json is there. A part is the ids (in the dataset's dtype), then the sequence
+last: a unit is done when its .json is there. All that the record counts on is on the disk before the record has its
+name, so a loss of power costs at most the units in work. A part is the ids (in the dataset's dtype), then the sequence
 lengths (i32), then the number of sequences of each document (i32); the .json holds the counts.
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 import orjson
 
 from megatron_cpt.corpus.documents import Batch, Ledger
+from megatron_cpt.corpus.files import durable_file, flush_to_disk, sync_folder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -96,9 +98,11 @@ class PartWriter:
         for pieces in (self._lengths, self._sequences):
             for piece in pieces:
                 self._file.write(piece.tobytes())
+        flush_to_disk(self._file)
         self._file.close()
         self._path.replace(self._final)
         if self._metadata is not None:
+            flush_to_disk(self._metadata)
             self._metadata.close()
         documents = sum(map(len, self._sequences))
         return PartCounts(documents, sum(map(len, self._lengths)), self._tokens)
@@ -123,10 +127,9 @@ def rejects_path(folder: Path, unit: int) -> Path:
 def commit_unit(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
     """Leave the rejects and, last, the record that makes the unit done."""
     write_rejects(folder, record, ledger)
-    final = record_path(folder, record.unit)
-    partial = final.with_suffix(f".json.{os.getpid()}")
-    partial.write_text(json.dumps(asdict(record)))
-    partial.replace(final)
+    sync_folder(folder)
+    with durable_file(record_path(folder, record.unit)) as file:
+        file.write(json.dumps(asdict(record)).encode())
 
 
 def write_rejects(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
@@ -134,7 +137,8 @@ def write_rejects(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
     if rejects := sorted(ledger.rejects, key=lambda reject: (reject.path, reject.place)):
         lines = [json.dumps(_reject_fields(record.source, r), ensure_ascii=False) for r in rejects]
         text = "\n".join(lines) + "\n"
-        rejects_path(folder, record.unit).write_text(text, encoding="utf-8", errors="backslashreplace")
+        with durable_file(rejects_path(folder, record.unit)) as file:
+            file.write(text.encode(errors="backslashreplace"))
 
 
 def _reject_fields(source: str, reject: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@
     000012.cleaned.json          the ledger and the number of runs; renamed into place last
     repeated-0003.npy            u64: repeated keys of one range, by unit and key, with the bit FIRST
     repeated-0003.units.npy      i64[units + 1]: where each unit's keys begin in it
-    repeated.json                the number of ranges; written when all are there
+    repeated.json                the number of ranges and the units; written when all are there
 
 Memory: a run holds RUN_KEYS keys, a range KEYS_PER_BUCKET; removal holds the repeated keys of one unit.
 The result depends only on the documents and their order, not on workers, shards, runs or ranges.
@@ -31,6 +31,7 @@ import numpy as np
 import orjson
 
 from megatron_cpt.corpus.documents import Batch, Ledger, Reject
+from megatron_cpt.corpus.files import durable_file, flush_to_disk, sync_folder
 from megatron_cpt.corpus.parts import Array
 from megatron_cpt.corpus.passages import FIRST, PassageRemover, cut_texts, documents_per_key
 from megatron_cpt.corpus.schema_processing import Passages
@@ -64,6 +65,7 @@ class CleanedWriter:
     def commit(self, ledger: Ledger) -> None:
         """Everything under its final name, the record last."""
         self._save_run()
+        flush_to_disk(self._file)
         self._file.close()
         self._partial.replace(_text_path(self._folder, self._unit))
         fields = {item.name: getattr(ledger, item.name) for item in dataclass_fields(ledger)}
@@ -105,26 +107,27 @@ def forget_cleaned(folder: Path, unit: int) -> None:
     _text_path(folder, unit).unlink(missing_ok=True)
 
 
-def find_repeated(folder: Path, units: int, rule: Passages, workers: int) -> None:
-    """The join stage, when all `units` are mapped; what an earlier run finished is not repeated."""
+def find_repeated(folder: Path, units: Sequence[int], rule: Passages, workers: int) -> None:
+    """The join stage, when all `units` (in input order) are mapped; what an earlier run finished is not repeated."""
     if _ranges_path(folder).exists():
         return
-    runs = [(unit, run) for unit in range(units) for run in range(_read_record(folder, unit)["runs"])]
+    runs = [(unit, run) for unit in units for run in range(_read_record(folder, unit)["runs"])]
+    position = {unit: index for index, unit in enumerate(units)}
     total = sum(_load(_run_path(folder, *run)).shape[1] for run in runs)
     count = max(-(-total // KEYS_PER_BUCKET), 1)
-    join = partial(_join_range, folder, runs, units, rule.min_documents, count)
+    join = partial(_join_range, folder, runs, position, rule.min_documents, count)
     begin = os.getpid() % count  # shards may join at the same time: from different ends, they share the work
     list(run_units(join, [(begin + i) % count for i in range(count)], workers))
-    _replace(_ranges_path(folder), json.dumps({"ranges": count}).encode())
+    _replace(_ranges_path(folder), json.dumps({"ranges": count, "units": list(units)}).encode())
 
 
 def _join_range(
-    folder: Path, runs: Sequence[tuple[int, int]], units: int, min_documents: int, count: int, number: int
+    folder: Path, runs: Sequence[tuple[int, int]], position: dict[int, int], min_documents: int, count: int, number: int
 ) -> None:
     """Leave the repeated keys of one range, by unit."""
     if _offsets_path(folder, number).exists():
         return
-    keys, documents, owners = _read_range(folder, runs, (number << 64) // count, (number + 1 << 64) // count)
+    keys, documents, owners = _read_range(folder, runs, position, (number << 64) // count, (number + 1 << 64) // count)
     order = np.lexsort((owners, keys))
     keys, documents, owners = keys[order], documents[order], owners[order]
     begins = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else np.empty(0, np.int64)
@@ -136,11 +139,13 @@ def _join_range(
     stored, owners = stored[wanted], owners[wanted]
     order = np.argsort(owners, kind="stable")
     _save(_repeated_path(folder, number), stored[order])
-    _save(_offsets_path(folder, number), np.searchsorted(owners[order], np.arange(units + 1)))
+    _save(_offsets_path(folder, number), np.searchsorted(owners[order], np.arange(len(position) + 1)))
 
 
-def _read_range(folder: Path, runs: Sequence[tuple[int, int]], low: int, high: int) -> tuple[Array, Array, Array]:
-    """(keys, documents, unit) of all runs with low <= key < high."""
+def _read_range(
+    folder: Path, runs: Sequence[tuple[int, int]], position: dict[int, int], low: int, high: int
+) -> tuple[Array, Array, Array]:
+    """(keys, documents, unit's position) of all runs with low <= key < high."""
     keys, documents, owners = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     for unit, run in runs:
         rows = _load(_run_path(folder, unit, run))
@@ -148,15 +153,16 @@ def _read_range(folder: Path, runs: Sequence[tuple[int, int]], low: int, high: i
         last = rows.shape[1] if high >= 1 << 64 else int(np.searchsorted(rows[0], np.uint64(high)))
         keys.append(np.array(rows[0, first:last]))
         documents.append(np.array(rows[1, first:last]))
-        owners.append(np.full(last - first, unit))
+        owners.append(np.full(last - first, position[unit]))
     return np.concatenate(keys), np.concatenate(documents), np.concatenate(owners)
 
 
 def _repeated_keys(folder: Path, unit: int) -> Array:
     """The repeated keys that occur in a unit, ascending, each with its bit FIRST."""
-    found = []
-    for number in range(json.loads(_ranges_path(folder).read_bytes())["ranges"]):
-        begin, end = _load(_offsets_path(folder, number))[unit : unit + 2].tolist()
+    found, joined = [], json.loads(_ranges_path(folder).read_bytes())
+    position = joined["units"].index(unit)
+    for number in range(joined["ranges"]):
+        begin, end = _load(_offsets_path(folder, number))[position : position + 2].tolist()
         found.append(np.array(_load(_repeated_path(folder, number))[begin:end]))
     return np.concatenate(found)
 
@@ -191,16 +197,14 @@ def _read_record(folder: Path, unit: int) -> dict[str, Any]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    partial = Path(f"{path}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    sync_folder(path.parent)
+    with durable_file(path) as file:
+        file.write(data)
 
 
 def _save(path: Path, array: Array) -> None:
-    partial = Path(f"{path}.{os.getpid()}")
-    with partial.open("wb") as file:
+    with durable_file(path) as file:
         np.save(file, array)
-    partial.replace(path)
 
 
 def _load(path: Path) -> Array:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cpt.corpus.blocks import forget_block
 from megatron_cpt.corpus.chunking import chunk_texts, chunk_tokens
 from megatron_cpt.corpus.decontamination import Decontaminator
 from megatron_cpt.corpus.dedup_records import RecordWriter
@@ -82,6 +83,7 @@ def process_unit(job: Job, unit: Unit) -> UnitRecord:
     if duplicates is not None:
         duplicates.save(job.staging, f"{unit.index:06d}")
     commit_unit(job.staging, record, ledger)
+    forget_block(unit)
     if job.passages:
         forget_cleaned(job.staging, unit.index)
     return record
@@ -96,6 +98,7 @@ def clean_unit(job: Job, unit: Unit) -> UnitRecord:
     record = unit_record(unit, ledger, {})
     write_rejects(job.staging, record, ledger)
     writer.commit(ledger)
+    forget_block(unit)
     return record
 
 

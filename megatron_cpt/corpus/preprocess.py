@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_cpt.corpus.assemble import Assembly, write_dataset
+from megatron_cpt.corpus.blocks import forget_stale_blocks
 from megatron_cpt.corpus.dedup_stage import remove_duplicates
 from megatron_cpt.corpus.manifest import Manifest, bin_path, manifest_path, read_manifest
-from megatron_cpt.corpus.parts import UnitRecord, parts_are_whole, read_record
-from megatron_cpt.corpus.passage_stage import find_repeated, is_cleaned, read_cleaned_ledger
+from megatron_cpt.corpus.map_stage import StartProgress, Work, check_rejects, clean_units, process_units, units_in_order
+from megatron_cpt.corpus.parts import UnitRecord
+from megatron_cpt.corpus.passage_stage import find_repeated, is_cleaned
 from megatron_cpt.corpus.pipeline import (
     WHOLE,
     Job,
-    clean_unit,
-    process_unit,
     sample_texts,
     steps_by_source,
-    unit_record,
     worker_count,
 )
 from megatron_cpt.corpus.registry import resolve_datasets
 from megatron_cpt.corpus.rejects import (
     absolute_metadata,
     absolute_rejects,
-    check_bad_input,
     count_rejects,
     lines_before,
     write_json_lines,
@@ -41,14 +38,9 @@ from megatron_cpt.corpus.staging import plan_fingerprint, shared_staging_folder,
 from megatron_cpt.corpus.standard_input import standard_input_as_file
 from megatron_cpt.corpus.steps import Step
 from megatron_cpt.corpus.tokenizer import CorpusTokenizer, load_tokenizer
-from megatron_cpt.corpus.workers import run_units
 from megatron_cpt.errors import CptError, DataError
 
 log = logging.getLogger(__name__)
-
-# A run that reads nothing but garbage stops after this many documents instead of at the end of the corpus.
-EARLY_CHECK_DOCUMENTS = 1_000
-EARLY_BAD_RATIO = 0.5
 
 
 @dataclass(frozen=True)
@@ -60,10 +52,6 @@ class Outcome:
     rejects: dict[str, int]
     rejects_file: str | None
     already_done: bool = False
-
-
-Progress = Callable[[UnitRecord], None]
-StartProgress = Callable[[int], Progress]
 
 
 def preprocess(
@@ -85,12 +73,12 @@ def preprocess(
         if not overwrite and (done := _already_done(resolved, prefixes, plan.fingerprint)):
             return done
         with staging_folder(resolved.output_prefix, plan.fingerprint) as staging:
-            job = plan.job(staging)
-            if job.passages:
-                _clean(job, plan.units, worker_count(workers), start_progress)
-                find_repeated(staging, len(plan.units), job.passages, worker_count(workers))
-            records = _process(job, plan.units, worker_count(workers), start_progress)
-            return _finish(job, plan.units, records, prefixes, plan.fingerprint, worker_count(workers))
+            forget_stale_blocks(staging)
+            work = Work(plan.job(staging), plan.units, worker_count(workers), start_progress)
+            if work.job.passages:
+                clean_units(work)
+                _find_repeated(work)
+            return _finish(work, prefixes, plan.fingerprint)
 
 
 def preprocess_shard(
@@ -112,15 +100,23 @@ def preprocess_shard(
     with _disk_full_explained(corpus.output_prefix):
         plan = _plan(resolve_datasets(corpus))
         with shared_staging_folder(corpus.output_prefix, plan.fingerprint) as staging:
-            units, job = plan.units[shard::shards], plan.job(staging)
-            if job.passages:
-                _clean(job, units, worker_count(workers), start_progress)
-                if any(not is_cleaned(staging, unit.index, True) for unit in plan.units):
+            work = Work(plan.job(staging), plan.units, worker_count(workers), start_progress, shard, shards)
+            if work.job.passages:
+                cleaned = clean_units(work)
+                if not _find_repeated(replace(work, shard=0, shards=1)):
                     log.info("cleaned; shards are still at work: run this one again after them, or the joining run")
-                    return len(units)
-                find_repeated(staging, len(plan.units), job.passages, worker_count(workers))
-            _process(job, units, worker_count(workers), start_progress)
-            return len(units)
+                    return cleaned
+            return len(process_units(work)[0])
+
+
+def _find_repeated(work: Work) -> bool:
+    """The join stage of passages; False when not all units are cleaned."""
+    job, units = work.job, units_in_order(work)
+    if units is None or any(not is_cleaned(job.staging, unit.index, True) for unit in units):
+        return False
+    assert job.passages is not None
+    find_repeated(job.staging, [unit.index for unit in units], job.passages, work.workers)
+    return True
 
 
 @dataclass(frozen=True)
@@ -197,76 +193,13 @@ def _in_the_way(prefix: str, what: str) -> DataError:
     )
 
 
-def _done_record(job: Job, unit: Unit) -> UnitRecord | None:
-    """The record of a unit whose parts are there in full."""
-    record = read_record(job.staging, unit.index)
-    return record if record is not None and parts_are_whole(job.staging, record, job.tokenizer.dtype) else None
-
-
-def _clean(job: Job, units: Sequence[Unit], workers: int, start_progress: StartProgress | None) -> None:
-    """The first half of all units, where passages are deduplicated."""
-    records: dict[int, UnitRecord] = {}
-    for unit in units:
-        if is_cleaned(job.staging, unit.index, _done_record(job, unit) is not None):
-            records[unit.index] = unit_record(unit, read_cleaned_ledger(job.staging, unit.index), {})
-    todo = [unit for unit in units if unit.index not in records]
-    if not todo:
-        return
-    progress = start_progress(sum(u.size_bytes for u in units)) if start_progress else lambda record: None
-    for record in records.values():
-        progress(record)
-    for record in run_units(partial(clean_unit, job), todo, workers):
-        records[record.unit] = record
-        progress(record)
-        _check_early(job, units, records)
-
-
-def _process(job: Job, units: Sequence[Unit], workers: int, start_progress: StartProgress | None) -> list[UnitRecord]:
-    """All units' records in unit order; units that an earlier run finished are not repeated."""
-    records: dict[int, UnitRecord] = {}
-    for unit in units:
-        if (record := _done_record(job, unit)) is not None:
-            records[unit.index] = record
-    if records:
-        log.info("continuing: %d of %d units are done", len(records), len(units))
-    progress = start_progress(sum(u.size_bytes for u in units)) if start_progress else lambda record: None
-    for record in records.values():
-        progress(record)
-    todo = [unit for unit in units if unit.index not in records]
-    for record in run_units(partial(process_unit, job), todo, workers):
-        records[record.unit] = record
-        progress(record)
-        _check_early(job, units, records)
-    return [records[unit.index] for unit in units]
-
-
-def _check_early(job: Job, units: Sequence[Unit], records: dict[int, UnitRecord]) -> None:
-    """Stop soon when most documents are unreadable: a wrong key should not cost hours."""
-    read = sum(record.documents_read for record in records.values())
-    if read >= EARLY_CHECK_DOCUMENTS and len(records) < len(units):
-        _check_rejects(job, units, records, max(EARLY_BAD_RATIO, job.corpus.max_reject_ratio))
-
-
-def _check_rejects(job: Job, units: Sequence[Unit], records: dict[int, UnitRecord], max_ratio: float) -> None:
-    done = [unit for unit in units if unit.index in records]
-    ordered = [records[unit.index] for unit in done]
-    read = sum(record.documents_read for record in ordered)
-    check_bad_input(count_rejects(ordered), read, max_ratio, absolute_rejects(job.staging, done, ordered))
-
-
-def _finish(
-    job: Job,
-    units: Sequence[Unit],
-    records: list[UnitRecord],
-    prefixes: dict[str, str],
-    fingerprint: str,
-    workers: int,
-) -> Outcome:
-    """Check the whole, remove duplicates, write the rejects file and the datasets."""
-    corpus = job.corpus
-    _check_rejects(job, units, {r.unit: r for r in records}, corpus.max_reject_ratio)
+def _finish(work: Work, prefixes: dict[str, str], fingerprint: str) -> Outcome:
+    """Make what parts are missing, check the whole, remove duplicates, write the rejects file and the datasets."""
+    job, corpus = work.job, work.job.corpus
+    units, records = process_units(work)
+    check_rejects(job, units, records, corpus.max_reject_ratio)
     documents_read = sum(record.documents_read for record in records)
-    duplicates = remove_duplicates(job, units, records, lines_before(units, records), workers)
+    duplicates = remove_duplicates(job, units, records, lines_before(units, records), work.workers)
     rejects = count_rejects(records) | duplicates.counts
     _check_not_empty(records, prefixes, documents_read, rejects)
     rejects_file = Path(f"{corpus.output_prefix}.rejects.jsonl")

@@ -34,14 +34,15 @@ def read_unit(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Iterator[B
 
 
 def _read_jsonl(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Iterator[Batch]:
-    path = unit.paths[0]
-    stop = sys.maxsize if path.endswith(COMPRESSED_SUFFIXES) else unit.stop
+    path = unit.data or unit.paths[0]
+    whole = unit.data or path.endswith(COMPRESSED_SUFFIXES)
+    start, stop = (0, sys.maxsize) if whole else (unit.start, unit.stop)
     with open_input(path) as file:
-        for block in _line_blocks(file, unit.start, stop, max_document_bytes):
+        for block in line_blocks(file, start, stop, max_document_bytes):
             yield parse_lines(unit, block, ledger, max_document_bytes)
 
 
-def _line_blocks(file: BinaryIO, start: int, stop: int, max_line_bytes: int) -> Iterator[bytes]:
+def line_blocks(file: BinaryIO, start: int, stop: int, max_line_bytes: int) -> Iterator[bytes]:
     """Blocks of about BATCH_BYTES of whole lines, holding every line that begins in [start, stop).
 
     A line that begins before `start` belongs to the unit before; the last line is read past `stop`. Of a line

@@ -17,8 +17,8 @@ from megatron_cpt.errors import DataError
 ROWS_PER_BATCH = 1024
 
 
-def row_group_ranges(path: str, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """(first row group, one past the last, compressed bytes) of about `unit_bytes` uncompressed each."""
+def row_group_ranges(path: str, unit_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first row group, one past the last, compressed and uncompressed bytes), each of about `unit_bytes` or one."""
     metadata = _open(path).metadata
     start, uncompressed, compressed = 0, 0, 0
     for index in range(metadata.num_row_groups):
@@ -26,33 +26,42 @@ def row_group_ranges(path: str, unit_bytes: int) -> Iterator[tuple[int, int, int
         uncompressed += group.total_byte_size
         compressed += sum(group.column(c).total_compressed_size for c in range(group.num_columns))
         if uncompressed >= unit_bytes or index == metadata.num_row_groups - 1:
-            yield start, index + 1, compressed
+            yield start, index + 1, compressed, uncompressed
             start, uncompressed, compressed = index + 1, 0, 0
 
 
 def read_columnar(unit: Unit, ledger: Ledger, max_document_bytes: int) -> Iterator[Batch]:
     """Documents of a Parquet or Arrow unit. Places are rows counted from the start of the unit."""
-    path = unit.paths[0]
+    for rows, _ in record_batches(unit):
+        for start in range(0, rows.num_rows, ROWS_PER_BATCH):
+            yield _batch(unit, rows.slice(start, ROWS_PER_BATCH), ledger, max_document_bytes)
+
+
+def record_batches(unit: Unit) -> Iterator[tuple[Any, float]]:
+    """Validated record batches of the columns that the source names, and the share of the unit read so far."""
     wanted = sorted({key.split(".")[0] for key in (*text_field(unit.text_field).keys, *unit.metadata)})
+    is_parquet = unit.format == "parquet" and not unit.data
     try:
-        for rows in _parquet_rows(unit, wanted) if unit.format == "parquet" else _arrow_rows(unit, wanted):
+        for rows, done in _parquet_rows(unit, wanted) if is_parquet else _arrow_rows(unit, wanted):
             rows.validate()
-            for start in range(0, rows.num_rows, ROWS_PER_BATCH):
-                yield _batch(unit, rows.slice(start, ROWS_PER_BATCH), ledger, max_document_bytes)
+            yield rows, done
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}", hint="copy it again") from error
+        raise DataError(f"{unit.paths[0]} is damaged: {error}", hint="copy it again") from error
 
 
-def _parquet_rows(unit: Unit, columns: list[str]) -> Iterator[Any]:
+def _parquet_rows(unit: Unit, columns: list[str]) -> Iterator[tuple[Any, float]]:
     file = _open(unit.paths[0])
     _check_columns(unit, file.schema_arrow, columns)
     groups = list(range(unit.start, unit.stop))
-    return iter(file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=columns))
+    total, done = sum(file.metadata.row_group(group).num_rows for group in groups), 0
+    for rows in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=columns):
+        done += rows.num_rows
+        yield rows, done / max(total, 1)
 
 
-def _arrow_rows(unit: Unit, columns: list[str]) -> Iterator[Any]:
+def _arrow_rows(unit: Unit, columns: list[str]) -> Iterator[tuple[Any, float]]:
     """Record batches of an Arrow file, in the file format or the stream format of datasets.save_to_disk."""
-    with pa.memory_map(unit.paths[0]) as source:
+    with pa.memory_map(unit.data or unit.paths[0]) as source:
         try:
             reader = pa.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -60,8 +69,9 @@ def _arrow_rows(unit: Unit, columns: list[str]) -> Iterator[Any]:
             source.seek(0)
             batches = reader = pa.ipc.open_stream(source)
         _check_columns(unit, reader.schema, columns)
-        for rows in batches:
-            yield rows.select(columns)
+        for index, rows in enumerate(batches, 1):
+            at_end = reader.num_record_batches if hasattr(reader, "num_record_batches") else 0
+            yield rows.select(columns), index / at_end if at_end else source.tell() / max(source.size(), 1)
 
 
 def _check_columns(unit: Unit, schema: Any, columns: list[str]) -> None:

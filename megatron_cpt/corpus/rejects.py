@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
+from megatron_cpt.corpus.files import flush_to_disk
 from megatron_cpt.corpus.parts import Array, UnitRecord, metadata_path, rejects_path
 from megatron_cpt.corpus.sources import Unit
 from megatron_cpt.errors import DataError
@@ -72,9 +73,10 @@ def write_json_lines(path: Path, entries: Iterator[dict[str, Any]]) -> None:
     """Write one JSON object per line; without any, no file (and an old one is removed)."""
     partial = path.with_name(path.name + ".partial")
     count = 0
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with partial.open("wb") as file:
         for count, entry in enumerate(entries, 1):  # noqa: B007
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+        flush_to_disk(file)
     if count:
         partial.replace(path)
     else:

@@ -30,6 +30,10 @@ FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in _SUFFIXES.items() for suf
 _SAVE_TO_DISK_FILES = frozenset({"state.json", "dataset_info.json"})
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS_WANTED = 1 << 20, 16 << 20, 64
+# A file that cannot be entered in the middle is cut into blocks while it is read; see blocks.
+MIN_BLOCK_BYTES = 4 << 20
+# A row group of Parquet is left whole up to this many units.
+UNITS_PER_ROW_GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of one source. `start` and `stop`: byte range (jsonl), row groups (parquet), else the whole files."""
+    """A part of one source. `start` and `stop`: byte range (jsonl), row groups (parquet), else the whole files.
+
+    A stream (`block_bytes` > 0) is planned as one unit and becomes one unit per block while it is read.
+    """
 
     index: int
     source: str
@@ -52,6 +59,8 @@ class Unit:
     start: int
     stop: int
     size_bytes: int  # input bytes, for progress
+    block_bytes: int = 0  # decoded bytes of a block, about; 0: not a stream
+    data: str = ""  # of a block: the file that holds it, as lines or as an Arrow stream
 
 
 def find_files(source: Source) -> list[InputFile]:
@@ -119,14 +128,13 @@ def plan_units(corpus: Corpus) -> list[Unit]:
     units: list[Unit] = []
     for source in corpus.sources:
         own = [file for owner, file in files if owner is source]
-        for paths, file_format, start, stop, size in _cut(own, unit_bytes):
-            units.append(
-                Unit(len(units), source.name, file_format, source.text, source.metadata, paths, start, stop, size)
-            )
+        for paths, file_format, start, stop, size, block in _cut(own, unit_bytes):
+            place = (paths, start, stop, size, block)
+            units.append(Unit(len(units), source.name, file_format, source.text, source.metadata, *place))
     return units
 
 
-Cut = tuple[tuple[str, ...], FileFormat, int, int, int]
+Cut = tuple[tuple[str, ...], FileFormat, int, int, int, int]  # paths, format, start, stop, size, block_bytes
 
 
 def _cut(files: list[InputFile], unit_bytes: int) -> Iterator[Cut]:
@@ -152,19 +160,22 @@ def _cut(files: list[InputFile], unit_bytes: int) -> Iterator[Cut]:
 
 def _group(files: list[InputFile]) -> Cut:
     size = sum(file.size_bytes for file in files)
-    return tuple(file.path for file in files), files[0].format, 0, len(files), size
+    return tuple(file.path for file in files), files[0].format, 0, len(files), size, 0
 
 
 def _ranges(file: InputFile, unit_bytes: int) -> Iterator[Cut]:
+    block_bytes = max(unit_bytes, MIN_BLOCK_BYTES)
     if file.format == "arrow" or file.path.endswith(COMPRESSED_SUFFIXES):
-        yield (file.path,), file.format, 0, file.size_bytes, file.size_bytes
+        is_stream = file.size_bytes > unit_bytes
+        yield (file.path,), file.format, 0, file.size_bytes, file.size_bytes, block_bytes * is_stream
         return
     if file.format == "jsonl":
         for start in range(0, file.size_bytes, unit_bytes):
             stop = min(start + unit_bytes, file.size_bytes)
-            yield (file.path,), file.format, start, stop, stop - start
+            yield (file.path,), file.format, start, stop, stop - start, 0
         return
     from megatron_cpt.corpus.readers_columnar import row_group_ranges
 
-    for start, stop, size in row_group_ranges(file.path, unit_bytes):
-        yield (file.path,), file.format, start, stop, size
+    for start, stop, compressed, uncompressed in row_group_ranges(file.path, unit_bytes):
+        is_stream = stop == start + 1 and uncompressed > UNITS_PER_ROW_GROUP * unit_bytes
+        yield (file.path,), file.format, start, stop, compressed, block_bytes * is_stream
