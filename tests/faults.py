@@ -63,3 +63,13 @@ def full_disk() -> None:
         return real(*args, **kwargs)
 
     filesystem_async._write_item = write_item
+
+
+def engine_gathers_optimizer() -> None:
+    """No fault: the optimizer's state is collected by Megatron-Core's own code, for comparison."""
+    from megatron_cpt.train import checkpoint
+
+    def gathered(optimizer: Any, models: dict[str, Any], sharding: str) -> Any:
+        return optimizer.sharded_state_dict(dict(models), metadata={"distrib_optim_sharding_type": sharding})
+
+    checkpoint.optimizer_shards = gathered

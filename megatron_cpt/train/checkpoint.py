@@ -4,16 +4,20 @@ Inside: model (the keys of `GPTModel.sharded_state_dict()`), optimizer with fp32
 rank's random states, and in complete.json the ledger, tokens, layout and versions. The schedule is not state.
 
 A save is collective. With `async_save` Megatron-Core forks a writer from each rank and the loop goes on; `poll`
-finishes it. The files go to a folder that only this start of the run writes to; when all ranks have flushed, rank
-0 renames it and writes the marker, so a crash at any moment leaves the previous checkpoint the newest complete one.
+finishes it. On a CPU nothing is copied before: the writer's memory is a snapshot by itself, and costs the loop only
+the pages that it changes while the writer lives. What is planned for the first saves is reused by the later ones.
+The files go to a folder that only this start of the run writes to; when all ranks have flushed, rank 0 renames it
+and writes the marker, so a crash at any moment leaves the previous checkpoint the newest complete one.
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
+import os
 import random
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +27,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_core_version
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt import __version__
@@ -44,15 +50,19 @@ from megatron_cpt.train.checkpoint_folder import (
     leave_shard_hashes,
     read_best,
     removable,
-    remove_checkpoint,
     remove_partials,
     seal,
+    set_aside,
     update_best,
 )
+from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
 from megatron_cpt.train.progress import Progress
 from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
 
 logger = logging.getLogger(__name__)
+
+
+_WRITER_NICENESS = 10  # a writer in the background leaves the processor to the ranks
 
 
 class SaveFailed(CheckpointError):
@@ -78,6 +88,9 @@ class CheckpointManager:
         self.start = start
         self.last_saved = -1  # iteration
         self._queue = AsyncCallsQueue()
+        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
+        self._validated = False  # Megatron-Core has seen that the ranks' shards fit together
+        self._removal: threading.Thread | None = None
         self._pending: _Pending | None = None
         if dist.get_rank() == 0 and (abandoned := remove_partials(self.root)):
             logger.info("removed %d unfinished checkpoint(s) of earlier starts", abandoned)
@@ -95,6 +108,7 @@ class CheckpointManager:
         partial = checkpoint_path(self.root, progress.iteration)
         partial = partial.with_name(f"{partial.name}.partial-{self.start}")
         if dist.get_rank() == 0:
+            self._finish_removal()
             self._make_room(partial)
         dist.barrier()
         if not partial.is_dir():
@@ -105,15 +119,23 @@ class CheckpointManager:
         fields = self._marker_fields(state, progress)
         asynchronous = self.config.checkpoint.async_save and not wait
         with gathered_parameters(state), _named_failure(partial):
-            request = dist_checkpointing.save(_state_dict(state), str(partial), async_sharded_save=True)
+            request = dist_checkpointing.save(
+                _saved_state(state),
+                str(partial),
+                self._strategy,
+                validate_access_integrity=not self._validated,
+                async_sharded_save=True,
+            )
             assert request is not None
+            self._validated = True
             if asynchronous:
-                self._queue.schedule_async_request(_hashing(request, partial))
+                self._queue.schedule_async_request(_hashing(request, partial, _WRITER_NICENESS))
             else:
                 _hashing(request, partial).execute_sync()
         self._pending = _Pending(partial, fields)
         if not asynchronous:
             self._seal()
+            self._finish_removal()
 
     def poll(self, *, wait: bool = False) -> bool:
         """Finish a save whose files are written on all ranks; True when one was finished by this call."""
@@ -174,9 +196,19 @@ class CheckpointManager:
         kept = self.config.checkpoint
         best = read_best(self.root)
         best_iteration = best["iteration"] if best is not None and kept.best_by is not None else None
+        removed = []
         for path in removable(complete_checkpoints(self.root), kept.keep_last, kept.keep_every, best_iteration):
             logger.info("retention removes %s", path)
-            remove_checkpoint(path)
+            removed.append(set_aside(path))
+        if removed:  # deleting gigabytes takes a while, and the loop need not wait for it
+            self._finish_removal()
+            self._removal = threading.Thread(target=lambda: [shutil.rmtree(p, ignore_errors=True) for p in removed])
+            self._removal.start()
+
+    def _finish_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
 
     def _marker_fields(self, state: TrainState, progress: Progress) -> dict[str, Any]:
         return {
@@ -244,7 +276,7 @@ class CheckpointManager:
             CheckpointError: it cannot be read, or does not fit the model.
         """
         same_layout = marker.layout == layout(state.config)
-        wanted = _state_dict(state, marker.optimizer_sharding, loading=True, with_random=same_layout)
+        wanted = _wanted_state(state, marker.optimizer_sharding, with_random=same_layout)
         with _named_failure(path, "load"):
             loaded = dist_checkpointing.load(wanted, str(path))
         for key, chunk in zip(_model_keys(state), state.chunks, strict=True):
@@ -286,18 +318,30 @@ def _model_keys(state: TrainState) -> list[str]:
     return ["model"] if len(state.chunks) == 1 else [f"model{i}" for i in range(len(state.chunks))]
 
 
-def _state_dict(
-    state: TrainState, sharding: str | None = None, *, loading: bool = False, with_random: bool = True
-) -> dict[str, Any]:
-    """What is saved, or on loading: the shards that this rank wants."""
-    models = {
+def _model_shards(state: TrainState) -> dict[str, Any]:
+    return {
         key: unwrap(chunk).sharded_state_dict() for key, chunk in zip(_model_keys(state), state.chunks, strict=True)
     }
-    sharding = sharding or _sharding(state.config)
+
+
+def _saved_state(state: TrainState) -> dict[str, Any]:
+    """What this rank saves."""
+    models = _model_shards(state)
+    optimizer = optimizer_shards(state.optimizer, models, _sharding(state.config))
+    saved = {**models, "optimizer": optimizer, "random": _random_states()}
+    apply_factories(saved)
+    for shard in nested_values(saved):
+        if isinstance(shard, ShardedTensor):
+            shard.data = standing_alone(shard.data)
+    return saved
+
+
+def _wanted_state(state: TrainState, sharding: str, *, with_random: bool) -> dict[str, Any]:
+    """What this rank loads of a checkpoint whose optimizer is stored as `sharding`."""
+    models = _model_shards(state)
     metadata = {"distrib_optim_sharding_type": sharding} if sharding != "replicated" else {}
-    optimizer = state.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=metadata)
-    random_states = {"random": _random_states()} if with_random else {}
-    return {**models, "optimizer": optimizer, **random_states}
+    optimizer = state.optimizer.sharded_state_dict(dict(models), is_loading=True, metadata=metadata)
+    return {**models, "optimizer": optimizer, **({"random": _random_states()} if with_random else {})}
 
 
 def _random_states() -> ShardedObject:
@@ -321,8 +365,8 @@ def _set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _hashing(request: AsyncRequest, folder: Path) -> AsyncRequest:
-    """`request` whose writer, this rank's, also hashes its files, behind the loop's back where that is asynchronous."""
+def _hashing(request: AsyncRequest, folder: Path, niceness: int = 0) -> AsyncRequest:
+    """`request` whose writer, this rank's, also hashes its files; `niceness` is for a writer in its own process."""
     write = request.async_fn
     if write is None:
         return request  # nothing to write on this rank
@@ -330,6 +374,8 @@ def _hashing(request: AsyncRequest, folder: Path) -> AsyncRequest:
     names = [storage_key for _, storage_key, _ in buckets]
 
     def write_and_hash(*args: Any, **kwargs: Any) -> None:
+        if niceness:
+            os.nice(niceness)
         write(*args, **kwargs)
         leave_shard_hashes(folder, rank, names)
 

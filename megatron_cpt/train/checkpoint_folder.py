@@ -94,7 +94,10 @@ def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[s
 
     One process calls this, after every rank has flushed its files.
     """
-    (path / "resolved.yaml").write_text(resolved_config, encoding="utf-8")
+    write_atomically(path / "resolved.yaml", resolved_config.encode())
+    for name in ("common.pt", "metadata.json"):  # the others are flushed by those who write them
+        if (path / name).is_file():
+            sync_folder(path / name)
     shard_hashes = _take_shard_hashes(path)
     sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
     hashes = {name: _sha256(path / name) for name in _HASHED if name in sizes}
@@ -190,6 +193,16 @@ def remove_checkpoint(path: Path) -> None:
     (path / MARKER).unlink(missing_ok=True)
     sync_folder(path)
     shutil.rmtree(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Take one checkpoint out of the list at once, to be deleted; one left half deleted counts as abandoned."""
+    aside = path.with_name(f"{path.name}.partial-0")  # no start has this number
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.replace(aside)
+    sync_folder(path.parent)
+    return aside
 
 
 def format_bytes(count: int) -> str:

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,6 @@ from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FINISHED, HUNG, STOPP
 from megatron_cpt.train.checkpoint_folder import complete_checkpoints
 from megatron_cpt.train.metrics import read_metrics
 from tests.rank_pool import RankPool
-from tests.synthetic_data import random_documents, write_dataset
-from tests.synthetic_model import write_model
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    started = RankPool()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_model(folder / "model")
-    write_dataset(folder / "data", random_documents(200, 128, 1))
-    write_dataset(folder / "held_out", random_documents(20, 128, 2))
-    return folder
 
 
 class Job:
