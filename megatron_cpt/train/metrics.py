@@ -15,7 +15,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,7 +35,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, start: int, trackers: Sequence[Tracker] = ()) -> None:
         self.start = start
-        self.trackers = trackers
+        self.trackers = list(trackers)
         torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         self._file = path.open("a", encoding="utf-8")
         if torn:
@@ -44,11 +45,21 @@ class MetricsFile:
         finite = {key: _json_safe(value) for key, value in row.items()}
         self._file.write(json.dumps({**finite, "start": self.start, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
-        for track in self.trackers:
-            track(row)
+        for tracker in list(self.trackers):
+            self._copy_to(tracker, partial(tracker.write, row))
+
+    def _copy_to(self, tracker: Tracker, work: Callable[[], None]) -> None:
+        """A tracker that fails, for want of a network or of space, is dropped; the run goes on."""
+        try:
+            work()
+        except Exception as error:
+            logger.error("no more rows for %s: %s; metrics.jsonl has all of them", tracker.name, error)
+            self.trackers.remove(tracker)
 
     def close(self) -> None:
         self._file.close()
+        for tracker in list(self.trackers):
+            self._copy_to(tracker, tracker.close)
 
 
 def _json_safe(value: Any) -> Any:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.launch.run_folder import RunFolder, resolved_dict
 
-# takes one row of metrics.jsonl
-Tracker = Callable[[dict[str, Any]], None]
+
+@dataclass(frozen=True)
+class Tracker:
+    """One place that rows of metrics.jsonl go to as well."""
+
+    name: str
+    write: Callable[[dict[str, Any]], None]
+    close: Callable[[], None]  # a rank ends by os._exit: what is not written by then is lost
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -36,7 +43,7 @@ def open_trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
                 writer.add_scalar(name, value, row["consumed_tokens"])
             writer.flush()
 
-        trackers.append(to_tensorboard)
+        trackers.append(Tracker("TensorBoard", to_tensorboard, writer.close))
     if config.log.wandb_project is not None:
         import wandb
 
@@ -54,7 +61,7 @@ def open_trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
         def to_wandb(row: dict[str, Any]) -> None:
             run.log({**scalars(row), "consumed_tokens": row["consumed_tokens"]})
 
-        trackers.append(to_wandb)
+        trackers.append(Tracker("Weights & Biases", to_wandb, run.finish))
     return trackers
 
 

@@ -23,7 +23,9 @@ def make(**log: Any) -> RunConfig:
 
 def test_rows_become_scalars_by_consumed_tokens(tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 1, [lambda row: seen.append(trackers.scalars(row))])
+    closed: list[str] = []
+    copy = trackers.Tracker("copy", lambda row: seen.append(trackers.scalars(row)), lambda: closed.append("copy"))
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 1, [copy])
     metrics.write(**STEP)
     metrics.write(event="validation", name="held_out", iteration=3, consumed_tokens=300, loss=2.0, perplexity=7.4)
     metrics.write(event="saved", iteration=3, consumed_tokens=300)
@@ -32,6 +34,20 @@ def test_rows_become_scalars_by_consumed_tokens(tmp_path: Path) -> None:
         {"validation/held_out/loss": 2.0, "validation/held_out/perplexity": 7.4},
         {},
     ]
+    metrics.close()
+    assert closed == ["copy"]
+
+
+def test_a_tracker_that_fails_is_dropped_and_the_rows_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def offline(row: dict[str, Any]) -> None:
+        raise OSError("no route to host")
+
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 1, [trackers.Tracker("W", offline, lambda: None)])
+    metrics.write(**STEP)
+    metrics.write(**STEP)
+    metrics.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert caplog.text.count("no more rows for W: no route to host") == 1
 
 
 @pytest.mark.parametrize(
@@ -57,12 +73,17 @@ def test_wandb_goes_on_with_the_same_run_offline(tmp_path: Path, monkeypatch: py
         def log(self, row: dict[str, Any]) -> None:
             calls.append(row)
 
+        def finish(self) -> None:
+            calls.append("finished")
+
     fake = ModuleType("wandb")
     fake.init = lambda **kwargs: calls.append(kwargs) or Run()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (track,) = trackers.open_trackers(make(wandb_project="cpt"), RunFolder(tmp_path))
-    track(STEP)
-    started, metric, row = calls
+    (tracker,) = trackers.open_trackers(make(wandb_project="cpt"), RunFolder(tmp_path))
+    tracker.write(STEP)
+    tracker.close()
+    started, metric, row, finished = calls
+    assert finished == "finished"
     assert {"id": "t", "resume": "allow", "mode": "offline", "project": "cpt"}.items() <= started.items()
     assert metric == (("*",), {"step_metric": "consumed_tokens"})
     assert row["loss"] == 2.5 and row["consumed_tokens"] == 300
