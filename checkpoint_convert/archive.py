@@ -1,107 +1,46 @@
-"""Files of `torch.save`: find where each tensor's bytes lie without reading them, and make empty ones to fill.
+"""Archives of torch.save, read and written without torch: where a tensor's bytes lie, and the bytes around them.
 
-Such a file is an uncompressed zip: a pickle of the object, and one record per storage. It is opened under
-fake tensors, which remember the record's offset. Only an allow-list of harmless types is unpickled.
+Such a file is an uncompressed zip: a pickle of the object, one record per storage, each with a CRC-32 unless
+PyTorch was told to leave it out. A torch_dist checkpoint is made of archives of one tensor each. Importing
+torch would cost seconds and 200 MB; the tests compare with what torch itself reads and writes.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import io
 import os
 import pickle
-import tempfile
-from pathlib import Path
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import IO, Any, cast
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
+from checkpoint_convert.checkpoint import ITEM_BYTES, Record
 from megatron_cpt.errors import ConversionError
 
-# What Megatron-LM puts beside the weights, by qualified name. Stand-ins replace them, so that reading needs no
-# Megatron and runs none of its code; none of them carries weights.
-INERT_TYPES = (
-    "megatron.core.enums.ModelType",
-    "megatron.core.transformer.enums.AttnBackend",
-    "megatron.core.transformer.enums.AttnMaskType",
-    "megatron.core.transformer.enums.LayerType",
-    "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
-    "megatron.core.rerun_state_machine.RerunMode",
-    "megatron.core.rerun_state_machine.RerunState",
-    "megatron.core.rerun_state_machine.RerunDiagnostic",
-    "megatron.core.rerun_state_machine.RerunStateMachine",
-    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
-    "megatron.training.tokenizer.tokenizer._HuggingFaceTokenizer",
-    "signal.Signals",
-)
+STORAGE_TYPES = {
+    "BFloat16Storage": "bfloat16",
+    "HalfStorage": "float16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_TYPES.items()}
+ALIGNMENT = 64  # of each record, PyTorch's own
+NO_CHECKSUM = 0  # what PyTorch writes under set_crc32_options(False)
+_BIG = 0xFFFFFFFF  # zip fields of 32 bits say this when the number is in an extra field of 64
 
 
-class _Inert:
-    """Stands in for a type of INERT_TYPES: accepts any state, does nothing."""
-
-    def __init__(self, *args: object) -> None:
-        self.args = args
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-def _allow_list() -> list[Any]:
-    import numpy as np
-
-    inert: list[Any] = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in INERT_TYPES]
-    # the state of numpy's and Python's random generators
-    arrays = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), type(np.dtype(np.int64)), type(np.dtype(np.float64))]
-    rebuild = np.zeros(0).__reduce__()[0]
-    names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-    return [argparse.Namespace, *inert, *arrays, *((rebuild, name) for name in names)]
-
-
-def load_state(path: Path, *, trust_pickle: bool = False) -> dict[str, Any]:
-    """The object in a `torch.save` file with fake tensors for weights; `byte_offset` tells where they lie.
-
-    Raises ConversionError for a damaged file, and for a pickle that asks for anything off the allow-list.
-    """
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            raise ConversionError(
-                f"{path} is not a zip file of torch.save",
-                hint="damaged, or written before PyTorch 1.6: load and save it once with a current PyTorch",
-            )
-    try:
-        with FakeTensorMode(), torch.serialization.safe_globals(_allow_list()):
-            state = torch.load(path, weights_only=not trust_pickle, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{path} asks for code outside the allow-list: {_first_line(error)}",
-            hint="if you made this file yourself, or trust who did, say --trust-pickle",
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read: {_first_line(error)}", hint="the file is damaged") from error
-    if not isinstance(state, dict):
-        raise ConversionError(f"{path} holds a {type(state).__name__}, expected a dict")
-    return state
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error)
-    for line in text.splitlines():
-        if "Unsupported" in line or "GLOBAL" in line:
-            return line.strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def byte_offset(tensor: torch.Tensor, where: object) -> int:
-    """Offset in the file of the first byte of a tensor that `load_state` returned."""
-    base = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if base is None or not tensor.is_contiguous():
-        raise ConversionError(f"{where}: a tensor is not stored contiguously", hint="save it with .contiguous()")
-    return int(base) + int(tensor.storage_offset()) * tensor.element_size()
-
-
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A part of an open file as a file of its own."""
 
     def __init__(self, fd: int, offset: int, length: int) -> None:
@@ -115,6 +54,8 @@ class _Window(io.RawIOBase):
 
     def seek(self, position: int, whence: int = 0) -> int:
         self._position = position + (0, self._position, self._length)[whence]
+        if self._position < 0:
+            raise OSError("before the start")
         return self._position
 
     def tell(self) -> int:
@@ -129,83 +70,165 @@ class _Window(io.RawIOBase):
         return count
 
 
-def locate_tensor(fd: int, offset: int, length: int, where: object) -> tuple[int, tuple[int, ...], torch.dtype]:
-    """Byte offset, shape and dtype of the one tensor in a `torch.save` archive that lies within a file.
+def zip_records(file: IO[bytes]) -> dict[str, Record]:
+    """The records of an archive by name without its first folder (`data.pkl`, `data/0`); offsets in the file."""
+    records = {}
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            file.seek(info.header_offset)
+            header = file.read(30)
+            if len(header) < 30 or header[:4] != b"PK\x03\x04" or info.compress_type:
+                raise zipfile.BadZipFile(f"record {info.filename} is damaged")
+            name_bytes, extra_bytes = struct.unpack("<26x2H", header)
+            start = info.header_offset + 30 + name_bytes + extra_bytes
+            records[info.filename.partition("/")[2]] = Record(start, info.file_size, info.CRC)
+    return records
 
-    Under fake tensors; `map_location="meta"` alone would read the data.
-    """
-    window = cast(IO[bytes], _Window(fd, offset, length))
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A tensor of an archive; `offset` is where its first byte lies in the file."""
+
+    record: Record | None  # the one that holds it; None when it is planned, not read
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Unpickles one tensor to (storage key, dtype, first element, shape, strides), and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, first, shape, strides, *_: (*storage, first, tuple(shape), tuple(strides))
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in STORAGE_TYPES:
+            return STORAGE_TYPES[name]
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> tuple[str, str]:
+        _, dtype, key, *_ = pid
+        return key, dtype
+
+
+def locate_tensor(fd: int, offset: int, length: int, where: object) -> PlacedTensor:
+    """The one tensor of the archive in bytes [offset, offset + length) of a file; no weight is read."""
+    window = cast(IO[bytes], Window(fd, offset, length))
     try:
-        with FakeTensorMode():
-            tensor = torch.load(window, weights_only=True, map_location="cpu")
-    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ConversionError(
-            f"{where}: damaged chunk: {_first_line(error)}", hint="the checkpoint is corrupt"
-        ) from error
-    if not isinstance(tensor, torch.Tensor):
-        raise ConversionError(f"{where}: the chunk is not a tensor")
-    start = byte_offset(tensor, where)
-    if start + tensor.nbytes > length:
+        records = zip_records(window)
+        if "byteorder" in records and _content(fd, offset, records["byteorder"]) != b"little":
+            raise ValueError("not little-endian")
+        pickled = _content(fd, offset, records["data.pkl"])
+        if records["data.pkl"].crc not in (NO_CHECKSUM, zlib.crc32(pickled)):
+            raise ValueError("the checksum of data.pkl does not fit")
+        found = _TensorUnpickler(io.BytesIO(pickled)).load()
+        if not (isinstance(found, tuple) and len(found) == 5):
+            raise ConversionError(f"{where}: the chunk is not a tensor")
+        key, dtype, first, shape, strides = found
+        record = records[f"data/{key}"]
+        strides_wanted = _contiguous_strides(shape)
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever broken bytes do to zipfile and pickle
+        text = str(error) or type(error).__name__
+        raise ConversionError(f"{where}: damaged chunk: {text}", hint="the checkpoint is corrupt") from error
+    if any(n > 1 and a != b for n, a, b in zip(shape, strides, strides_wanted, strict=True)):
+        raise ConversionError(f"{where}: a tensor is not stored contiguously", hint="save it with .contiguous()")
+    item = ITEM_BYTES.get(dtype, 1)
+    count = functools.reduce(lambda a, b: a * b, shape, item)
+    if first * item + count > record.nbytes or record.offset + record.nbytes > length:
         raise ConversionError(f"{where}: damaged chunk: it ends too early", hint="the checkpoint is corrupt")
-    return offset + start, tuple(tensor.shape), tensor.dtype
+    record = Record(offset + record.offset, record.nbytes, record.crc)
+    return PlacedTensor(record, record.offset + first * item, shape, dtype)
 
 
-def fake_tensor(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    with FakeTensorMode():
-        return torch.empty(shape, dtype=getattr(torch, dtype))
+def _content(fd: int, offset: int, record: Record) -> bytes:
+    return os.pread(fd, record.nbytes, offset + record.offset)
 
 
-def _save_hollow(state: object, path: Path) -> None:
-    """`torch.save` an object of fake tensors: a sparse file of the full size, whose tensors are holes.
-
-    Records' checksums are left 0, as torch writes them under `set_crc32_options(False)`; it never checks them.
-    """
-    checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(state, path)
-    finally:
-        torch.serialization.set_crc32_options(checksums)
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
 
 
-def hollow_state(
-    state: dict[str, Any], file_name: str
-) -> tuple[int, list[tuple[int, bytes]], dict[tuple[str, str], int]]:
-    """Layout of `torch.save(state)` for a dict that holds dicts of fake tensors, without the tensors' bytes.
-
-    Returns the file's size, its other bytes as (offset, bytes), and the offset of each tensor by its two keys.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / file_name
-        _save_hollow(state, path)
-        offsets, holes = {}, []
-        for outer, inner in load_state(path).items():
-            if isinstance(inner, dict):
-                for name, tensor in inner.items():
-                    if isinstance(tensor, torch.Tensor):
-                        offsets[outer, name] = byte_offset(tensor, name)
-                        holes.append((offsets[outer, name], tensor.nbytes))
-        size, skeleton, end = path.stat().st_size, [], 0
-        with path.open("rb") as file:
-            for start, count in [*sorted(holes), (size, 0)]:
-                file.seek(end)
-                skeleton.append((end, file.read(start - end)))
-                end = start + count
-        return size, skeleton, offsets
+# ---------------------------------------------------------------- writing
 
 
 @functools.cache
 def hollow_tensor(shape: tuple[int, ...], dtype: str) -> tuple[bytes, int, bytes]:
-    """`torch.save` archive of one tensor as (bytes before its data, bytes of data, bytes after)."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "archive.pt"
-        _save_hollow(fake_tensor(shape, dtype), path)
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            size = os.fstat(fd).st_size
-            start, _, torch_dtype = locate_tensor(fd, 0, size, "a new chunk")
-            count = torch.Size(shape).numel() * torch_dtype.itemsize
-            return os.pread(fd, start, 0), count, os.pread(fd, size - start - count, start + count)
-        finally:
-            os.close(fd)
+    """`torch.save` archive of one tensor as (bytes before its data, bytes of data, bytes after); no checksum."""
+    numel = functools.reduce(lambda a, b: a * b, shape, 1)
+    pickled = (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(("
+        + _pickled("storage")
+        + f"ctorch\n{STORAGE_NAMES[dtype]}\n".encode()
+        + b"".join(_pickled(value) for value in ("0", "cpu", numel))
+        + b"tQK\x00"
+        + _pickled(shape)
+        + _pickled(_contiguous_strides(shape))
+        + b"\x89ccollections\nOrderedDict\n)RtR."
+    )
+    before, count, after = _zip([*_head(pickled), ("data/0", numel * ITEM_BYTES[dtype]), *_TAIL])
+    assert isinstance(before, bytes) and isinstance(count, int) and isinstance(after, bytes)
+    return before, count, after
+
+
+def saved_object(value: object) -> bytes:
+    """What `torch.save` writes for an object without tensors."""
+    (data,) = _zip([*_head(pickle.dumps(value, protocol=2)), *_TAIL])
+    assert isinstance(data, bytes)
+    return data
+
+
+def _pickled(value: object) -> bytes:
+    """The opcodes that push a number, a string or a tuple of numbers, without memo."""
+    if isinstance(value, tuple):
+        return b"(" + b"".join(_pickled(item) for item in value) + b"t"
+    if isinstance(value, str):
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+_RecordData = tuple[str, bytes | int]  # a number stands for so many bytes to be filled in
+_TAIL: list[_RecordData] = [("version", b"3\n"), (".data/serialization_id", b"0" * 40)]
+
+
+def _head(pickled: bytes) -> list[_RecordData]:
+    marks: list[_RecordData] = [(".format_version", b"1"), (".storage_alignment", str(ALIGNMENT).encode())]
+    return [("data.pkl", pickled), *marks, ("byteorder", b"little")]
+
+
+def _zip(records: Sequence[_RecordData]) -> list[bytes | int]:
+    """An uncompressed zip in pieces: bytes, and lengths of what is filled in later."""
+    pieces: list[bytes | int] = []
+    before, position, central = b"", 0, b""
+    for name, data in records:
+        size, crc = (data, NO_CHECKSUM) if isinstance(data, int) else (len(data), zlib.crc32(data))
+        path = b"archive/" + name.encode()
+        sizes = struct.pack("<2Q", size, size) if size >= _BIG else b""
+        extra = struct.pack("<2H", 1, len(sizes)) + sizes if sizes else b""
+        padding = -(position + 30 + len(path) + len(extra) + 4) % ALIGNMENT
+        extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        fixed = struct.pack("<5H3L", 45, 0x800, 0, 0, 0, crc, min(size, _BIG), min(size, _BIG))
+        header = b"PK\x03\x04" + fixed + struct.pack("<2H", len(path), len(extra)) + path + extra
+        far = sizes + (struct.pack("<Q", position) if position >= _BIG else b"")
+        far = struct.pack("<2H", 1, len(far)) + far if far else b""
+        rest = struct.pack("<5H2L", len(path), len(far), 0, 0, 0, 0, min(position, _BIG))
+        central += b"PK\x01\x02" + struct.pack("<H", 45) + fixed + rest + path + far
+        before += header + (b"" if isinstance(data, int) else data)
+        if isinstance(data, int):
+            pieces += [before, data]
+            before = b""
+        position += len(header) + size
+    count, large = len(records), b""
+    if position >= _BIG:
+        large = b"PK\x06\x06" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, len(central), position)
+        large += b"PK\x06\x07" + struct.pack("<LQL", 0, position + len(central), 1)
+    end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, count, count, len(central), min(position, _BIG), 0)
+    return [*pieces, before + central + large + end]

@@ -31,6 +31,19 @@ class MismatchError(ConversionError):
     exit_code = 1
 
 
+@dataclass(frozen=True)
+class Record:
+    """Bytes of a torch.save archive that one checksum covers; `crc` is 0 where it was not computed."""
+
+    offset: int
+    nbytes: int
+    crc: int
+
+    @property
+    def has_checksum(self) -> bool:
+        return self.crc != 0 or self.nbytes == 0
+
+
 @dataclass(frozen=True, order=True)
 class Extent:
     """Rows `row`..., columns `column`... of a tensor lie in `path` from byte `offset` on, without gaps."""
@@ -41,6 +54,7 @@ class Extent:
     columns: int
     path: Path
     offset: int
+    record: Record | None = field(default=None, compare=False, repr=False)  # of the archive around it
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,11 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return self.rows * self.row_bytes
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether the file stores a checksum of every byte of the tensor."""
+        return all(e.record is not None and e.record.has_checksum for e in self.extents)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import megatron_cpt
 from checkpoint_convert.checkpoint import Checkpoint, Extent, Format, MismatchError, StoredTensor, Weights
 from checkpoint_convert.hf import plan_hf, read_hf
 from checkpoint_convert.legacy import read_legacy
-from checkpoint_convert.legacy_writer import plan_legacy
 from checkpoint_convert.partial import PartialFolder, partial_path
 from checkpoint_convert.progress import Progress
 from checkpoint_convert.rows import Files
@@ -68,6 +67,8 @@ def plan(source: Checkpoint, folder: Path, options: Options) -> Target:
             raise ConversionError("torch_dist has no --vpp", hint="it loads under any pipeline layout; leave it out")
         limit = options.max_shard_bytes
         return plan_torch_dist(folder, source.arch, dtypes, limit, options.tp, options.pp, iteration)
+    from checkpoint_convert.legacy_writer import plan_legacy  # torch, which the other formats do without
+
     return plan_legacy(
         folder,
         source.arch,
@@ -93,13 +94,14 @@ def convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]
         _check_space(target, partial.path)
         target.allocate()
         records, resumed = _stream(source, target, partial, old, options)
-        _check_against_receipt(source, records)
+        known = _check_against_receipt(source, records)
         _check_values(records, options)
         side_files = _write_small_files(source, target, options)
         _check_readable(source.arch, target, options)
         if options.read_back:
             _read_back(target, records, options.workers)
         receipt = _receipt(source, final, target, records, options, started)
+        receipt["source"]["integrity"] = _integrity(source, known)
         receipt["side_files"] = side_files
         receipt["resumed_tensors"] = resumed
         (partial.path / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
@@ -179,19 +181,33 @@ def _prove(copier: Copier, target: Target, records: dict[str, TensorRecord], wor
     return {name: records[name] for name, sha in zip(names, hashes, strict=True) if sha == records[name].target_sha256}
 
 
-def _check_against_receipt(source: Checkpoint, records: dict[str, TensorRecord]) -> None:
-    """A source that we wrote must still hold what its receipt says; a flipped bit shows nowhere else."""
+def _check_against_receipt(source: Checkpoint, records: dict[str, TensorRecord]) -> bool:
+    """A source that we wrote must still hold what its receipt says. Whether there is such a receipt."""
     path = (source.path.parent if source.format == "legacy" else source.path) / RECEIPT
     if not path.is_file():
-        return
-    receipt = json.loads(path.read_text(encoding="utf-8"))
-    known = {tensor["name"]: tensor["target_sha256"] for tensor in receipt["tensors"]}
+        return False
+    try:
+        receipt = json.loads(path.read_text(encoding="utf-8"))
+        ours = receipt["target"]["format"] == source.format
+        known = {tensor["name"]: tensor["target_sha256"] for tensor in receipt["tensors"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{path} is not a receipt: {error}", hint="damaged? delete it to do without") from error
     wrong = [name for name, record in records.items() if known.get(name, record.sha256) != record.sha256]
-    if receipt["target"]["format"] == source.format and wrong:
+    if ours and wrong:
         raise MismatchError(
             f"{source.path}: {len(wrong)} tensors are not what {path} says, e.g. {wrong[0]}",
             hint=f"the files are damaged; if you changed them on purpose, delete {path}",
         )
+    return bool(ours) and known.keys() == records.keys()
+
+
+def _integrity(source: Checkpoint, receipt: bool) -> str:
+    """By what the source's bytes were found to be those that were saved."""
+    if receipt:
+        return f"sha256 of {RECEIPT}"
+    tensors = source.weights.tensors.values()
+    checked = sum(tensor.has_checksum for tensor in tensors)
+    return f"crc32 of {checked} of {len(tensors)} tensors" if checked else "not checked: the files hold no checksum"
 
 
 def _check_values(records: dict[str, TensorRecord], options: Options) -> None:

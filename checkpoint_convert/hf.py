@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.archive import byte_offset, load_state
 from checkpoint_convert.checkpoint import (
     ITEM_BYTES,
     Extent,
     MismatchError,
+    Record,
     StoredTensor,
     Weights,
     check_dtype,
@@ -109,8 +109,10 @@ def _read_index(path: Path) -> dict[str, str]:
     return where
 
 
-def _whole(name: str, shape: tuple[int, ...], dtype: str, path: Path, offset: int) -> StoredTensor:
-    return StoredTensor(name, shape, dtype, (Extent(0, 0, shape[0], math.prod(shape[1:]), path, offset),))
+def _whole(
+    name: str, shape: tuple[int, ...], dtype: str, path: Path, offset: int, record: Record | None = None
+) -> StoredTensor:
+    return StoredTensor(name, shape, dtype, (Extent(0, 0, shape[0], math.prod(shape[1:]), path, offset, record),))
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -142,10 +144,15 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_bin(path: Path, trust_pickle: bool) -> dict[str, StoredTensor]:
-    tensors = {}
-    for name, tensor in load_state(path, trust_pickle=trust_pickle).items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors[name] = _whole(name, tuple(tensor.shape) or (1,), dtype, path, byte_offset(tensor, f"{path}: {name}"))
+    from checkpoint_convert.state_file import Records, load_state  # torch, which no other format of this module needs
+
+    state = load_state(path, trust_pickle=trust_pickle)
+    tensors, records = {}, Records(path)
+    for name, tensor in state.items():
+        if not hasattr(tensor, "untyped_storage"):
+            raise MismatchError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
+        found = records.place(tensor, f"{path}: {name}")
+        tensors[name] = _whole(name, found.shape or (1,), found.dtype, path, found.offset, found.record)
     return tensors
 
 

@@ -11,12 +11,11 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from checkpoint_convert.archive import byte_offset, load_state
+from checkpoint_convert.archive import PlacedTensor
 from checkpoint_convert.checkpoint import (
+    ITEM_BYTES,
     Extent,
     MismatchError,
     StoredTensor,
@@ -29,6 +28,9 @@ from checkpoint_convert.checkpoint import (
 from checkpoint_convert.mapping import LAYER_PREFIX, LOCAL_TO_TE, Mapping, hf_shapes, mapping, segments, slice_shape
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.errors import ConversionError
+
+if TYPE_CHECKING:  # other formats do without torch
+    import torch
 
 FILE = "model_optim_rng.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -48,9 +50,15 @@ class RankSlice:
     """A tensor parallel rank's part of a Megatron tensor in its file."""
 
     path: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str
+    placed: PlacedTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.placed.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.placed.dtype
 
 
 Slices = dict[str, dict[int, RankSlice]]  # global Megatron name -> tensor parallel rank -> slice
@@ -105,17 +113,19 @@ def _read_ranks(
     ranks: dict[tuple[int, int], Path], arch: Architecture, trust: bool
 ) -> tuple[Slices, dict[int, RankSlice], Counter[str]]:
     """All slices under global names, the last stage's copy of a tied embedding, and what was left out."""
+    from checkpoint_convert.state_file import Records, load_state
+
     slices: Slices = defaultdict(dict)
     tied_output: dict[int, RankSlice] = {}
     ignored: Counter[str] = Counter()
     states = {rank: _chunks(path, load_state(path, trust_pickle=trust), ignored) for rank, path in ranks.items()}
     first_layer = _first_layers({rank: chunks for rank, chunks in states.items() if rank[0] == 0})
     for (t, p), chunks in states.items():
+        records = Records(ranks[t, p])
         for v, chunk in enumerate(chunks):
             for name, tensor in chunk.items():
                 where = f"{ranks[t, p]}: {name}"
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                found = RankSlice(ranks[t, p], byte_offset(tensor, where), tuple(tensor.shape), dtype)
+                found = RankSlice(ranks[t, p], records.place(tensor, where))
                 key = _global_name(name, first_layer[v, p])
                 place = tied_output if key == OUTPUT and arch.tie_word_embeddings else slices[key]
                 if t in place:
@@ -126,6 +136,8 @@ def _read_ranks(
 
 def _chunks(path: Path, state: dict[str, Any], ignored: Counter[str]) -> list[dict[str, torch.Tensor]]:
     """The tensors of each virtual pipeline chunk of a rank's file."""
+    import torch
+
     names = sorted((key for key in state if re.fullmatch(r"model\d*", key)), key=lambda key: int(key[5:] or 0))
     if not names:
         raise ConversionError(f"{path} has no `model`", hint="the distributed optimizer's own file? point at the rank")
@@ -201,9 +213,10 @@ def slice_extents(
     m: Mapping, arch: Architecture, tp: int, rank: int, padded: int, shape: tuple[int, ...], part: RankSlice
 ) -> dict[str, list[Extent]]:
     width = shape[1] if len(shape) > 1 else 1
-    row_bytes = width * int(getattr(torch, part.dtype).itemsize)
+    row_bytes = width * ITEM_BYTES[part.dtype]
     extents: dict[str, list[Extent]] = {name: [] for name in m.hf}
     for s in segments(m, arch, tp, rank, padded):
-        offset = part.offset + s.row * row_bytes
-        extents[s.hf_name].append(Extent(s.hf_row, s.columns.start or 0, s.rows, width, part.path, offset))
+        offset = part.placed.offset + s.row * row_bytes
+        column, record = s.columns.start or 0, part.placed.record
+        extents[s.hf_name].append(Extent(s.hf_row, column, s.rows, width, part.path, offset, record))
     return extents

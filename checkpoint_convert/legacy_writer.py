@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from checkpoint_convert.archive import fake_tensor, hollow_state
+from checkpoint_convert.archive import PlacedTensor
 from checkpoint_convert.checkpoint import Extent, StoredTensor
 from checkpoint_convert.legacy import EMBEDDING, FILE, OUTPUT, TRACKER, RankSlice, rank_folder, slice_extents
 from checkpoint_convert.mapping import LAYER_PREFIX, LOCAL_TO_TE, Mapping, hf_shapes, mapping, slice_shape
 from checkpoint_convert.megatron_args import megatron_args, tensor_dtype
+from checkpoint_convert.state_file import fake_tensor, hollow_state
 from checkpoint_convert.target import Target
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.errors import ConversionError
@@ -55,7 +56,8 @@ def plan_legacy(
                 for local, m in maps.items():
                     shape = slice_shape(m, arch, tp, padded)
                     offset = offsets[name, _local_name(local, local_names)]
-                    part = RankSlice(path, offset, shape, tensor_dtype(m, dtypes))
+                    dtype = tensor_dtype(m, dtypes)
+                    part = RankSlice(path, PlacedTensor(None, offset, shape, dtype))
                     for hf_name, extents in slice_extents(m, arch, tp, t, padded, shape, part).items():
                         places[hf_name] += extents
     for m in mapping(arch):

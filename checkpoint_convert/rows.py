@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from checkpoint_convert.checkpoint import ITEM_BYTES, Extent, StoredTensor
+from checkpoint_convert.checkpoint import ITEM_BYTES, Extent, Record, StoredTensor
 from megatron_cpt.errors import ConversionError
+
+CHECK_BYTES = 4 * 2**20
 
 Bytes = npt.NDArray[np.uint8]  # (rows, bytes of one row)
 
@@ -26,6 +29,8 @@ class Files:
         self._flags = os.O_RDWR if write else os.O_RDONLY
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._checks: dict[tuple[Path, Record], threading.Lock] = {}
+        self._checked: set[tuple[Path, Record]] = set()
 
     def __enter__(self) -> Files:
         return self
@@ -42,6 +47,35 @@ class Files:
             if path not in self._fds:
                 self._fds[path] = os.open(path, self._flags)
             return self._fds[path]
+
+    def check(self, tensor: StoredTensor) -> None:
+        """Compare the archive records that hold the tensor with their checksums, each record once.
+
+        ConversionError names file, tensor and byte. What was read here comes from memory when it is copied next.
+        """
+        for extent in tensor.extents:
+            if extent.record is None or not extent.record.has_checksum:
+                continue
+            key = (extent.path, extent.record)
+            with self._lock:
+                lock = self._checks.setdefault(key, threading.Lock())
+            with lock:
+                if key not in self._checked:
+                    self._check(extent.path, extent.record, tensor.name)
+                    self._checked.add(key)
+
+    def _check(self, path: Path, record: Record, name: str) -> None:
+        buffer, crc = np.empty(min(CHECK_BYTES, record.nbytes), np.uint8), 0
+        for start in range(0, record.nbytes, CHECK_BYTES):
+            part = buffer[: record.nbytes - start]
+            _read(self.fd(path), part, record.offset + start, path)
+            crc = zlib.crc32(part.data, crc)
+        if crc != record.crc:
+            raise ConversionError(
+                f"{path}: the checksum of bytes {record.offset} to {record.offset + record.nbytes} does not fit: "
+                f"{name} is damaged",
+                hint="copy the checkpoint again from where it was saved; the disk may be failing",
+            )
 
     def fsync(self) -> None:
         for fd in self._fds.values():

@@ -9,14 +9,12 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import hashlib
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from checkpoint_convert.checkpoint import ITEM_BYTES, MismatchError, StoredTensor
 from checkpoint_convert.rows import Bytes, Files, read_rows, write_rows
@@ -24,6 +22,13 @@ from megatron_cpt.errors import ConversionError
 
 BLOCK_BYTES = 16 * 2**20
 NEAR_ZERO = 1e-12  # a row whose largest magnitude is below this was never trained, or lost
+
+# the bits of infinity and of NEAR_ZERO (below what float16 can hold)
+_LIMITS = {
+    "float32": (0x7F800000, int(np.float32(NEAR_ZERO).view(np.int32))),
+    "bfloat16": (0x7F80, int(np.float32(NEAR_ZERO).view(np.int32)) >> 16),
+    "float16": (0x7C00, 0),
+}
 
 Advance = Callable[[int], None]  # called with the bytes done since the last call
 
@@ -65,6 +70,7 @@ class Copier:
 
     def blocks(self, tensor: StoredTensor) -> Iterator[tuple[int, Bytes]]:
         """(first row, rows as bytes) over the whole tensor; the bytes are valid until the next step."""
+        self._source.check(tensor)
         step = max(1, BLOCK_BYTES // tensor.row_bytes)
         buffer = self._buffer(min(step, tensor.rows) * tensor.row_bytes)
         for start in range(0, tensor.rows, step):
@@ -109,6 +115,8 @@ class Copier:
 
 
 def _cast(block: Bytes, source: StoredTensor, target: StoredTensor) -> Bytes:
+    import torch
+
     values = torch.from_numpy(block).view(getattr(torch, source.dtype))
     cast: Bytes = values.to(getattr(torch, target.dtype)).view(torch.uint8).numpy()
     return cast
@@ -126,8 +134,7 @@ def inspect_rows(block: Bytes, dtype: str, *, vector: bool) -> tuple[int, int]:
     positive = rows.view(signed).max(axis=1).astype(np.int64)
     negative = rows.view(unsigned).max(axis=1).astype(np.int64) - (1 << (bits - 1))
     magnitude = np.maximum(positive, negative)  # a sign that does not occur gives a negative number
-    limits = torch.tensor([math.inf, NEAR_ZERO], dtype=getattr(torch, dtype)).view(getattr(torch, f"int{bits}"))
-    infinity, smallest = (int(limit) for limit in limits)
+    infinity, smallest = _LIMITS[dtype]
     return int((magnitude <= max(smallest - 1, 0)).sum()), int((magnitude >= infinity).sum())
 
 

@@ -9,19 +9,17 @@ is left out and counted.
 
 from __future__ import annotations
 
+import math
 import os
-import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
 from checkpoint_convert.archive import locate_tensor
 from checkpoint_convert.checkpoint import (
+    ITEM_BYTES,
     Extent,
     MismatchError,
     StoredTensor,
@@ -30,6 +28,7 @@ from checkpoint_convert.checkpoint import (
     check_dtype,
     check_names,
 )
+from checkpoint_convert.index import ChunkStorageMetadata, Metadata, TensorStorageMetadata, read_index
 from checkpoint_convert.mapping import LAYER_PREFIX, Mapping, hf_shapes, mapping, segments
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.errors import ConversionError
@@ -47,69 +46,10 @@ NOT_WEIGHTS = {
 }
 EXTRA_STATE = "._extra_state"  # TransformerEngine's fp8 scales; empty for bf16 weights
 
-# Module -> names that the pickled index may ask for. Whole names only: a pickle may also ask for `os.system` of a
-# module that happens to import `os`.
-INDEX_TYPES = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-    "torch.serialization": {"_get_layout"},
-    "pathlib": {"Path", "PosixPath"},
-    "collections": {"OrderedDict"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles a checkpoint's index and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "megatron.core.dist_checkpointing.strategies.torch":
-            return type(name, (), {})  # how tensors were flattened; never true of weights
-        value = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)) or value is torch.Size:
-            return value
-        if name in INDEX_TYPES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def read_metadata(path: Path) -> Metadata:
-    try:
-        with (path / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        raise ConversionError(f"{path}/.metadata asks for a type outside the allow-list: {error}") from error
-    except (EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
-        raise ConversionError(f"{path}/.metadata is damaged: {error}", hint="the save was not finished") from error
-    if not isinstance(metadata, Metadata):
-        raise ConversionError(f"{path}/.metadata is not the index of a torch_dist checkpoint")
-    return metadata
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Part of one Megatron tensor (of one layer): rows and columns, and where its first byte lies."""
-
-    row: int
-    column: int
-    rows: int
-    columns: int
-    path: Path
-    offset: int
-
 
 def read_torch_dist(path: Path, arch: Architecture) -> Weights:
     """Index the model's weights; MismatchError for missing or unknown keys, wrong shapes and holes."""
-    metadata = read_metadata(path)
+    metadata = read_index(path)
     weights, ignored = _sort_keys(metadata, path)
     wanted = {m.megatron: m for m in mapping(arch)}
     stacked = any(key.startswith(LAYER_PREFIX) and not key.split(".")[2].isdigit() for key in weights)
@@ -124,8 +64,8 @@ def read_torch_dist(path: Path, arch: Architecture) -> Weights:
         for m in wanted.values():
             entry, name = weights[_key(m, stacked)]
             padding = max(padding, _check_size(m, entry, stacked, arch, path))
+            dtype = check_dtype(m.megatron, entry.properties.dtype, path)
             chunks = locator.chunks(name, entry, m.layer if stacked else None)
-            dtype = check_dtype(m.megatron, str(entry.properties.dtype).removeprefix("torch."), path)
             for tensor in _hf_tensors(
                 m, arch, chunks, dtype, int(entry.size[1 if stacked and m.layer is not None else 0])
             ):
@@ -182,7 +122,7 @@ class _Locator:
         self._path, self._metadata = path, metadata
         self._fds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
-        self._by_layer: dict[str, dict[int, list[Any]]] = {}
+        self._by_layer: dict[str, dict[int, list[Extent]]] = {}
         self._storage: dict[tuple[str, tuple[int, ...]], Any] = {
             (index.fqn, tuple(index.offset)): info
             for index, info in metadata.storage_data.items()
@@ -207,7 +147,8 @@ class _Locator:
             self._sizes[name] = file.stat().st_size
         return self._fds[name], self._sizes[name]
 
-    def _locate(self, key: str, entry: TensorStorageMetadata, chunk: Any) -> tuple[Path, int]:
+    def _locate(self, key: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> Extent:
+        """The chunk as rows and columns of its tensor; of the first layer of the chunk where layers are stacked."""
         info = self._storage.get((key, tuple(chunk.offsets)))
         where = f"{self._path}: {key} at {tuple(chunk.offsets)}"
         if info is None:
@@ -217,49 +158,49 @@ class _Locator:
         fd, size = self._open(info.relative_path)
         if info.offset + info.length > size:
             raise ConversionError(f"{where}: {info.relative_path} ends too early", hint="the file is truncated")
-        offset, shape, dtype = locate_tensor(fd, info.offset, info.length, where)
-        if shape != tuple(chunk.sizes) or dtype != entry.properties.dtype:
-            raise ConversionError(f"{where}: the stored chunk is {shape} {dtype}, the index says {tuple(chunk.sizes)}")
-        return self._path / info.relative_path, offset
+        found = locate_tensor(fd, info.offset, info.length, f"{where}, byte {info.offset} of {info.relative_path}")
+        if found.shape != tuple(chunk.sizes) or found.dtype != entry.properties.dtype:
+            wanted = f"{tuple(chunk.sizes)} {entry.properties.dtype}"
+            raise ConversionError(f"{where}: the stored chunk is {found.shape} {found.dtype}, the index says {wanted}")
+        rest = len(chunk.sizes) - (1 if self._stacked(key) else 0)
+        offsets, sizes = (tuple(numbers)[-rest:] for numbers in (chunk.offsets, chunk.sizes))
+        column, columns = (offsets[1], sizes[1]) if len(sizes) > 1 else (0, 1)
+        path = self._path / info.relative_path
+        return Extent(offsets[0], column, sizes[0], columns, path, found.offset, found.record)
 
-    def chunks(self, key: str, entry: TensorStorageMetadata, layer: int | None) -> Iterator[_Chunk]:
+    def _stacked(self, key: str) -> bool:
+        _, inside, rest = key.partition(LAYER_PREFIX)
+        return bool(inside) and not rest.split(".")[0].isdigit()
+
+    def chunks(self, key: str, entry: TensorStorageMetadata, layer: int | None) -> Iterator[Extent]:
         """The chunks of a tensor; of one layer when the key stacks all layers (`layer` given)."""
         if layer is None:
             for chunk in entry.chunks:
-                path, offset = self._locate(key, entry, chunk)
-                yield _as_matrix(tuple(chunk.offsets), tuple(chunk.sizes), path, offset)
+                yield self._locate(key, entry, chunk)
             return
         if key not in self._by_layer:
             by_layer = self._by_layer[key] = defaultdict(list)
             for chunk in entry.chunks:
-                placed = (chunk, *self._locate(key, entry, chunk))
-                for i in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
-                    by_layer[i].append(placed)
-        for chunk, path, offset in self._by_layer[key][layer]:
-            sizes = tuple(chunk.sizes)[1:]
-            layer_bytes = torch.Size(sizes).numel() * entry.properties.dtype.itemsize
-            start = offset + (layer - chunk.offsets[0]) * layer_bytes
-            yield _as_matrix(tuple(chunk.offsets)[1:], sizes, path, start)
-
-
-def _as_matrix(offsets: tuple[int, ...], sizes: tuple[int, ...], path: Path, offset: int) -> _Chunk:
-    column, columns = (offsets[1], sizes[1]) if len(sizes) > 1 else (0, 1)
-    return _Chunk(offsets[0], column, sizes[0], columns, path, offset)
+                extent = self._locate(key, entry, chunk)
+                layer_bytes = math.prod(chunk.sizes[1:]) * ITEM_BYTES[entry.properties.dtype]
+                for i in range(chunk.sizes[0]):
+                    placed = replace(extent, offset=extent.offset + i * layer_bytes)
+                    by_layer[chunk.offsets[0] + i].append(placed)
+        yield from self._by_layer[key][layer]
 
 
 def _hf_tensors(
-    m: Mapping, arch: Architecture, chunks: Iterator[_Chunk], dtype: str, rows: int
+    m: Mapping, arch: Architecture, chunks: Iterator[Extent], dtype: str, rows: int
 ) -> Iterator[StoredTensor]:
     """The Hugging Face tensors within one global Megatron tensor of `rows` rows, as extents."""
-    item = getattr(torch, dtype).itemsize
     placed = list(chunks)
     extents: dict[str, list[Extent]] = {name: [] for name in m.hf}
     for s in segments(m, arch, padded_vocab=rows):
         for c in placed:
             low, high = max(s.row, c.row), min(s.row + s.rows, c.row + c.rows)
             if low < high:
-                start = c.offset + (low - c.row) * c.columns * item
-                hf_row = s.hf_row + low - s.row
-                extents[s.hf_name].append(Extent(hf_row, c.column, high - low, c.columns, c.path, start))
+                start = c.offset + (low - c.row) * c.columns * ITEM_BYTES[dtype]
+                part = replace(c, row=s.hf_row + low - s.row, rows=high - low, offset=start)
+                extents[s.hf_name].append(part)
     for name, shape in hf_shapes(m, arch).items():
         yield StoredTensor(name, shape, dtype, tuple(extents[name]))

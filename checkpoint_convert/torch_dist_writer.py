@@ -6,27 +6,25 @@ other layout still loads. Layers are stacked, Megatron-Core's default.
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
+from checkpoint_convert.archive import ALIGNMENT, hollow_tensor, saved_object
+from checkpoint_convert.checkpoint import ITEM_BYTES, Extent, MismatchError, StoredTensor
+from checkpoint_convert.index import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    Size,
+    StorageInfo,
     TensorProperties,
     TensorStorageMetadata,
+    index_bytes,
 )
-
-from checkpoint_convert.archive import hollow_tensor
-from checkpoint_convert.checkpoint import ITEM_BYTES, Extent, MismatchError, StoredTensor
 from checkpoint_convert.mapping import LAYER_PREFIX, Mapping, Segment, hf_shapes, mapping, segments, slice_shape
 from checkpoint_convert.megatron_args import megatron_args, tensor_dtype
 from checkpoint_convert.target import Target
@@ -40,7 +38,6 @@ EXTRA_STATE_MODULES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def plan_torch_dist(
         before, count, after = hollow_tensor(part.shape, part.dtype)
         path, start = cursor.take(len(before) + count + len(after))
         target.skeleton += [(path, start, before), (path, start + len(before) + count, after)]
-        _index(metadata, part, _StorageInfo(path.name, start, len(before) + count + len(after)))
+        _index(metadata, part, StorageInfo(path.name, start, len(before) + count + len(after)))
         for s in part.segments:
             width = part.shape[-1] if len(part.shape) - part.key.startswith(LAYER_PREFIX) > 1 else 1
             data = start + len(before) + s.row * width * ITEM_BYTES[part.dtype]
@@ -77,7 +74,7 @@ def plan_torch_dist(
         path, start = cursor.take(len(blob))
         target.skeleton.append((path, start, blob))
         metadata.state_dict_metadata[key] = BytesStorageMetadata()
-        metadata.storage_data[MetadataIndex(key)] = _StorageInfo(path.name, start, len(blob))
+        metadata.storage_data[MetadataIndex(key)] = StorageInfo(path.name, start, len(blob))
     metadata.planner_data = {key: (key,) for key in metadata.state_dict_metadata}
     for path, size in cursor.sizes.items():
         target.add_file(path, size)
@@ -134,36 +131,32 @@ def _boxes(
     yield tuple(offset), shape, tuple(found)
 
 
-def _index(metadata: Metadata, part: _Part, info: _StorageInfo) -> None:
+def _index(metadata: Metadata, part: _Part, info: StorageInfo) -> None:
     """Enter a chunk into the index."""
     entry = metadata.state_dict_metadata.get(part.key)
     if entry is None:
-        properties = TensorProperties(dtype=getattr(torch, part.dtype))
-        entry = TensorStorageMetadata(properties, torch.Size(part.global_shape), [])
+        entry = TensorStorageMetadata(TensorProperties(part.dtype), Size(part.global_shape), [])
         metadata.state_dict_metadata[part.key] = entry
     assert isinstance(entry, TensorStorageMetadata)
-    if entry.properties.dtype != getattr(torch, part.dtype):
+    if entry.properties.dtype != part.dtype:
         raise MismatchError(f"{part.key}: layers have different dtypes and cannot be stacked", hint="give --dtype")
-    offset = torch.Size(part.offset)
+    offset = Size(part.offset)
     metadata.storage_data[MetadataIndex(part.key, offset, len(entry.chunks))] = info
-    entry.chunks.append(ChunkStorageMetadata(offset, torch.Size(part.shape)))
+    entry.chunks.append(ChunkStorageMetadata(offset, Size(part.shape)))
 
 
 def _extra_states(arch: Architecture) -> Iterator[tuple[str, bytes]]:
-    buffer = io.BytesIO()
-    torch.save([None], buffer)
+    empty = saved_object([None])
     for module in EXTRA_STATE_MODULES:
         for layer in range(arch.num_layers):
-            yield f"{LAYER_PREFIX}{module}._extra_state/shard_{layer}_{arch.num_layers}", buffer.getvalue()
+            yield f"{LAYER_PREFIX}{module}._extra_state/shard_{layer}_{arch.num_layers}", empty
 
 
 def _small_files(
     folder: Path, arch: Architecture, metadata: Metadata, dtypes: dict[str, str], tp: int, pp: int, iteration: int
 ) -> dict[Path, bytes]:
-    common = io.BytesIO()
     args = megatron_args(arch, dtypes, tp, pp, None, iteration)
     state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
-    torch.save(state, common)
     formats = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,
@@ -171,7 +164,7 @@ def _small_files(
         "common_backend_version": 1,
     }
     return {
-        folder / "common.pt": common.getvalue(),
+        folder / "common.pt": saved_object(state),
         folder / "metadata.json": json.dumps(formats).encode(),
-        folder / ".metadata": pickle.dumps(metadata),
+        folder / ".metadata": index_bytes(metadata),
     }

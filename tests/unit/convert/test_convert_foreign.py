@@ -18,9 +18,9 @@ from tiny_checkpoints import assert_same_weights, hf_tensors, write_hf
 from checkpoint_convert.checkpoint import MismatchError
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.families import read_architecture
+from checkpoint_convert.index import TensorStorageMetadata, index_bytes, read_index
 from checkpoint_convert.mapping import LAYER_PREFIX, LOCAL_TO_TE, mapping, segments, slice_shape
 from checkpoint_convert.sources import open_checkpoint
-from checkpoint_convert.torch_dist import read_metadata
 from megatron_cpt.errors import ConversionError
 
 
@@ -78,10 +78,12 @@ def test_holes_and_overlaps_are_found(tmp_path: Path, damage: str) -> None:
     """PyTorch and Megatron-Core load such a checkpoint without a word."""
     hf = write_hf(tmp_path / "hf")
     convert(open_checkpoint(hf), tmp_path / "ckpt", Options(to="torch_dist", tp=2))
-    metadata = read_metadata(tmp_path / "ckpt")
-    chunks = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks
+    metadata = read_index(tmp_path / "ckpt")
+    entry = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
+    assert isinstance(entry, TensorStorageMetadata)
+    chunks = entry.chunks
     chunks.pop(3) if damage == "hole" else chunks.append(chunks[3])
-    (tmp_path / "ckpt" / ".metadata").write_bytes(pickle.dumps(metadata))
+    (tmp_path / "ckpt" / ".metadata").write_bytes(index_bytes(metadata))
     with pytest.raises(MismatchError, match="elements" if damage == "hole" else "overlap"):
         open_checkpoint(tmp_path / "ckpt")
 
