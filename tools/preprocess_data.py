@@ -3,11 +3,15 @@
     python tools/preprocess_data.py --input a.jsonl --output-prefix out/a --tokenizer-type HuggingFaceTokenizer \
         --tokenizer-model MODEL_DIR --append-eod --workers 8        ->  out/a_text_document.bin/.idx
 
-As Megatron-LM does: one dataset per JSON key, special tokens spelled in the text become ids, empty documents
-are kept. Unlike it: any unreadable line fails the run unless --max-reject-ratio allows it.
+As Megatron-LM (core_v0.16.1) does: one dataset per JSON key; special tokens spelled in the text become ids, but not by
+the SentencePiece types; empty documents are kept; the end of a document is the tokenizer's own eos_token, even one that
+ends a chat turn; the tokenizer's beginning-of-sequence token is added only with --tokenizer-hf-include-special-tokens
+or --legacy-tokenizer. Unlike it: any unreadable line fails the run unless --max-reject-ratio allows it.
 """
 
 from __future__ import annotations
+
+import logging
 
 import click
 
@@ -16,6 +20,11 @@ from megatron_cpt.commands.preprocess import outcome_text
 from megatron_cpt.corpus.preprocess import preprocess
 from megatron_cpt.corpus.progress import progress_view
 from megatron_cpt.corpus.schema import parse_corpus
+from megatron_cpt.corpus.tokenizer import CHAT_TURN_TOKENS, find_tokenizer_file
+from megatron_cpt.corpus.tokenizer_huggingface import stated_eos
+from megatron_cpt.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_TYPES = ["HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"]
 
@@ -26,11 +35,15 @@ TOKENIZER_TYPES = ["HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Toke
 @click.option("--tokenizer-type", type=click.Choice(TOKENIZER_TYPES), default="HuggingFaceTokenizer", show_default=True)
 @click.option("--tokenizer-model", required=True, help="Model folder or tokenizer file.")
 @click.option("--json-keys", default="text", show_default=True, help="Keys to extract; further ones may follow.")
+@click.option("--tokenizer-hf-include-special-tokens", "include_special", is_flag=True, help="Add BOS where HF does.")
+@click.option("--tokenizer-hf-use-fast", is_flag=True, help="Accepted; the fast tokenizer is always used.")
+@click.option("--legacy-tokenizer", is_flag=True, help="As Megatron-LM's legacy tokenizers: HF and Llama2 add BOS.")
 @click.option("--append-eod", is_flag=True, help="End each document with the end-of-document token.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
 @click.option("--partitions", default=1, help="Accepted and not needed: memory does not grow with the input.")
 @click.option("--log-interval", default=1000, help="Accepted; progress is shown by time.")
-@click.option("--eod-token", help="End-of-document token; default: see docs/corpus.md.")
+@click.option("--keep-sequential-samples", is_flag=True, help="Accepted; the order of the input is always kept.")
+@click.option("--eod-token", help="End-of-document token.  [default: the tokenizer's eos_token]")
 @click.option("--max-reject-ratio", default=0.0, show_default=True, help="Allowed ratio of unreadable lines.")
 @click.option("--overwrite", is_flag=True, help="Replace datasets of another input or tokenizer.")
 @click.argument("more_keys", nargs=-1)
@@ -40,23 +53,33 @@ def main(
     tokenizer_type: str,
     tokenizer_model: str,
     json_keys: str,
+    include_special: bool,
+    tokenizer_hf_use_fast: bool,
+    legacy_tokenizer: bool,
     append_eod: bool,
     workers: int | None,
     partitions: int,
     log_interval: int,
+    keep_sequential_samples: bool,
     eod_token: str | None,
     max_reject_ratio: float,
     overwrite: bool,
     more_keys: tuple[str, ...],
 ) -> None:
     """Tokenise jsonl with Megatron-LM's flags."""
+    is_huggingface = tokenizer_type == "HuggingFaceTokenizer"
+    if legacy_tokenizer and tokenizer_type not in ("HuggingFaceTokenizer", "Llama2Tokenizer"):
+        raise ConfigError(f"--legacy-tokenizer is not there for {tokenizer_type}", hint="leave it out")
+    if is_huggingface and eod_token is None:
+        eod_token = own_eos(tokenizer_model)
     for key in (json_keys, *more_keys):
         raw = {
             "output_prefix": f"{output_prefix}_{key}_document",
             "tokenizer": tokenizer_model,
             "eod_token": eod_token,
             "append_eod": append_eod,
-            "special_tokens_in_text": "parse",
+            "special_tokens_in_text": "parse" if is_huggingface or tokenizer_type == "TikTokenizer" else "literal",
+            "post_processor": legacy_tokenizer or (include_special and is_huggingface),
             "keep_empty_documents": True,
             "max_reject_ratio": max_reject_ratio,
             "sources": [{"files": [inputs], "text": key, "format": "jsonl"}],
@@ -64,6 +87,14 @@ def main(
         with progress_view() as start:
             outcome = preprocess(parse_corpus(raw, "flags"), workers=workers, overwrite=overwrite, start_progress=start)
         click.echo(outcome_text(outcome))
+
+
+def own_eos(model: str) -> str | None:
+    """The eos_token that the tokenizer's configuration states: Megatron-LM's end of document."""
+    eos = stated_eos(find_tokenizer_file(model).parent)
+    if eos in CHAT_TURN_TOKENS:
+        log.warning("documents end with %r, as Megatron-LM has it; for a base model state another --eod-token", eos)
+    return eos
 
 
 if __name__ == "__main__":

@@ -139,6 +139,7 @@ def _plan(corpus: Corpus) -> _Plan:
         corpus.tokenizer,
         eod_token=corpus.eod_token,
         special_tokens_in_text=corpus.special_tokens_in_text,
+        post_processor=corpus.post_processor,
         sample=sample_texts(units, corpus.max_document_bytes),
     )
     steps = steps_by_source(corpus)  # first: it names what cannot be loaded

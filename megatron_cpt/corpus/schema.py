@@ -81,6 +81,9 @@ class Corpus(Section):
     tokenizer: str = Field(description="Model folder or tokenizer.json.")
     eod_token: str | None = Field(None, description="End-of-document token; null: see the guide's order.")
     append_eod: bool = Field(True, description="End each document with the end-of-document token.")
+    post_processor: bool = Field(
+        False, description="Add what the tokenizer adds to a text by itself, such as a beginning-of-sequence token."
+    )
     special_tokens_in_text: Literal["literal", "parse", "reject"] = Field(
         "literal", description="A special token spelled in the text: plain text, the token, or a reject."
     )
@@ -121,6 +124,10 @@ class Corpus(Section):
             raise ValueError("sources is empty")
         if len(set(names)) < len(names):
             raise ValueError("two sources have the same name")
+        if self.post_processor and self.special_tokens_in_text == "reject":
+            raise ValueError("post_processor adds special tokens; special_tokens_in_text: reject would drop all")
+        if self.post_processor and self.chunking.mode in ("characters", "sentences"):
+            raise ValueError(f"post_processor would begin every piece of chunking mode {self.chunking.mode}")
         if self.dedup is not None and (key := self.dedup.id_key) is not None:
             for source in self.sources:
                 if key not in source.metadata:

@@ -17,6 +17,10 @@ def switch(value: Any) -> Any:
     return {} if value is True else None if value is False else value
 
 
+def _list_file(value: Any) -> Any:
+    return {"file": value} if isinstance(value, str) else value
+
+
 class GopherQuality(Section):
     """Rae et al. 2021 (Gopher), quality rules of table A1."""
 
@@ -75,6 +79,15 @@ class CodeQuality(Section):
     min_comment_ratio: float = Field(0.0, description="Comment lines among lines with text, at least.")
     max_comment_ratio: float = Field(0.8, description="Comment lines among lines with text, at most.")
     python_must_parse: bool = Field(False, description="Drop documents that Python's `ast` cannot parse.")
+
+
+class BadWords(Section):
+    """C4's rule of bad words (Raffel et al. 2020, section 2.2) with a list of your own."""
+
+    file: str = Field(description="UTF-8 text file, one word or phrase per line; case does not count.")
+    substrings: bool = Field(
+        False, description="Find entries inside words too, as C4 does for zh, ja, th (theirs are always found so)."
+    )
 
 
 class Perplexity(Section):
@@ -169,6 +182,9 @@ class Filters(Section):
     )
     gopher_repetition: Annotated[GopherRepetition | None, BeforeValidator(switch)] = Field(None, description="Gopher.")
     c4: bool = Field(False, description="C4: no lorem ipsum, no curly bracket, 5 sentences or more.")
+    bad_words: Annotated[BadWords | None, BeforeValidator(_list_file)] = Field(
+        None, description="Drop documents with an entry of a list: {file: FILE}, or just FILE."
+    )
     fineweb: Annotated[FineWeb | None, BeforeValidator(switch)] = Field(None, description="Rules of FineWeb.")
     code: Annotated[CodeQuality | None, BeforeValidator(switch)] = Field(None, description="Rules for source files.")
     perplexity: Perplexity | None = Field(None, description="Perplexity by a small model.")

@@ -39,7 +39,9 @@ def plan_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: Tokenizer
     for folder in sorted({Path(chosen.perplexity.model) for chosen in filters if chosen.perplexity}):
         files = sorted(path for path in folder.iterdir() if path.is_file())
         stats += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    lists = sorted({chosen.bad_words.file for chosen in filters if chosen.bad_words})
     content = {
+        "bad_words": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in lists],
         "format": FORMAT_VERSION,
         "corpus": corpus.model_dump(
             mode="json", exclude={"output_prefix", "tokenizer", "max_reject_ratio", "train_tokens"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cpt.corpus.bad_words import BadWordFilter
 from megatron_cpt.corpus.cleaning import Cleaner, cleaners
 from megatron_cpt.corpus.code_filter import code_problem
 from megatron_cpt.corpus.documents import Batch, Ledger
@@ -43,6 +44,8 @@ def build_steps(clean: Clean, filters: Filters, keep_empty: bool) -> list[Step]:
         steps.append(lambda batch, ledger: _heuristics(filters, batch, ledger))
     if filters.c4:
         steps.append(_c4)
+    if filters.bad_words is not None:
+        steps.append(BadWordFilter(filters.bad_words))
     if (code := filters.code) is not None:
         steps.append(lambda batch, ledger: _code(code, batch, ledger))
     if filters.perplexity is not None:
@@ -116,7 +119,7 @@ def _groups(batch: Batch) -> Iterator[tuple[int, int]]:
 
 
 def _c4(batch: Batch, ledger: Ledger) -> Batch:
-    """C4's rules for pages (its word list is not used)."""
+    """C4's rules for pages; its word list is a filter of its own, `bad_words`."""
     batch = ledger.reject_where(batch, ["lorem ipsum" not in t.lower() for t in batch.texts], "c4_lorem_ipsum")
     batch = ledger.reject_where(batch, ["{" not in text for text in batch.texts], "c4_curly_bracket")
     enough = [sum(map(text.count, ".!?。！？")) >= _C4_MIN_SENTENCES for text in batch.texts]

@@ -78,6 +78,7 @@ def load_tokenizer(
     *,
     eod_token: str | None = None,
     special_tokens_in_text: SpecialTokensInText = "literal",
+    post_processor: bool = False,
     backend: Literal["auto", "reference"] = "auto",
     sample: Sequence[str] = (),
 ) -> CorpusTokenizer:
@@ -85,21 +86,25 @@ def load_tokenizer(
 
     `special_tokens_in_text` says what a special token spelled out in the text becomes: ordinary text
     ("literal"), the special token ("parse", as Megatron-LM does), or ids by which the caller rejects the
-    document ("reject", encoded as "parse"). Raises DataError for a path or an EOD that is not there.
+    document ("reject", encoded as "parse"). `post_processor` adds what the tokenizer itself adds around a text: for
+    Hugging Face its post-processor's tokens, for SentencePiece the beginning of sequence. Raises DataError for a path
+    or an EOD that is not there.
     """
     file = find_tokenizer_file(path)
     literal, texts = special_tokens_in_text == "literal", (*SELF_CHECK_SAMPLE, *sample)
     if file.suffix == ".json":
         from megatron_cpt.corpus import tokenizer_huggingface
 
-        return tokenizer_huggingface.load(file, eod_token, literal, backend, texts)
+        return tokenizer_huggingface.load(file, eod_token, literal, post_processor, backend, texts)
     if _is_tiktoken(file):
+        if post_processor:
+            raise DataError(f"{file}: tiktoken ranks have no post-processor", hint="leave post_processor off")
         from megatron_cpt.corpus import tokenizer_tiktoken
 
         return tokenizer_tiktoken.load(file, eod_token, literal, backend, texts)
     from megatron_cpt.corpus import tokenizer_sentencepiece
 
-    return tokenizer_sentencepiece.load(file, eod_token, literal)
+    return tokenizer_sentencepiece.load(file, eod_token, literal, post_processor)
 
 
 def find_tokenizer_file(path: str | Path) -> Path:

@@ -18,18 +18,24 @@ log = logging.getLogger(__name__)
 
 
 def load(
-    file: Path, eod_token: str | None, split_special: bool, backend: str, sample: Sequence[str]
+    file: Path,
+    eod_token: str | None,
+    split_special: bool,
+    post_processor: bool,
+    backend: str,
+    sample: Sequence[str],
 ) -> CorpusTokenizer:
     """Read `file`, resolve the EOD, and choose the encoder by the self-check on `sample`."""
     raw = interface.read_json(file)
     added = raw.get("added_tokens", [])
     vocabulary = _vocabulary(raw, file)
     special = [str(token["content"]) for token in added if token.get("special")]
-    eod, eod_id = interface.resolve_eod(vocabulary, eod_token, _eos_token(file.parent), file)
-    reference, decode = _reference(file, split_special)
+    eod, eod_id = interface.resolve_eod(vocabulary, eod_token, stated_eos(file.parent), file)
+    reference, decode = _reference(file, split_special, post_processor)
     name, encode = "tokenizers", reference
     if backend == "auto":
-        name, encode = _fastest(file, split_special, reference, [*sample, *special, " ".join(special)])
+        texts = [*sample, *special, " ".join(special)]
+        name, encode = _fastest(file, split_special, post_processor, reference, texts)
     return CorpusTokenizer(
         name=file.parent.name if file.name == "tokenizer.json" else file.stem,
         kind="huggingface",
@@ -54,7 +60,7 @@ def _vocabulary(raw: dict[str, Any], file: Path) -> dict[str, int]:
     return vocab | {str(token["content"]): int(token["id"]) for token in raw.get("added_tokens", [])}
 
 
-def _eos_token(folder: Path) -> str | None:
+def stated_eos(folder: Path) -> str | None:
     """`eos_token` of tokenizer_config.json beside the tokenizer, if it states one."""
     config = folder / "tokenizer_config.json"
     if not config.is_file():
@@ -65,7 +71,7 @@ def _eos_token(folder: Path) -> str | None:
     return eos if isinstance(eos, str) else None
 
 
-def _reference(file: Path, split_special: bool) -> tuple[EncodeBatch, Any]:
+def _reference(file: Path, split_special: bool, post_processor: bool) -> tuple[EncodeBatch, Any]:
     from tokenizers import Tokenizer
 
     try:
@@ -77,7 +83,7 @@ def _reference(file: Path, split_special: bool) -> tuple[EncodeBatch, Any]:
     tokenizer.encode_special_tokens = split_special
 
     def encode_batch(texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        rows = [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        rows = [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=post_processor)]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
 
@@ -87,10 +93,12 @@ def _reference(file: Path, split_special: bool) -> tuple[EncodeBatch, Any]:
     return encode_batch, decode
 
 
-def _fastest(file: Path, split_special: bool, reference: EncodeBatch, sample: Sequence[str]) -> tuple[str, EncodeBatch]:
+def _fastest(
+    file: Path, split_special: bool, post_processor: bool, reference: EncodeBatch, sample: Sequence[str]
+) -> tuple[str, EncodeBatch]:
     """fastokens when it loads the file and agrees with the reference on the sample, else the reference."""
     try:
-        fast = _fastokens(file, split_special)
+        fast = _fastokens(file, split_special, post_processor)
         if interface.encodings_equal(reference, fast, sample):
             return "fastokens", fast
         reason = f"its ids differ from the reference on the self-check sample of {len(sample)} texts"
@@ -100,14 +108,16 @@ def _fastest(file: Path, split_special: bool, reference: EncodeBatch, sample: Se
     return "tokenizers", reference
 
 
-def _fastokens(file: Path, split_special: bool) -> EncodeBatch:
+def _fastokens(file: Path, split_special: bool, post_processor: bool) -> EncodeBatch:
     import fastokens
 
     tokenizer = fastokens.Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
 
     def encode_batch(texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        ids, offsets = tokenizer.encode_batch_flat(texts, split_special_tokens=split_special)
+        ids, offsets = tokenizer.encode_batch_flat(
+            texts, add_special_tokens=post_processor, split_special_tokens=split_special
+        )
         ends: Lengths = np.frombuffer(offsets, np.int64)
         return np.frombuffer(ids, np.int32), ends[1:] - ends[:-1]
 

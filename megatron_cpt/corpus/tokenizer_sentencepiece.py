@@ -16,7 +16,7 @@ from megatron_cpt.corpus.tokenizer import CorpusTokenizer, EncodeBatch, Ids, Len
 from megatron_cpt.errors import DataError
 
 
-def load(file: Path, eod_token: str | None, split_special: bool) -> CorpusTokenizer:
+def load(file: Path, eod_token: str | None, split_special: bool, bos: bool = False) -> CorpusTokenizer:
     """Read a .model. Its own end-of-sentence piece is the EOD unless another is stated."""
     import sentencepiece
 
@@ -29,6 +29,7 @@ def load(file: Path, eod_token: str | None, split_special: bool) -> CorpusTokeni
     special = {p: i for p, i in vocabulary.items() if processor.is_control(i)}
     own_eos = processor.id_to_piece(processor.eos_id()) if processor.eos_id() >= 0 else None
     eod, eod_id = interface.resolve_eod(vocabulary, eod_token, own_eos, file)
+    encode_batch = _plain(processor) if split_special else _parsing(processor, special)
     return CorpusTokenizer(
         name=file.stem,
         kind="sentencepiece",
@@ -38,7 +39,7 @@ def load(file: Path, eod_token: str | None, split_special: bool) -> CorpusTokeni
         eod_id=eod_id,
         eod_token=eod,
         special_ids=frozenset(special.values()),
-        encode_batch=_plain(processor) if split_special else _parsing(processor, special),
+        encode_batch=_with_bos(encode_batch, _bos_id(processor, file)) if bos else encode_batch,
         decode=lambda ids: str(processor.decode(list(ids))),
     )
 
@@ -46,6 +47,22 @@ def load(file: Path, eod_token: str | None, split_special: bool) -> CorpusTokeni
 def _flat(rows: list[list[int]]) -> tuple[Ids, Lengths]:
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
+
+
+def _bos_id(processor: Any, file: Path) -> int:
+    if (bos_id := int(processor.bos_id())) < 0:
+        raise DataError(f"{file} has no beginning-of-sequence token", hint="leave post_processor off")
+    return bos_id
+
+
+def _with_bos(encode_batch: EncodeBatch, bos_id: int) -> EncodeBatch:
+    """Every text begins with `bos_id`, an empty one too."""
+
+    def encode(texts: Sequence[str]) -> tuple[Ids, Lengths]:
+        ids, lengths = encode_batch(texts)
+        return np.insert(ids, np.cumsum(lengths) - lengths, bos_id), lengths + 1
+
+    return encode
 
 
 def _plain(processor: Any) -> EncodeBatch:

@@ -20,7 +20,7 @@ from megatron_cpt.corpus.preprocess import preprocess
 from megatron_cpt.corpus.schema_processing import Clean, CodeQuality, Filters
 from megatron_cpt.corpus.steps import build_steps
 from megatron_cpt.corpus.text_statistics import TextStatistics
-from megatron_cpt.errors import ConfigError
+from megatron_cpt.errors import ConfigError, DataError
 from tests.unit.corpus.conftest import TEXTS, write_jsonl
 
 GOOD = (
@@ -232,3 +232,33 @@ def test_a_source_may_have_its_own_filters(tmp_path: Path, make_corpus: Any) -> 
     (manifest,) = outcome.datasets.values()
     assert {s.name: s.documents for s in manifest.sources} == {
         "a": sum(len(t) <= 50 for t in TEXTS), "b": sum(len(t) >= 90 for t in TEXTS)}  # fmt: skip
+
+
+def test_bad_words_are_found_as_c4_finds_them(tmp_path: Path, make_corpus: Any) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("\ufeffBad\nvery  bad\nf-word\n坏词\n\nbad\n", encoding="utf-8")
+    texts = {
+        "A Bad day.": True, "badger and badly": False, "not_bad": False, "the f-word!": True, "the f-words": False,
+        "这是坏词吗": True, "fine": False, "(BAD)": True, "bad": True, "这bad的": False,
+    }  # fmt: skip
+    file = write_jsonl(tmp_path / "a.jsonl", list(texts))
+    outcome = preprocess(make_corpus(file, filters={"bad_words": str(listed)}), workers=1)
+    assert outcome.rejects == {"bad_words": sum(texts.values())}
+    assert outcome.rejects_file is not None
+    lines = [json.loads(row)["line"] for row in Path(outcome.rejects_file).read_text().splitlines()]
+    assert lines == [i for i, is_bad in enumerate(texts.values(), 1) if is_bad]
+    everywhere = make_corpus(file, filters={"bad_words": {"file": str(listed), "substrings": True}})
+    assert preprocess(everywhere, workers=1, overwrite=True).rejects["bad_words"] == 9
+    listed.write_text("fine\n")  # another list is another corpus
+    with pytest.raises(DataError, match="another input, configuration"):
+        preprocess(everywhere, workers=1)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), (b"\n \n", "no entry"), (b"\xff", "UTF-8")])
+def test_bad_words_without_a_list(tmp_path: Path, make_corpus: Any, content: bytes | None, message: str) -> None:
+    listed = tmp_path / "list.txt"
+    if content is not None:
+        listed.write_bytes(content)
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(DataError, match=message):
+        preprocess(make_corpus(file, filters={"bad_words": str(listed)}), workers=1)

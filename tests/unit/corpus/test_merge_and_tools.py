@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,41 @@ def test_dedup_of_datasets(tmp_path: Path, make_corpus: Any) -> None:
     manifest = dedup_datasets([a, b], str(tmp_path / "near"), Dedup(near=Near(similarity=0.6)), workers=1)
     assert manifest.document_count == 30 and manifest.rejects == {"duplicate_exact": 8, "duplicate_near": 1}
     assert not list(tmp_path.glob("*.partial"))
+
+
+def llama3_like(folder: Path) -> Path:
+    """The tiny tokenizer with a post-processor that begins every text with a token, as Llama 3's does."""
+    from tokenizers import Tokenizer, processors
+
+    build_tokenizer(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|begin_of_text|>"])
+    bos = tokenizer.token_to_id("<|begin_of_text|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|begin_of_text|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize("flag", ["", "--tokenizer-hf-include-special-tokens", "--legacy-tokenizer"])
+def test_megatron_flags_for_a_tokenizer_that_adds_a_token(tmp_path: Path, flag: str) -> None:
+    """The reference is what Megatron-LM calls: transformers' tokenize(), or the tokenizer itself with the flags."""
+    transformers = pytest.importorskip("transformers")
+    model = llama3_like(tmp_path / "llama3")
+    texts = ["hello world", "", "x<|endoftext|>y", *TEXTS]
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    result = tool("preprocess_data.py", "--input", file, "--output-prefix", tmp_path / "a", "--tokenizer-model", model,
+                  "--append-eod", "--workers", 1, *([flag] if flag else []))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "documents end with '<|im_end|>'" in result.stderr and "fastokens is not used" not in result.stderr
+    theirs = transformers.AutoTokenizer.from_pretrained(model)
+    for found, text in zip(open_indexed(tmp_path / "a_text_document"), texts, strict=True):
+        plain = theirs.convert_tokens_to_ids(theirs.tokenize(text))
+        ids = theirs(text).input_ids if flag else plain
+        assert found.tolist() == ([*ids, theirs.eos_token_id] if ids else [])
+        assert bool(flag) == (len(found) > 0 and found[0] == theirs.bos_token_id)
+    # our own default adds nothing
+    assert load_tokenizer(model).encode_batch(["hello"])[0][0] != theirs.bos_token_id
