@@ -203,6 +203,24 @@ def _fork_results_queue(writer: ModuleType) -> None:
     writer.get_write_results_queue = queue  # type: ignore[attr-defined]  # the name in 0.19
 
 
+def _skip_exchange_of_one(buffers: ModuleType) -> None:
+    """A reduce-scatter or all-gather among one rank is nothing to NCCL; gloo copies it all, twice, at every step."""
+    buffers.dist_reduce_scatter_func = _unless_alone(buffers.dist_reduce_scatter_func)  # type: ignore[attr-defined]
+    buffers.dist_all_gather_func = _unless_alone(buffers.dist_all_gather_func)  # type: ignore[attr-defined]
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def among(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if group is None or group.size() > 1:
+            return collective(output, input, *args, group=group, **kwargs)
+        if output.data_ptr() != input.data_ptr():
+            output.copy_(input)
+        return _Stream() if kwargs.get("async_op") else None  # whoever waits for it need not
+
+    return among
+
+
 def _die_with_parent() -> None:
     """A Manager outlives a killed rank, and keeps the pipe of its output open; Linux can end it with the rank."""
     if sys.platform == "linux":
@@ -213,4 +231,5 @@ _MODULE_EDITS: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.jit": _do_not_compile,
     "megatron.core.tensor_parallel.random": _track_cpu_generator,
     "megatron.core.dist_checkpointing.strategies.filesystem_async": _fork_results_queue,
+    "megatron.core.distributed.param_and_grad_buffer": _skip_exchange_of_one,
 }

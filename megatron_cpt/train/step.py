@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
@@ -199,7 +198,8 @@ def _loss_of_logits(
 def _update(state: TrainState, accept: Callable[[float], bool] | None) -> tuple[float, bool]:
     """(gradient norm before clipping, whether the update was left out: not finite, or not accepted).
 
-    Megatron-Core's own step would apply a NaN; these are its parts (ChainedOptimizer.step in 0.16), with a check.
+    Megatron-Core's own step would apply a NaN; these are its parts (ChainedOptimizer.step in 0.16), with a check, and
+    with the clipping in place: Megatron-Core's goes through a second copy of each gradient where apex is missing.
     """
     optimizer, clip = state.optimizer, state.config.optimizer.clip_grad
     overflow = optimizer.prepare_grads()
@@ -207,9 +207,9 @@ def _update(state: TrainState, accept: Callable[[float], bool] | None) -> tuple[
     if overflow or not math.isfinite(grad_norm) or not (accept is None or accept(grad_norm)):
         return grad_norm, True
     for part in optimizer.chained_optimizers:
-        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
-        if clip > 0.0 and parameters:
+        if clip > 0.0 and grad_norm > clip and not getattr(part, "is_stub_optimizer", False):
             precise = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-            clip_grad_by_total_norm_fp32(parameters, clip, grad_norm, use_decoupled_grad=precise)
+            grads = [p.decoupled_grad if precise else p.grad for p in part.get_parameters()]
+            torch._foreach_mul_([grad for grad in grads if grad is not None], clip / (grad_norm + 1e-6))
     optimizer.step_with_ready_grads()
     return grad_norm, False

@@ -55,6 +55,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("base_documents", 1, DOCUMENTS, baseline="base_documents", documents=True),
     # one rank, another way of computing the same
     TrainRow("plain_optimizer", 1, PLAIN_OPTIMIZER),
+    TrainRow("overlap_alone", 1, OVERLAP, bucket_elements=5000),
     TrainRow("sdpa", 1, SDPA),
     TrainRow("unfused", 1, {"model.attention": "unfused"}),
     TrainRow("accumulation_4", 1, SINGLES),

@@ -48,6 +48,26 @@ def test_second_call_changes_nothing() -> None:
     assert sys.meta_path == finders
 
 
+def test_an_exchange_of_one_rank_copies_nothing_and_of_others_is_made() -> None:
+    from megatron_cpt.runtime.cpu import _unless_alone
+
+    asked = []
+
+    class Group:
+        def __init__(self, size: int) -> None:
+            self.size = lambda: size
+
+    collective = _unless_alone(lambda output, input, group=None, async_op=False: asked.append(group))
+    source, alone, pair = torch.arange(3.0), Group(1), Group(2)
+    target = torch.zeros(3)
+    collective(target, source, group=alone)
+    assert torch.equal(target, source) and not asked
+    collective(target, source, group=alone, async_op=True).wait()
+    for group in (pair, None):
+        collective(target, source, group=group)
+    assert asked == [pair, None]
+
+
 def test_too_late_is_noticed() -> None:
     code = """
 import sys, types
