@@ -21,6 +21,7 @@ import megatron_cpt
 from checkpoint_convert.checkpoint import Checkpoint, Extent, Format, MismatchError, StoredTensor, Weights
 from checkpoint_convert.hf import plan_hf, read_hf
 from checkpoint_convert.legacy import read_legacy
+from checkpoint_convert.mapping import check_ranks
 from checkpoint_convert.partial import PartialFolder, partial_path
 from checkpoint_convert.progress import Progress
 from checkpoint_convert.rows import Files
@@ -65,6 +66,7 @@ def plan(source: Checkpoint, folder: Path, options: Options) -> Target:
     if options.to == "torch_dist":
         if options.vpp:
             raise ConversionError("torch_dist has no --vpp", hint="it loads under any pipeline layout; leave it out")
+        _warn_of_grid(source.arch, options.tp)
         limit = options.max_shard_bytes
         return plan_torch_dist(folder, source.arch, dtypes, limit, options.tp, options.pp, iteration)
     from checkpoint_convert.legacy_writer import plan_legacy  # torch, which the other formats do without
@@ -79,6 +81,18 @@ def plan(source: Checkpoint, folder: Path, options: Options) -> Target:
         iteration=iteration,
         local_names=options.local_names,
     )
+
+
+def _warn_of_grid(arch: Architecture, tp: int) -> None:
+    try:
+        check_ranks(arch, tp)
+    except ConversionError as error:
+        log.warning(
+            "%s: --tp %d only cuts the chunks of this checkpoint, which loads under any layout; a training job needs "
+            "a tensor parallel size that divides the heads",
+            error.message,
+            tp,
+        )
 
 
 def convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]:

@@ -100,35 +100,53 @@ def hf_shapes(m: Mapping, arch: Architecture) -> dict[str, tuple[int, ...]]:
     return {name: (count, *m.shape[1:]) for name, count in zip(m.hf, rows, strict=True)}
 
 
-def slice_shape(m: Mapping, arch: Architecture, tp: int = 1, padded_vocab: int | None = None) -> tuple[int, ...]:
-    """Shape of one TP rank's slice, with vocabulary padding; ConversionError when it does not divide."""
+def slice_shape(
+    m: Mapping, arch: Architecture, tp: int = 1, padded_vocab: int | None = None, *, by_heads: bool = True
+) -> tuple[int, ...]:
+    """Shape of one TP rank's slice, with vocabulary padding; ConversionError when it does not divide.
+
+    by_heads: attention must divide by whole heads, as it must for a rank that computes; else rows need only divide.
+    """
     shape = list(m.shape)
     if m.kind == "vocab":
         shape[0] = padded_vocab or arch.padded_vocab_size(tp)
     if m.partition_dim is None:
         return tuple(shape)
-    _check_divides(m, arch, tp, shape[m.partition_dim])
+    _check_divides(m, arch, tp, shape[m.partition_dim], by_heads)
     shape[m.partition_dim] //= tp
     return tuple(shape)
 
 
-def _check_divides(m: Mapping, arch: Architecture, tp: int, size: int) -> None:
+def check_ranks(arch: Architecture, tp: int) -> None:
+    """Raise ConversionError unless Megatron-Core can build this model for `tp` ranks."""
+    for m in mapping(arch):
+        if m.layer in (None, 0):
+            slice_shape(m, arch, tp)
+
+
+def _check_divides(m: Mapping, arch: Architecture, tp: int, size: int, by_heads: bool) -> None:
     """Raise ConversionError unless Megatron-Core can cut this tensor for `tp` ranks."""
     heads, groups = arch.num_attention_heads, arch.num_query_groups
-    if m.kind == "qkv" and groups % tp and tp % groups:
+    if by_heads and m.kind == "qkv" and groups % tp and tp % groups:
         raise ConversionError(f"{m.megatron}: tensor parallel size {tp} and {groups} key/value heads do not divide")
     is_projection = m.name_in_layer == "self_attention.linear_proj.weight"
-    what, count = ("attention heads", heads) if m.kind == "qkv" or is_projection else ("slices", size)
+    what, count = ("attention heads", heads) if by_heads and (m.kind == "qkv" or is_projection) else ("slices", size)
     what, count = ("ffn rows", arch.ffn_hidden_size) if m.kind == "gated" else (what, count)
     if count % tp or size % tp:
         raise ConversionError(f"{m.megatron}: {count} {what} do not divide by tensor parallel size {tp}")
 
 
 def segments(
-    m: Mapping, arch: Architecture, tp: int = 1, rank: int = 0, padded_vocab: int | None = None
+    m: Mapping,
+    arch: Architecture,
+    tp: int = 1,
+    rank: int = 0,
+    padded_vocab: int | None = None,
+    *,
+    by_heads: bool = True,
 ) -> list[Segment]:
     """The parts of Hugging Face tensors that make the slice of TP rank `rank`, in ascending Megatron rows."""
-    rows, *columns = slice_shape(m, arch, tp, padded_vocab)
+    rows, *columns = slice_shape(m, arch, tp, padded_vocab, by_heads=by_heads)
     everything = slice(None)
     if m.kind == "qkv":
         return list(_qkv_segments(m, arch, rows, rank))

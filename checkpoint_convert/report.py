@@ -42,7 +42,7 @@ def plan_report(source: Checkpoint, target: Target, final: Path, options: Option
                 "kind": m.kind,
                 "hf": list(m.hf),
                 "shape": list(m.shape),
-                "slice_shape": list(slice_shape(m, arch, options.tp, padded)),
+                "slice_shape": list(slice_shape(m, arch, options.tp, padded, by_heads=options.to == "legacy")),
                 "dtype": target.tensors[m.hf[0]].dtype,
             }
             for m in mapping(arch)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_convert.checkpoint import Checkpoint, Format, StoredTensor, Weights
-from checkpoint_convert.families import read_architecture, read_config
+from checkpoint_convert.families import architecture_from_config, read_architecture, read_config
+from checkpoint_convert.families.family import Config
 from checkpoint_convert.hf import is_hf, read_hf, tensor_shapes
 from checkpoint_convert.legacy import TRACKER, is_legacy, read_legacy
+from checkpoint_convert.megatron_config import BRIDGE_CONFIG, HINT, check_facts, config_from_facts, stored_facts
 from checkpoint_convert.torch_dist import read_torch_dist
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.errors import ConversionError
 
+log = logging.getLogger(__name__)
 BEST = "best.json"
 RUN_CONFIG = "resolved.yaml"
 COMPLETE = "complete.json"  # our trainer's mark of a finished save
@@ -45,7 +49,15 @@ def open_checkpoint(
     if of_a_run and not (folder / COMPLETE).is_file():
         raise ConversionError(f"{folder} was not saved to its end: it has no {COMPLETE}", hint="take another iteration")
     side_dir = folder if kind == "hf" else _find_side_dir(folder, hf_config)
-    config, arch = read_config(side_dir), read_architecture(side_dir)
+    if side_dir is None:
+        side_dir, config = _config_of_megatron(folder, trust_pickle)
+        arch = architecture_from_config(config)
+    else:
+        config, arch = read_config(side_dir), read_architecture(side_dir)
+        if kind != "hf" and (hf_config is not None or (folder / BRIDGE_CONFIG).is_file()):
+            stored = stored_facts(folder, trust_pickle=trust_pickle)
+            if stored is not None:
+                check_facts(*stored, arch, side_dir)
     weights = _read(kind, folder, arch, trust_pickle, shapes_only)
     dtype = Counter(tensor.dtype for tensor in weights.tensors.values()).most_common(1)[0][0]
     found = ITERATION.search(folder.name)
@@ -120,15 +132,28 @@ def _chosen_iteration(folder: Path, best: bool) -> Path:
     return folder / name
 
 
-def _find_side_dir(folder: Path, hf_config: Path | None) -> Path:
-    """Where config.json and the tokenizer of a Megatron checkpoint lie."""
+def _config_of_megatron(folder: Path, trust_pickle: bool) -> tuple[Path, Config]:
+    """A config.json made from what Megatron stored, and where a tokenizer may lie (Megatron-Bridge's `tokenizer`)."""
+    stored = stored_facts(folder, trust_pickle=trust_pickle)
+    if stored is None:
+        raise ConversionError(
+            f"{folder} does not say which model it is: no hf/config.json in or above it, no {BRIDGE_CONFIG}, no args",
+            hint=HINT,
+        )
+    facts, path = stored
+    dtype = "float16" if facts.get("fp16") else "bfloat16" if facts.get("bf16", True) else "float32"
+    config = config_from_facts(facts, path, dtype)
+    log.warning("config.json is made from %s; --hf-config DIR takes the base model's own, and its tokenizer", path)
+    tokenizer = folder / "tokenizer"
+    return (tokenizer if tokenizer.is_dir() else folder), config
+
+
+def _find_side_dir(folder: Path, hf_config: Path | None) -> Path | None:
+    """Where config.json and the tokenizer of a Megatron checkpoint lie; None when it carries none."""
     if hf_config is not None:
         return hf_config.parent if hf_config.is_file() else hf_config
     in_series = ITERATION.search(folder.name) or folder.name == "release"
     for parent in (folder, *folder.parents[:2]) if in_series else (folder,):
         if (parent / "hf" / "config.json").is_file():
             return parent / "hf"
-    raise ConversionError(
-        f"{folder} does not say which model it is: no hf/config.json in or above it",
-        hint="give --hf-config DIR, the Hugging Face folder of the base model (config.json and tokenizer)",
-    )
+    return None

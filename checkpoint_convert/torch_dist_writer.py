@@ -1,7 +1,8 @@
 """Plan a `torch_dist` checkpoint that Megatron-Core loads under any layout.
 
 The chunk grid follows `--tp`, so that at load time a tensor parallel rank reads its own bytes only; any
-other layout still loads. Layers are stacked, Megatron-Core's default.
+other layout still loads, and so the grid need not divide the attention heads, as the ranks of a job must.
+Layers are stacked, Megatron-Core's default.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _parts(arch: Architecture, dtypes: dict[str, str], tp: int) -> Iterator[_Par
         whole = slice_shape(m, arch, 1, padded)
         global_shape = (arch.num_layers, *whole) if stack else whole
         for rank in range(tp if m.partition_dim is not None else 1):
-            shape = slice_shape(m, arch, tp, padded)
+            shape = slice_shape(m, arch, tp, padded, by_heads=False)
             for offset, box, parts in _boxes(m, arch, tp, rank, padded, shape):
                 yield _Part(key, global_shape, stack + offset, (1,) * len(stack) + box, dtype, parts)
 
@@ -119,7 +120,7 @@ def _boxes(
     m: Mapping, arch: Architecture, tp: int, rank: int, padded: int, shape: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[Segment, ...]]]:
     """Offset in the global tensor, shape and segments of the chunks of one TP rank: gate and up apart, else one."""
-    found = segments(m, arch, tp, rank, padded)
+    found = segments(m, arch, tp, rank, padded, by_heads=False)
     if m.kind == "gated":
         for i, s in enumerate(found):
             moved = Segment(s.hf_name, s.hf_row, 0, s.rows, s.columns)

@@ -32,8 +32,8 @@ RIGHT = [row for row in ROWS if row[0] != SWAPPED]
 
 @contextlib.contextmanager
 def swapped_gate() -> Iterator[None]:
-    def wrong(m: Mapping, *args: Any) -> list[Segment]:
-        found = segments(m, *args)
+    def wrong(m: Mapping, *args: Any, **kwargs: Any) -> list[Segment]:
+        found = segments(m, *args, **kwargs)
         return (
             [dataclasses.replace(s, hf_name=n) for s, n in zip(found, m.hf[::-1], strict=True)]
             if m.kind == "gated"

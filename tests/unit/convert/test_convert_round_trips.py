@@ -133,6 +133,20 @@ def test_layouts_that_cannot_be(tmp_path: Path, fmt: Format, options: dict[str, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+def test_a_chunk_grid_that_no_job_could_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Qwen2-7B has 28 heads: TP8 cuts its rows evenly, but no rank could compute with 3.5 heads."""
+    source = write_hf(tmp_path / "hf", num_attention_heads=14, num_key_value_heads=2, head_dim=8)
+    to(source, tmp_path / "even", "torch_dist", tp=2)
+    assert "tensor parallel" not in caplog.text
+    receipt = to(source, tmp_path / "td", "torch_dist", tp=8, pp=4)
+    assert caplog.text.count("divides the heads") == 1 and receipt["padding_rows_added"] == 1024 - 77
+    to(tmp_path / "td", tmp_path / "back", "hf")
+    assert_same_weights(source, tmp_path / "back")
+    to(tmp_path / "td", tmp_path / "legacy", "legacy", tp=2)
+    with pytest.raises(ConversionError, match="do not divide by tensor parallel size 8"):
+        to(source, tmp_path / "no", "legacy", tp=8)
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most three blocks per worker, and the plan, whatever the tensors' size."""
