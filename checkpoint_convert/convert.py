@@ -225,15 +225,25 @@ def _integrity(source: Checkpoint, receipt: bool) -> str:
 
 
 def _check_values(records: dict[str, TensorRecord], options: Options) -> None:
-    zero = {name: record.near_zero_rows for name, record in records.items() if record.near_zero_rows}
+    zero = _near_zero(records)
     if zero:
-        total = sum(zero.values())
-        log.warning("%d near-zero rows in %d tensors, e.g. %s", total, len(zero), next(iter(zero)))
+        most = sorted(zero, key=lambda name: -zero[name])[:3]
+        shown = ", ".join(f"{name} ({zero[name]} of {_rows(records[name])})" for name in most)
+        log.warning("%d near-zero rows in %d tensors, most in %s", sum(zero.values()), len(zero), shown)
     bad = {name: record.nonfinite_rows for name, record in records.items() if record.nonfinite_rows}
     if bad and not options.allow_nonfinite:
         lines = "\n  ".join(f"{name}: {count} rows" for name, count in list(bad.items())[:40])
         hint = "look at the source; --dtype float16 overflows above 65504; --allow-nonfinite writes them all the same"
         raise MismatchError(f"NaN or infinity in {len(bad)} tensors\n  {lines}", hint=hint)
+
+
+def _near_zero(records: dict[str, TensorRecord]) -> dict[str, int]:
+    """Near-zero rows by tensor: never trained, or lost. Biases are left out: a fresh model's are all zero."""
+    return {n: r.near_zero_rows for n, r in records.items() if r.near_zero_rows and not n.endswith(".bias")}
+
+
+def _rows(record: TensorRecord) -> int:
+    return record.shape[0] if len(record.shape) > 1 else 1
 
 
 def _write_small_files(source: Checkpoint, target: Target, options: Options) -> list[str]:
@@ -325,7 +335,7 @@ def _receipt(
         "padding_rows_removed": weights.padding_rows,
         "padding_rows_added": padded - arch.vocab_size,
         "casts": sum(r.dtype != r.target_dtype for r in records.values()),
-        "near_zero_rows": sum(r.near_zero_rows for r in records.values()),
+        "near_zero_rows": sum(_near_zero(records).values()),
         "nonfinite_rows": sum(r.nonfinite_rows for r in records.values()),
         "read_back": options.read_back,
         "workers": options.workers,

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from checkpoint_convert.stream import TensorRecord
+from megatron_cpt.durable import sync
 from megatron_cpt.errors import ConversionError
 
 JOURNAL = ".journal.jsonl"
@@ -85,20 +86,12 @@ class PartialFolder:
         (self.path / JOURNAL).unlink(missing_ok=True)
         (self.path / LOCK).unlink()
         for path in sorted(self.path.rglob("*"), reverse=True):
-            _fsync(path)
-        _fsync(self.path)
+            sync(path)
+        sync(self.path)
         replaced = self.final.with_name(self.final.name + ".replaced")
         if overwrite and self.final.exists():
             self.final.rename(replaced)
         self.path.rename(self.final)
-        _fsync(self.final.parent)
+        sync(self.final.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

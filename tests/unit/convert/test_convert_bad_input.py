@@ -177,7 +177,19 @@ def test_near_zero_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFix
     change_tensors(source, model__embed_tokens__weight=embedding)
     attempt(source)
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["near_zero_rows"] == 8
-    assert "8 near-zero rows" in caplog.text
+    assert "8 near-zero rows in 1 tensors, most in model.embed_tokens.weight (8 of 77)" in caplog.text
+
+
+def test_a_zero_bias_is_no_news_but_a_zero_norm_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_hf(tmp_path / "hf")
+    names = [name for name in hf_tensors(source) if name.endswith("bias")]
+    zeros = {name.replace(".", "__"): torch.zeros(32, dtype=torch.bfloat16) for name in names}
+    change_tensors(source, **zeros)
+    attempt(source)
+    assert len(names) == 12 and "near-zero" not in caplog.text
+    change_tensors(source, model__norm__weight=torch.zeros(32, dtype=torch.bfloat16))
+    attempt(source, overwrite=True)
+    assert "1 near-zero rows in 1 tensors, most in model.norm.weight (1 of 1)" in caplog.text
 
 
 # ---------------------------------------------------------------- Megatron checkpoints
