@@ -10,7 +10,7 @@ import click
 
 from megatron_cpt.budget import parse_count
 from megatron_cpt.errors import CheckpointError, ConfigError
-from megatron_cpt.launch.lease import refuse_if_held_here
+from megatron_cpt.launch.lease import refuse_if_held
 from megatron_cpt.launch.run_folder import RunFolder
 from megatron_cpt.train.checkpoint_folder import (
     Checkpoint,
@@ -52,9 +52,11 @@ def _listed(folder: RunFolder) -> list[Checkpoint]:
 
 
 def _prune(folder: RunFolder, keep_last: int, keep_every: str | None) -> list[str]:
-    refuse_if_held_here(folder.lease)
+    refuse_if_held(folder.lease)
     try:
         every = None if keep_every is None else parse_count(keep_every)
+        if every == 0:
+            raise ValueError("0 is no distance between checkpoints")
     except ValueError as error:
         raise ConfigError(f"--keep-every: {error}", hint="for example --keep-every 100M") from error
     best = read_best(folder.checkpoints)

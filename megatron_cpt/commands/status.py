@@ -29,10 +29,9 @@ def _text(found: RunStatus) -> str:
         ("state", found.state),
         ("tokens", f"{found.consumed_tokens:,} of {found.train_tokens:,} ({share:.1%}), iteration {found.iteration:,}"),
     ]
-    if found.loss is not None:
-        rows.append(("loss", f"{found.loss:.4f}"))
-    for name, loss in found.validation_loss.items():
-        rows.append((f"loss on {name}", f"{loss:.4f}"))
+    if found.iteration:
+        rows.append(("loss", _shown(found.loss)))
+    rows += [(f"loss on {name}", _shown(loss)) for name, loss in found.validation_loss.items()]
     if found.tokens_per_second is not None and found.eta_seconds is not None:
         left = time.strftime("%H:%M:%S", time.gmtime(found.eta_seconds % 86_400))
         days = int(found.eta_seconds // 86_400)
@@ -47,3 +46,7 @@ def _text(found: RunStatus) -> str:
         rows.append(("last error", found.last_error))
     lines = [f"{found.job_name} in {found.run_dir}", *(f"  {name:<17} {value}" for name, value in rows)]
     return "\n".join(lines)
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"

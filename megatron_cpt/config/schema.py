@@ -200,7 +200,7 @@ class EvalConfig(Section):
     """Perplexity on the validation sets inside the loop."""
 
     every: Every | None = Field(None, description="Interval; the first and the last step always evaluate.")
-    tokens: Tokens | None = Field(None, description="Tokens per validation set; default: the whole set.")
+    tokens: Positive | None = Field(None, description="Tokens per validation set; default: the whole set.")
 
 
 class CheckpointConfig(Section):
@@ -215,7 +215,7 @@ class CheckpointConfig(Section):
         Interval(1000, "iters"), validate_default=True, description="Interval between saves."
     )
     keep_last: Positive = Field(2, description="Newest checkpoints kept.")
-    keep_every: Tokens | None = Field(
+    keep_every: Positive | None = Field(
         None, description="Also keep, for good, the first checkpoint at or after each multiple of this many tokens."
     )
     best_by: str | None = Field(
@@ -225,8 +225,8 @@ class CheckpointConfig(Section):
     async_save: bool = Field(True, description="Write in the background while training goes on.")
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = Field(
         "fully_reshardable",
-        description="How the distributed optimizer is stored. fully_reshardable loads under any layout but gathers 12 "
-        "bytes per parameter of a model-parallel rank in host memory; dp_reshardable saves faster and fixes tp and pp.",
+        description="How the distributed optimizer is stored. fully_reshardable loads under any layout, with 12 "
+        "bytes per parameter of a model-parallel rank in host memory while it loads; dp_reshardable fixes tp and pp.",
     )
 
 
@@ -249,12 +249,12 @@ class FailureConfig(Section):
         2, ge=0, description="Rollbacks after which the run stops with the do-not-restart exit code."
     )
     wall_time_minutes: float | None = Field(
-        None, gt=0, description="Save and stop at the end of the step that reaches this age of the job."
+        None, gt=0, le=1e6, description="Save and stop at the end of the step that reaches this age of the job."
     )
-    setup_timeout_minutes: float = Field(60.0, gt=0, description="Longest time from start to the first step.")
-    step_timeout_minutes: float = Field(30.0, gt=0, description="Longest time of one step.")
-    eval_timeout_minutes: float = Field(120.0, gt=0, description="Longest time of one validation of all sets.")
-    save_timeout_minutes: float = Field(60.0, gt=0, description="Longest time that the loop waits for a save.")
+    setup_timeout_minutes: float = Field(60.0, gt=0, le=1e6, description="Longest time from start to the first step.")
+    step_timeout_minutes: float = Field(30.0, gt=0, le=1e6, description="Longest time of one step.")
+    eval_timeout_minutes: float = Field(120.0, gt=0, le=1e6, description="Longest time of one validation of all sets.")
+    save_timeout_minutes: float = Field(60.0, gt=0, le=1e6, description="Longest time that the loop waits for a save.")
 
 
 class LogConfig(Section):
@@ -273,7 +273,9 @@ class RunConfig(Section):
 
     job_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run.")
     run_dir: str | None = Field(None, description="Folder of the run; default runs/<job_name>.")
-    seed: int = Field(1234, ge=0, description="Seed of data order, dropout and random initialisation.")
+    seed: int = Field(
+        1234, ge=0, le=4_000_000_000, description="Seed of data order, dropout and random initialisation."
+    )
     model: ModelConfig
     budget: BudgetConfig = BudgetConfig()
     batch: BatchConfig = BatchConfig()

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_cpt.budget import plan_ramped_steps
 from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.corpus.indexed import open_indexed
+from megatron_cpt.corpus.indexed import IndexedReader, open_indexed
 from megatron_cpt.corpus.manifest import Manifest, manifest_hash, read_manifest
 from megatron_cpt.corpus.tokenizer import tokenizer_fingerprint
 from megatron_cpt.data.blend import Blend, build_blend
@@ -87,6 +87,14 @@ def check_datasets(config: RunConfig, arch: Architecture, model_dir: Path) -> Da
                 f"validation set {dataset.name!r} has {dataset.tokens} tokens: nothing to predict",
                 hint="hold out more documents",
             )
+    sources = {dataset.hash: dataset.name for dataset in train}
+    for dataset in validation:
+        if dataset.hash in sources:
+            logger.warning(
+                "validation set %r has the same text as the training source %r: its loss says nothing about new text",
+                dataset.name,
+                sources[dataset.hash],
+            )
     return Datasets(train, validation)
 
 
@@ -136,6 +144,11 @@ def _check_ids(name: str, prefix: str, manifest: Manifest) -> None:
             f"manifest says {manifest.dtype} and {manifest.token_count:,}",
             hint="copy the dataset again, or preprocess again",
         )
+    if not _sequences_lie_in_order(reader):
+        raise DataError(
+            f"dataset {name!r}: {prefix}.idx points its sequences to other places than one behind the other",
+            hint="the file is damaged: copy the dataset again, or preprocess again",
+        )
     for start in np.linspace(0, max(0, reader.token_count - 4096), _SAMPLED_TOKENS // 4096, dtype=np.int64):
         window = reader.tokens[start : start + 4096]
         if len(window) and (int(window.max()) >= manifest.tokenizer.vocab_size or int(window.min()) < 0):
@@ -144,6 +157,18 @@ def _check_ids(name: str, prefix: str, manifest: Manifest) -> None:
                 f"{manifest.tokenizer.vocab_size:,}",
                 hint=f"megatron-cpt verify {prefix}",
             )
+
+
+def _sequences_lie_in_order(reader: IndexedReader, chunk: int = 1 << 20) -> bool:
+    """Whether each sequence begins where the one before it ends; a few sequences at a time, as there may be many."""
+    end = 0
+    for first in range(0, reader.sequence_count, chunk):
+        lengths = reader.sequence_lengths[first : first + chunk].astype(np.int64)
+        ends = end + np.cumsum(lengths) * reader.tokens.itemsize
+        if not np.array_equal(reader.sequence_pointers[first : first + chunk], ends - lengths * reader.tokens.itemsize):
+            return False
+        end = int(ends[-1])
+    return True
 
 
 def blend_of(config: RunConfig) -> Blend:

@@ -94,6 +94,29 @@ def refuse_if_held_here(path: Path) -> None:
         raise _refusal(path, holder)
 
 
+def refuse_if_held(path: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
+    """Raise CheckpointError when a job on any machine holds the lease; watches one of another machine for a while."""
+    refuse_if_held_here(path)
+    holder = read_lease(path)
+    if holder is not None and is_alive_here(holder) is None and _beats(path, holder, heartbeat_seconds):
+        raise _refusal(path, holder)
+
+
+def _beats(path: Path, holder: Holder, heartbeat_seconds: float) -> bool:
+    """Whether the lease changes hands or its counter moves within a few heartbeats."""
+    wait = _MISSED_BEATS * heartbeat_seconds
+    logger.info("the run folder has a lease of %s: watching it for %.0f s", holder, wait)
+    deadline = time.monotonic() + wait
+    while time.monotonic() < deadline:
+        time.sleep(heartbeat_seconds / 4)
+        now = read_lease(path)
+        if now is None:
+            return False
+        if now != holder:
+            return True
+    return False
+
+
 def _refusal(path: Path, holder: Holder) -> CheckpointError:
     return CheckpointError(
         f"{path.parent} is being written by {holder}",
@@ -118,7 +141,7 @@ class Lease:
         """
         holder = read_lease(self.path)
         if holder is not None and is_alive_here(holder) is not False:
-            if is_alive_here(holder) or self._beats(holder):
+            if is_alive_here(holder) or _beats(self.path, holder, self.heartbeat_seconds):
                 raise _refusal(self.path, holder)
             logger.warning("taking over the lease of %s, which shows no sign of life", holder)
         self._write()
@@ -137,19 +160,6 @@ class Lease:
         self._released.set()
         if self.still_held():
             self.path.unlink(missing_ok=True)
-
-    def _beats(self, holder: Holder) -> bool:
-        wait = _MISSED_BEATS * self.heartbeat_seconds
-        logger.info("the run folder has a lease of %s: watching it for %.0f s", holder, wait)
-        deadline = time.monotonic() + wait
-        while time.monotonic() < deadline:
-            time.sleep(self.heartbeat_seconds / 4)
-            now = read_lease(self.path)
-            if now is None:
-                return False
-            if now != holder:
-                return True
-        return False
 
     def _keep_alive(self) -> None:
         while not self._released.wait(self.heartbeat_seconds):

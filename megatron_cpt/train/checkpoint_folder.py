@@ -84,9 +84,15 @@ def complete_checkpoints(root: Path) -> list[tuple[Path, Marker]]:
 
 def read_marker(path: Path) -> Marker | None:
     try:
-        return Marker(**json.loads((path / MARKER).read_text(encoding="utf-8")))
+        marker = Marker(**json.loads((path / MARKER).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    counts = (marker.iteration, marker.consumed_tokens, *marker.file_bytes.values()) if _tables(marker) else (None,)
+    return marker if all(isinstance(count, int) for count in counts) else None
+
+
+def _tables(marker: Marker) -> bool:
+    return all(isinstance(table, dict) for table in (marker.file_bytes, marker.sha256, marker.ledger, marker.layout))
 
 
 def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[str, Any]) -> Marker:
@@ -154,7 +160,8 @@ def read_best(root: Path) -> dict[str, Any] | None:
         best = json.loads((root / BEST).read_text())
     except (OSError, ValueError):
         return None
-    return best if isinstance(best, dict) else None
+    known = isinstance(best, dict) and isinstance(best.get("iteration"), int) and {"name", "value"} <= best.keys()
+    return best if known else None
 
 
 def update_best(root: Path, name: str, marker: Marker) -> bool:

@@ -77,6 +77,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(row, dict):
+            continue
         latest[(row.get("event"), row.get("name"), row.get("iteration"))] = row
     return sorted(latest.values(), key=lambda row: row.get("iteration") or 0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from megatron_cpt.config.derive import planned_steps
 from megatron_cpt.config.load import build_config, read_yaml
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.launch.lease import HEARTBEAT_SECONDS, is_alive_here, read_lease
+from megatron_cpt.launch.local import read_rank_error
 from megatron_cpt.launch.run_folder import RunFolder
 from megatron_cpt.train.checkpoint_folder import complete_checkpoints
 from megatron_cpt.train.metrics import read_metrics
@@ -29,7 +30,7 @@ class RunStatus:
     consumed_tokens: int
     train_tokens: int
     loss: float | None
-    validation_loss: dict[str, float]
+    validation_loss: dict[str, float | None]
     tokens_per_second: float | None
     eta_seconds: float | None
     last_checkpoint: dict[str, Any] | None  # path, iteration, consumed_tokens, created, bytes
@@ -64,8 +65,8 @@ def read_status(root: Path) -> RunStatus:
         iteration=last["iteration"] if last else 0,
         consumed_tokens=last["consumed_tokens"] if last else 0,
         train_tokens=train_tokens,
-        loss=last["loss"] if last else None,
-        validation_loss={row["name"]: row["loss"] for row in rows if row.get("event") == "validation"},
+        loss=_number(last["loss"]) if last else None,
+        validation_loss={row["name"]: _number(row["loss"]) for row in rows if row.get("event") == "validation"},
         tokens_per_second=last["tokens_per_second"] if last else None,
         eta_seconds=last["eta_seconds"] if last else None,
         last_checkpoint=newest[0] and _checkpoint_json(*newest[0]) if newest else None,
@@ -115,8 +116,12 @@ def _last_error(folder: RunFolder) -> dict[str, Any] | None:
     paths = sorted(folder.logs.glob("error_rank_*.json"), key=lambda path: path.stat().st_mtime)
     if not paths:
         return None
-    told: dict[str, Any] = json.loads(paths[-1].read_text())
-    return {**told, "time": paths[-1].stat().st_mtime}
+    return {**read_rank_error(paths[-1]), "time": paths[-1].stat().st_mtime}
+
+
+def _number(value: Any) -> float | None:
+    """None for what is written as text because JSON has no word for it: NaN and infinity."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _count_step_rows(folder: RunFolder) -> int:

@@ -56,6 +56,14 @@ def damage_idx(folder: Path) -> None:
     path.write_bytes(raw)
 
 
+def idx_points_elsewhere(folder: Path) -> None:
+    path = idx_path(folder / "data")
+    raw = bytearray(path.read_bytes())
+    pointer = 34 + 4 * 60 + 8 * 5  # the header, 60 lengths, five pointers
+    raw[pointer : pointer + 8] = (10**9).to_bytes(8, "little")
+    path.write_bytes(raw)
+
+
 def ids_beyond_the_vocabulary(folder: Path) -> None:
     tokens = np.fromfile(bin_path(folder / "data"), np.uint16)
     tokens[0] = 4000
@@ -73,6 +81,7 @@ def larger_vocabulary(folder: Path) -> None:
 CASES = [
     (cut_bin, "its manifest says"),
     (damage_idx, "is not a Megatron index|is damaged|version"),
+    (idx_points_elsewhere, "points its sequences to other places"),
     (ids_beyond_the_vocabulary, "outside the vocabulary"),
     (another_tokenizer, "is not the model's"),
     (larger_vocabulary, "the model only 128 rows"),
@@ -107,6 +116,10 @@ def test_damaged_files(
         (["parallel.tp=3", "parallel.gpus_per_node=3"], "must divide the model's 4 attention heads"),
         (["optimiser.lr=1"], "did you mean"),
         (["budget.train_tokens=10"], "smaller than one step"),
+        (["eval.tokens=0"], "eval.tokens"),
+        (["checkpoint.keep_every=0"], "checkpoint.keep_every"),
+        (["failure.step_timeout_minutes=.inf"], "failure.step_timeout_minutes"),
+        ([f"seed={2**40}"], "seed"),
     ],
 )
 def test_bad_values(

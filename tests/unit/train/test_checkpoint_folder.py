@@ -18,6 +18,7 @@ from megatron_cpt.train.checkpoint_folder import (
     remove_checkpoint,
     remove_partials,
     seal,
+    set_aside,
     update_best,
 )
 
@@ -43,6 +44,19 @@ def write(root: Path, iteration: int, tokens: int = 0, validation: dict[str, flo
     final = checkpoint_path(root, iteration)
     seal(partial, final, "job_name: t\n", fields)
     return final
+
+
+@pytest.mark.parametrize("best", ["{}", "[1]", '{"iteration": "x", "name": "v", "value": 1}'])
+def test_a_damaged_best_json_is_none(tmp_path: Path, best: str) -> None:
+    (tmp_path / "best.json").write_text(best)
+    assert read_best(tmp_path) is None
+
+
+def test_a_checkpoint_set_aside_is_out_of_the_list_and_abandoned(tmp_path: Path) -> None:
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    aside = set_aside(first)
+    assert aside.is_dir() and [path for path, _ in complete_checkpoints(tmp_path)] == [second]
+    assert remove_partials(tmp_path) == 1 and not aside.exists()
 
 
 def test_a_sealed_checkpoint_counts_and_is_latest(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import time
@@ -12,7 +14,7 @@ import pytest
 
 from megatron_cpt.cli import cli, run
 from megatron_cpt.config.load import build_config
-from megatron_cpt.launch.lease import Lease
+from megatron_cpt.launch.lease import Lease, refuse_if_held
 from megatron_cpt.launch.run_folder import RunFolder, record_start, resolved_yaml
 from megatron_cpt.train.checkpoint_folder import checkpoint_path, seal
 from megatron_cpt.train.metrics import MetricsFile, read_metrics
@@ -170,3 +172,52 @@ def test_a_running_job_is_not_pruned(folder: RunFolder, capsys: pytest.CaptureFi
     code, out = call(capsys, "checkpoints", str(folder.root), "--prune")
     assert code == 2 and "is being written" in out
     lease.release()
+
+
+def test_what_a_crash_left_half_written_does_not_hide_the_rest(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = write_steps(folder, 1, range(1, 3))
+    metrics.write(
+        iteration=3, consumed_tokens=3000, loss=float("nan"), loss_by_source={}, skipped=True, tokens_per_second=1.0,
+        eta_seconds=9.0,
+    )  # fmt: skip
+    metrics.close()
+    with folder.metrics.open("a") as file:
+        file.write('7\n{"iterat')
+    folder.rank_error(0).write_text('{"message": "di')
+    checkpoint = write_checkpoint(folder, 2)
+    (checkpoint / "complete.json").write_text(
+        (checkpoint / "complete.json").read_text().replace('"consumed_tokens": 2000', '"consumed_tokens": "many"')
+    )
+    with pytest.raises(SystemExit) as ended:
+        run(cli, ["status", str(folder.root)])
+    text = capsys.readouterr().out
+    assert not ended.value.code
+    assert "loss              not finite" in text and "was cut short" in text
+    with pytest.raises(SystemExit):
+        run(cli, ["status", str(folder.root), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["iteration"], told["loss"], told["skipped_steps"]) == (3, None, 1)
+
+
+def test_prune_does_not_touch_the_folder_of_a_job_on_another_machine(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its unfinished save looks abandoned from here."""
+    unfinished = folder.checkpoints / "iter_0000009.partial-1"
+    unfinished.mkdir()
+    lease = Lease(folder.lease, 0.05)
+    lease._me = dataclasses.replace(lease._me, host="node7", process_space="another boot")
+    lease.acquire()
+    monkeypatch.setattr(
+        "megatron_cpt.commands.checkpoints.refuse_if_held", functools.partial(refuse_if_held, heartbeat_seconds=0.1)
+    )
+    with pytest.raises(SystemExit) as refused:
+        run(cli, ["checkpoints", str(folder.root), "--prune"])
+    assert refused.value.code == 2 and "on node7" in capsys.readouterr().err
+    assert unfinished.is_dir()
+    lease.release()
+    with pytest.raises(SystemExit) as pruned:
+        run(cli, ["checkpoints", str(folder.root), "--prune"])
+    assert not pruned.value.code and not unfinished.exists()
