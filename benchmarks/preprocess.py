@@ -1,18 +1,28 @@
-"""Speed of preprocessing against its peers: whole processes, one worker each, interleaved, MB per CPU-second.
+"""Speed and memory of preprocessing against its peers: whole processes, one worker each, interleaved, in CPU-seconds.
 
-    python benchmarks/preprocess.py --input corpus.jsonl --tokenizer MODEL_DIR --work /tmp/bench \
+    python benchmarks/preprocess.py tokenise --input corpus.jsonl --tokenizer MODEL_DIR --work /tmp/bench \
         --megatron-lm CHECKOUT --peers-python PYTHON
+    python benchmarks/preprocess.py full --input corpus.jsonl --tokenizer MODEL_DIR --work /tmp/bench \
+        --peers-python PYTHON
+    python benchmarks/preprocess.py memory --input corpus.jsonl --tokenizer MODEL_DIR --work /tmp/bench
+
+tokenise: jsonl to .bin/.idx. full: cleaning, C4, Gopher and FineWeb rules, exact and near duplicates, then tokens.
+memory: peak memory of the largest process as the input grows; the input is repeated text with changed numbers.
 
 CPU-seconds (user and system, of the process and its children) are the stable figure on a shared machine; wall time is
-printed beside them. Peers are optional and are fetched by whoever runs this: a checkout of NVIDIA/Megatron-LM for its
-preprocess_data.py, and a Python that has `datatrove` and `gigatoken`. A slow peer gets the first --slow-mb of the input
-and is measured without its start (the same command on one document is subtracted); ours is the whole process.
+printed beside them. Peers are optional and are fetched by whoever runs this: a checkout of NVIDIA/Megatron-LM (its main
+branch also has preprocess_data_fast.py, on gigatoken), and a Python with torch, transformers, gigatoken and datatrove.
+Peers are measured without their start (the same command on one document is subtracted), and a slow one on the first
+--slow-mb of the input; ours is the whole process on all of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import zstandard
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -51,6 +62,44 @@ LocalPipelineExecutor(pipeline=[JsonlReader(folder, glob_pattern=name), Megatron
     output_folder=out, tokenizer_name_or_path=tokenizer + "/tokenizer.json", eos_token="<|endoftext|>")],
     tasks=1, workers=1, logging_dir=out + "/logs", skip_completed=False).run()
 """
+
+
+# The same rules and stages as FULL_CORPUS, as datatrove's own examples string them together.
+DATATROVE_FULL = """
+import sys
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline import dedup, filters
+from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
+from datatrove.pipeline.formatters import FTFYFormatter
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import MegatronDocumentTokenizer
+from datatrove.pipeline.writers import JsonlWriter
+folder, name, out, tokenizer = sys.argv[1:5]
+def run(stage, *steps, tasks=1):
+    logs = f"{out}/logs-{stage}"
+    LocalPipelineExecutor(
+        pipeline=list(steps), tasks=tasks, workers=1, logging_dir=logs, skip_completed=False).run()
+run(1, JsonlReader(folder, glob_pattern=name), FTFYFormatter(), filters.C4QualityFilter(),
+    filters.GopherRepetitionFilter(), filters.GopherQualityFilter(), filters.FineWebQualityFilter(),
+    JsonlWriter(out + "/filtered", compression=None))
+exact = ExactDedupConfig(content_getter=lambda document: document.text)
+run(2, JsonlReader(out + "/filtered"), dedup.ExactDedupSignature(out + "/sig", config=exact))
+run(3, dedup.ExactFindDedups(out + "/sig", out + "/dups", config=exact))
+run(4, JsonlReader(out + "/filtered"), dedup.ExactDedupFilter(out + "/dups", config=exact),
+    JsonlWriter(out + "/exact", compression=None))
+minhash = dedup.MinhashConfig()
+run(5, JsonlReader(out + "/exact"), dedup.MinhashDedupSignature(out + "/minhash", config=minhash))
+run(6, dedup.MinhashDedupBuckets(out + "/minhash", out + "/buckets", config=minhash), tasks=minhash.num_buckets)
+run(7, dedup.MinhashDedupCluster(out + "/buckets", out + "/remove", config=minhash))
+run(8, JsonlReader(out + "/exact"), dedup.MinhashDedupFilter(out + "/remove"), MegatronDocumentTokenizer(
+    output_folder=out + "/tokens", tokenizer_name_or_path=tokenizer + "/tokenizer.json", eos_token="<|endoftext|>"))
+"""
+
+FULL_CORPUS = {
+    "clean": {"unicode": True, "whitespace": True, "c4_lines": True},
+    "filters": {"c4": True, "gopher_repetition": True, "gopher_quality": True, "fineweb": True},
+    "dedup": {"exact": True, "near": True},
+}
 
 
 @dataclass(frozen=True)
@@ -89,10 +138,11 @@ def cut(source: Path, target: Path, size_bytes: int) -> Path:
 @dataclass(frozen=True)
 class Tool:
     name: str
-    slow: bool
+    slow: bool  # gets the first --slow-mb only
     python: str
     arguments: tuple[str, ...]  # {input}, {folder}, {file} and {output} stand for paths
     environment: dict[str, str]
+    is_peer: bool = True  # measured without its start
 
     def run(self, file: Path, output: Path) -> Measurement:
         values = {"{input}": str(file), "{folder}": str(file.parent), "{file}": file.name, "{output}": str(output)}
@@ -100,75 +150,153 @@ class Tool:
         return measure(command, {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | self.environment)
 
 
-def tools(tokenizer: str, megatron_lm: str | None, peers_python: str | None) -> list[Tool]:
-    cli = ("-c", "from megatron_cpt.cli import main; main()", "preprocess", "--overwrite", "--workers", "1")
-    ours = (*cli, "--input", "{input}", "--output-prefix", "{output}", "--tokenizer", tokenizer)
+CLI = ("-c", "from megatron_cpt.cli import main; main()", "preprocess", "--overwrite", "--workers", "1")
+
+
+def tokenising_tools(tokenizer: str, megatron_lm: str | None, peers_python: str | None) -> list[Tool]:
+    ours = (*CLI, "--input", "{input}", "--output-prefix", "{output}", "--tokenizer", tokenizer)
     chosen = [
-        Tool("megatron-cpt", False, sys.executable, ours, {}),
-        Tool("tokenisation free", False, sys.executable, ("-c", FREE, "{input}", "{output}", tokenizer), {}),
+        Tool("megatron-cpt", False, sys.executable, ours, {}, False),
+        Tool("tokenisation free", False, sys.executable, ("-c", FREE, "{input}", "{output}", tokenizer), {}, False),
     ]
     if megatron_lm:
-        flags = (
-            "--input {input} --output-prefix {output} --tokenizer-type HuggingFaceTokenizer --append-eod --workers 1"
-        )
-        script = (f"{megatron_lm}/tools/preprocess_data.py", *flags.split(), "--tokenizer-model", tokenizer)
-        path = os.pathsep.join([megatron_lm, os.environ.get("PYTHONPATH", "")])
-        chosen.append(Tool("Megatron-LM preprocess_data.py", True, sys.executable, script, {"PYTHONPATH": path}))
+        python = peers_python or sys.executable
+        flags = [
+            "--input",
+            "{input}",
+            "--output-prefix",
+            "{output}",
+            "--tokenizer-type",
+            "HuggingFaceTokenizer",
+            "--append-eod",
+        ]
+        flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
+        path = {"PYTHONPATH": os.pathsep.join([megatron_lm, os.environ.get("PYTHONPATH", "")])}
+        script = f"{megatron_lm}/tools/preprocess_data.py"
+        chosen.append(Tool("Megatron-LM preprocess_data.py", True, python, (script, *flags, "--workers", "1"), path))
+        fast = f"{megatron_lm}/tools/preprocess_data_fast.py"
+        if Path(fast).exists():
+            one_thread = path | {"RAYON_NUM_THREADS": "1"}
+            chosen.append(Tool("Megatron-LM gigatoken", False, python, (fast, *flags, "--use-gigatoken"), one_thread))
     if peers_python:
         arguments = ("-c", DATATROVE, "{folder}", "{file}", "{output}", tokenizer)
         chosen.append(Tool("datatrove", True, peers_python, arguments, {}))
     return chosen
 
 
+def full_tools(tokenizer: str, peers_python: str | None, source: Path, work: Path) -> list[Tool]:
+    corpus = FULL_CORPUS | {
+        "tokenizer": tokenizer, "output_prefix": str(work / "out" / "full"), "sources": [{"files": str(source)}],
+    }  # fmt: skip
+    description = work / "full.yaml"
+    description.write_text(json.dumps(corpus))
+    chosen = [Tool("megatron-cpt", False, sys.executable, (*CLI, str(description)), {}, False)]
+    if peers_python:
+        arguments = ("-c", DATATROVE_FULL, "{folder}", "{file}", "{output}", tokenizer)
+        chosen.append(Tool("datatrove", True, peers_python, arguments, {}))
+    return chosen
+
+
+def compare(chosen: Sequence[Tool], source: Path, work: Path, slow_mb: float, repeats: int) -> None:
+    """Run all tools in turns; print one JSON object per tool."""
+    (work / "slow").mkdir(exist_ok=True)
+    (work / "one").mkdir(exist_ok=True)
+    slow = cut(source, work / "slow" / "in.jsonl", int(slow_mb * 1_000_000))
+    one = cut(source, work / "one" / "in.jsonl", 1)
+    runs: dict[str, list[Measurement]] = {}
+    start_cpu: dict[str, float] = {}
+    for repeat in range(repeats):
+        for tool in chosen:
+            file, name = slow if tool.slow else source, re.sub(r"\W+", "-", tool.name)
+            runs.setdefault(tool.name, []).append(tool.run(file, work / "out" / f"{name}-{repeat}"))
+            if tool.is_peer and tool.name not in start_cpu:
+                start_cpu[tool.name] = tool.run(one, work / "out" / f"{name}-one").cpu_seconds
+        shutil.rmtree(work / "out", ignore_errors=True)
+    ours = 0.0
+    for tool in chosen:
+        megabytes = (slow if tool.slow else source).stat().st_size / 1e6
+        cpu = statistics.median(m.cpu_seconds for m in runs[tool.name])
+        speed = megabytes / max(cpu - start_cpu.get(tool.name, 0.0), 1e-3)
+        ours = ours or speed
+        fields = {
+            "tool": tool.name,
+            "mb": round(megabytes, 1),
+            "cpu_seconds": round(cpu, 2),
+            "start_cpu_seconds": round(start_cpu.get(tool.name, 0.0), 2),
+            "mb_per_cpu_second": round(speed, 2),
+            "ours_is": round(ours / speed, 2),
+            "wall_seconds": round(statistics.median(m.wall_seconds for m in runs[tool.name]), 1),
+            "peak_mib": round(max(m.peak_mib for m in runs[tool.name])),
+        }
+        click.echo(json.dumps(fields))
+
+
+def grow(source: Path, target: Path, size_bytes: int) -> int:
+    """Repeat `source` with other digits each time, as zstd or plain by the name of `target`; returns bytes of text."""
+    written = 0
+    with target.open("wb") as raw:
+        out = zstandard.ZstdCompressor(1).stream_writer(raw, closefd=False) if target.suffix == ".zst" else raw
+        for turn in itertools.count():
+            table = bytes.maketrans(b"123456789", bytes((digit + turn) % 9 + 49 for digit in range(9)))
+            with source.open("rb") as lines:
+                for line in lines:
+                    out.write(line if b"\\u" in line else line.translate(table))
+                    written += len(line)
+                    if written >= size_bytes:
+                        out.close()
+                        return written
+    raise AssertionError
+
+
+def measure_memory(source: Path, tokenizer: str, work: Path, sizes_mb: Sequence[float], plain: bool) -> None:
+    for megabytes in sizes_mb:
+        file = work / ("grown.jsonl" if plain else "grown.jsonl.zst")
+        size = grow(source, file, int(megabytes * 1e6))
+        flags = ("--input", str(file), "--output-prefix", str(work / "out" / "memory"), "--tokenizer", tokenizer)
+        result = measure((sys.executable, *CLI[:-1], "2", *flags), {"OMP_NUM_THREADS": "1"})
+        fields = {
+            "mb": round(size / 1e6), "file_mb": round(file.stat().st_size / 1e6), "peak_mib": round(result.peak_mib),
+            "cpu_seconds": round(result.cpu_seconds, 1), "wall_seconds": round(result.wall_seconds, 1),
+        }  # fmt: skip
+        click.echo(json.dumps(fields))
+        file.unlink()
+        shutil.rmtree(work / "out")
+
+
 @click.command()
+@click.argument("mode", type=click.Choice(["tokenise", "full", "memory"]))
 @click.option(
     "--input", "source", required=True, type=click.Path(path_type=Path, exists=True), help="jsonl with `text`."
 )
 @click.option("--tokenizer", required=True, help="Model folder with tokenizer.json.")
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for outputs.")
 @click.option("--megatron-lm", help="Checkout of NVIDIA/Megatron-LM.")
-@click.option("--peers-python", help="A Python with datatrove.")
-@click.option("--slow-mb", default=20, show_default=True, help="MB given to slow peers.")
+@click.option("--peers-python", help="A Python with the peers' packages.")
+@click.option("--slow-mb", default=20.0, show_default=True, help="MB given to slow peers.")
 @click.option("--repeats", default=3, show_default=True, help="Interleaved runs; the median is printed.")
+@click.option("--sizes-mb", default="100,1000,5000", show_default=True, help="memory: MB of text.")
+@click.option("--plain", is_flag=True, help="memory: jsonl, not jsonl.zst (needs more disk).")
 def main(
+    mode: str,
     source: Path,
     tokenizer: str,
     work: Path,
     megatron_lm: str | None,
     peers_python: str | None,
-    slow_mb: int,
+    slow_mb: float,
     repeats: int,
+    sizes_mb: str,
+    plain: bool,
 ) -> None:
-    """Print one JSON object per tool: MB, CPU-seconds, MB per CPU-second, peak memory."""
+    """Print one JSON object per tool or size: MB, CPU-seconds, MB per CPU-second, peak memory."""
     work.mkdir(parents=True, exist_ok=True)
-    source, tokenizer = source.resolve(), str(Path(tokenizer).resolve())
-    (work / "slow").mkdir(exist_ok=True)
-    (work / "one").mkdir(exist_ok=True)
-    slow = cut(source, work / "slow" / "in.jsonl", slow_mb * 1_000_000)
-    one = cut(source, work / "one" / "in.jsonl", 1)
-    runs: dict[str, list[Measurement]] = {}
-    start_cpu: dict[str, float] = {}
-    chosen = tools(tokenizer, megatron_lm, peers_python)
-    for repeat in range(repeats):
-        for tool in chosen:
-            file = slow if tool.slow else source
-            runs.setdefault(tool.name, []).append(tool.run(file, work / "out" / f"{tool.name.split()[0]}-{repeat}"))
-            if tool.slow and tool.name not in start_cpu:
-                start_cpu[tool.name] = tool.run(one, work / "out" / "one").cpu_seconds
-    for tool in chosen:
-        megabytes = (slow if tool.slow else source).stat().st_size / 1e6
-        cpu = statistics.median(m.cpu_seconds for m in runs[tool.name])
-        net = cpu - start_cpu.get(tool.name, 0.0)
-        fields = {
-            "tool": tool.name,
-            "mb": round(megabytes, 1),
-            "cpu_seconds": round(cpu, 2),
-            "start_cpu_seconds": round(start_cpu.get(tool.name, 0.0), 2),
-            "mb_per_cpu_second": round(megabytes / net, 2),
-            "wall_seconds": round(statistics.median(m.wall_seconds for m in runs[tool.name]), 1),
-            "peak_mib": round(max(m.peak_mib for m in runs[tool.name])),
-        }
-        click.echo(json.dumps(fields))
+    source, work, tokenizer = source.resolve(), work.resolve(), str(Path(tokenizer).resolve())
+    if mode == "memory":
+        measure_memory(source, tokenizer, work, [float(size) for size in sizes_mb.split(",")], plain)
+    elif mode == "full":
+        compare(full_tools(tokenizer, peers_python, source, work), source, work, slow_mb, repeats)
+    else:
+        compare(tokenising_tools(tokenizer, megatron_lm, peers_python), source, work, slow_mb, repeats)
 
 
 if __name__ == "__main__":

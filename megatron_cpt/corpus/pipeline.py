@@ -202,16 +202,18 @@ def _reject_special(job: Job, batch: Batch, ledger: Ledger, encoded: Encoded) ->
     return ledger.reject_where(batch, wanted.tolist(), "special_token_in_text"), encoded.select(wanted)
 
 
-def sample_texts(units: Sequence[Unit], max_document_bytes: int, wanted_chars: int = 1 << 18) -> list[str]:
-    """The first texts of the corpus, for the tokenizer's self-check."""
+def sample_texts(units: Sequence[Unit], max_document_bytes: int, chars_per_unit: int = 1 << 14) -> list[str]:
+    """Texts from four places of the corpus, for the tokenizer's self-check."""
     texts: list[str] = []
-    for unit in units[:4]:
+    for unit in units[:: max(1, len(units) // 4)][:4]:
+        wanted_chars = chars_per_unit
         for batch in read_unit(unit, Ledger(), max_document_bytes):
             for text in batch.texts:
-                if wanted_chars <= 0:
-                    return texts
-                texts.append(text[:wanted_chars])
-                wanted_chars -= len(text)
+                if wanted_chars > 0:
+                    texts.append(text[:wanted_chars])
+                    wanted_chars -= len(text)
+            if wanted_chars <= 0:
+                break
     return texts
 
 
