@@ -2,13 +2,14 @@
 
     python benchmarks/convert.py --parts abcd --work /scratch/bench
 
-a  HF -> torch_dist -> HF of a random Qwen2-7B-shaped model (--model), against `cp` of the same bytes; TP4, because
-   its 28 heads forbid TP8
+a  HF -> torch_dist (TP8 PP4) -> HF of a random Qwen2-7B-shaped model (--model), against `cp` of the same bytes
 b  HF -> HF against transformers' from_pretrained + save_pretrained (--peer-model)
-c  Qwen2-72B: the dry-run plan, and a run over its true tensor shapes, each output file verified and deleted
+c  Qwen2-72B: the dry-run plan, and all its tensors at their true shapes from HF to torch_dist TP8; source files
+   are generated when they are needed, output files verified, and both deleted
 d  round trips of all families, TP 1/2/4/8 x PP 1/2/4, tied and untied, padded vocabulary
 
-Prints Markdown. Files are evicted from the page cache before each measured stage (c deletes its files while cached).
+Prints Markdown. Files are evicted from the page cache before each measured stage. Disk: a needs 3 x the model (46 GB
+for 7b), b 2 x, c 17 GB; what a part wrote is deleted when it ends or fails.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ import functools
 import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoint_convert.checkpoint import Checkpoint, Extent, StoredTensor, Weights
+from checkpoint_convert.checkpoint import Checkpoint, StoredTensor, Weights
 from checkpoint_convert.convert import Options, convert, plan
 from checkpoint_convert.families import FAMILIES, architecture_from_config
 from checkpoint_convert.hf import plan_hf, read_hf, tensor_shapes
@@ -40,6 +41,7 @@ from checkpoint_convert.stream import Copier, run_parallel
 from checkpoint_convert.target import Target
 
 GB, GIB = 1e9, 2**30
+STREAM_FILE_BYTES = 4 * 10**9  # of part c
 
 
 def qwen2(hidden: int, layers: int, heads: int, groups: int, ffn: int, vocab: int, tied: bool) -> dict[str, Any]:
@@ -67,8 +69,12 @@ class Measured:
 
 
 def measure(command: list[str], log: Path) -> Measured:
-    """Run a command; wall time including its fsync, peak resident and peak anonymous memory of the process."""
-    start, peak, over = time.monotonic(), [0], threading.Event()
+    """Run a command; wall time including its fsync, peak resident and peak anonymous memory of the process.
+
+    Not ru_maxrss: the kernel lets a child start with the peak of the process that forked it.
+    """
+    start, over = time.monotonic(), threading.Event()
+    peak = {"VmHWM": 0, "RssAnon": 0}
     with log.open("ab") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream)
 
@@ -78,7 +84,9 @@ def measure(command: list[str], log: Path) -> Measured:
                     text = Path(f"/proc/{process.pid}/status").read_text()
                 except OSError:
                     return
-                peak[0] = max([peak[0], *(int(x.split()[1]) * 1024 for x in text.splitlines() if "RssAnon" in x)])
+                for name, value in (line.split(":", 1) for line in text.splitlines()):
+                    if name in peak:
+                        peak[name] = max(peak[name], int(value.split()[0]) * 1024)
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -88,17 +96,23 @@ def measure(command: list[str], log: Path) -> Measured:
         watcher.join()
     if status:
         raise SystemExit(f"failed: {' '.join(command)}; see {log}")
-    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, peak[0])
+    return Measured(seconds, usage.ru_utime + usage.ru_stime, peak["VmHWM"], peak["RssAnon"])
 
 
-def evict(folder: Path) -> None:
-    """Write a folder to disk and drop it from the page cache."""
-    for path in folder.rglob("*"):
+def evict(place: Path) -> None:
+    """Write a file or folder to disk and drop it from the page cache."""
+    for path in [place, *place.rglob("*")]:
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
+
+
+def check_disk(work: Path, need_bytes: float) -> None:
+    free = shutil.disk_usage(work).free
+    if free < need_bytes:
+        raise SystemExit(f"{work} has {free / GB:.0f} GB free, this part needs {need_bytes / GB:.0f}")
 
 
 def write_random_hf(folder: Path, config: dict[str, Any], *, shard_bytes: int = 5 * 10**9) -> Path:
@@ -133,8 +147,13 @@ def measure_copy(source: Path, work: Path, log: Path) -> Measured:
     return found
 
 
+def model_bytes(model: str) -> int:
+    return 2 * architecture_from_config(MODELS[model]).num_parameters
+
+
 def part_a(work: Path, log: Path, model: str, tp: int, pp: int, repeats: int) -> list[str]:
     source, middle, back = work / "hf", work / "td", work / "back"
+    check_disk(work, 3.2 * model_bytes(model))
     write_random_hf(source, MODELS[model])
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     largest = max(t.nbytes for t in open_checkpoint(source).weights.tensors.values())
@@ -170,11 +189,13 @@ def part_a(work: Path, log: Path, model: str, tp: int, pp: int, repeats: int) ->
 
 
 def part_b(work: Path, log: Path, model: str, repeats: int) -> list[str]:
+    check_disk(work, 2.2 * model_bytes(model))
     source = write_random_hf(work / "hf", MODELS[model])
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     peer = (
         "import sys, torch; from transformers import AutoModelForCausalLM as A; "
-        "A.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2]); import os; os.sync()"
+        "A.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2]); import os, glob; "
+        "[os.fsync(os.open(path, os.O_RDONLY)) for path in glob.glob(sys.argv[2] + '/*')]"
     )
     rows = [f"### (b) {model}, {size / GB:.1f} GB bf16, HF -> HF", ""]
     rows += ["| run | tool | s | CPU s | peak RSS, GiB |", "|---|---|---|---|---|"]
@@ -194,7 +215,8 @@ def part_b(work: Path, log: Path, model: str, repeats: int) -> list[str]:
 
 
 def part_c(work: Path, log: Path, workers: int, layers: int) -> list[str]:
-    """The plan from config.json alone, then every true shape streamed through a file that exists."""
+    """The plan from config.json alone, then every tensor streamed through files that exist."""
+    check_disk(work, 20e9)
     folder = work / "config"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(MODELS["72b"]))
@@ -212,67 +234,94 @@ def part_c(work: Path, log: Path, workers: int, layers: int) -> list[str]:
         "",
         f"- dry run from config.json: {dry.seconds:.1f} s, {dry.peak_rss_bytes / GIB:.2f} GiB",
         f"- {layers} of its 80 layers: {result['bytes'] / GB:.1f} GB in {result['tensors']} tensors through "
-        f"{result['files']} files, TP8: "
-        f"{found.seconds:.0f} s with read-back, **peak RSS {found.peak_rss_bytes / GIB:.2f} GiB** "
+        f"{result['files']} files, HF -> torch_dist TP8: "
+        f"{result['convert_seconds']:.0f} s to convert and {result['verify_seconds']:.0f} s to read back "
+        f"({found.seconds:.0f} s with making the source), **peak RSS {found.peak_rss_bytes / GIB:.2f} GiB** "
         f"(anonymous {found.peak_anonymous_bytes / GIB:.2f}); largest tensor {result['largest_bytes'] / GIB:.2f} GiB; "
-        f"{workers} workers; {result['verified']} tensors read back bit-exact",
+        f"{workers} workers; {result['verified']} tensors read back bit-exact; "
+        f"at most {result['peak_disk'] / GB:.1f} GB on disk",
     ]
 
 
 def stream_72b(work: Path, workers: int, layers: int) -> None:
-    """Every tensor of Qwen2-72B is read from one file of noise, written to its torch_dist file, read back, deleted."""
+    """Qwen2-72B from safetensors to torch_dist, file by file: made, converted, read back, deleted."""
     config = MODELS["72b"] | {"num_hidden_layers": layers}
     arch = architecture_from_config(config)
-    noise = work / "noise.bin"
-    shapes = tensor_shapes(arch)
-    largest = max(2 * int(np.prod(shape)) for shape in shapes.values())
-    generator = np.random.default_rng(0)
-    with noise.open("wb") as file:
-        for _ in range(-(-largest // 2**26)):
-            bits = generator.integers(0, 2**16, 2**25, dtype=np.uint16)
-            file.write(((bits & 0x83FF) | 0x3C00).data)
-
-    def source_tensor(name: str, shape: tuple[int, ...]) -> StoredTensor:
-        extent = Extent(0, 0, shape[0], int(np.prod(shape[1:])), noise, 0)
-        return StoredTensor(name, shape, "bfloat16", (extent,))
-
-    weights = Weights({name: source_tensor(name, shape) for name, shape in shapes.items()})
-    source = Checkpoint("hf", noise.parent, arch, config, work, weights)
-    options = Options(to="torch_dist", tp=8, pp=4, workers=workers)
+    made = plan_hf(work / "hf", arch, dict.fromkeys(tensor_shapes(arch), "bfloat16"), STREAM_FILE_BYTES)
+    source = Checkpoint("hf", made.folder, arch, config, work, Weights(made.tensors))
+    options = Options(to="torch_dist", tp=8, pp=4, workers=workers, max_shard_bytes=STREAM_FILE_BYTES)
     target = plan(source, work / "td", options)
-    waiting = {name: {e.path for e in tensor.extents} for name, tensor in target.tensors.items()}
+    places = {name: {e.path for e in tensor.extents} for name, tensor in target.tensors.items()}
+    sources = {name: tensor.extents[0].path for name, tensor in made.tensors.items()}
+    waiting, done, there = dict(places), set[Path](), set[Path]()
     hashes: dict[str, str] = {}
-    verified = 0
-    done: set[Path] = set()
-    for path, size in target.file_bytes.items():
-        one = Target(target.folder, file_bytes={path: size}, skeleton=[s for s in target.skeleton if s[0] == path])
-        one.allocate()
+    seconds = {"convert": 0.0, "verify": 0.0}
+    peak_disk = 0
+    noise = np.random.default_rng(0).integers(0, 2**16, 2**25, dtype=np.uint16) & 0x83FF | 0x3C00
+    for path in target.file_bytes:
         here = [name for name, paths in waiting.items() if path in paths]
-        with Files() as sources, Files(write=True) as targets:
-            copier = Copier(sources, targets, lambda count: None)
-            parts = {
-                name: replace(t, extents=tuple(e for e in t.extents if e.path == path))
-                for name, t in ((name, target.tensors[name]) for name in here)
-            }
-            jobs = [functools.partial(copier.copy, weights.tensors[name], parts[name]) for name in here]
+        for needed in sorted({sources[name] for name in here} - there):
+            make_source(made, needed, noise)
+            there.add(needed)
+        start = time.monotonic()
+        allocate(target, path)
+        with Files() as reading, Files(write=True) as writing:
+            copier = Copier(reading, writing, lambda count: None)
+            parts = [only(target.tensors[name], path) for name in here]
+            jobs = [functools.partial(copier.copy, made.tensors[part.name], part) for part in parts]
             for record in run_parallel(jobs, workers):
-                hashes[record.name] = record.sha256
-            done.add(path)
+                assert hashes.setdefault(record.name, record.sha256) == record.sha256
+            writing.fsync()
+        done.add(path)
+        seconds["convert"] += time.monotonic() - start
+        peak_disk = max(peak_disk, sum(p.stat().st_size for p in work.rglob("*") if p.is_file()))
+        evict(path)
+        start = time.monotonic()
+        with Files() as files:
+            reader = Copier(files, None, lambda count: None)
             whole = [name for name in here if waiting[name] <= done]
-            reader = Copier(targets, None, lambda count: None)
-            for name in whole:
-                assert reader.sha256(target.tensors[name]) == hashes[name], name
-                del waiting[name]
-            verified += len(whole)
-        for old in sorted(done):
-            if old.is_file() and not any(old in paths for paths in waiting.values()):
-                old.unlink()
-    assert not waiting and verified == len(shapes)
-    noise.unlink()
-    shutil.rmtree(target.folder)
-    report = {"bytes": target.nbytes, "tensors": len(shapes), "files": len(target.file_bytes), "verified": verified}
-    report |= {"largest_bytes": largest, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+            checks = [functools.partial(reader.sha256, target.tensors[name]) for name in whole]
+            assert run_parallel(checks, workers) == [hashes[name] for name in whole]
+        seconds["verify"] += time.monotonic() - start
+        for name in whole:
+            del waiting[name]
+        for old in {*done, *there} - {p for name in waiting for p in (*places[name], sources[name])}:
+            old.unlink(missing_ok=True)
+    assert not waiting and len(set(hashes.values())) == len(hashes) == len(made.tensors)
+    report: dict[str, float] = {
+        "bytes": target.nbytes,
+        "tensors": len(hashes),
+        "files": len(target.file_bytes),
+        "verified": len(hashes),
+    }
+    report |= {"largest_bytes": max(t.nbytes for t in made.tensors.values()), "peak_disk": peak_disk}
+    report |= {f"{name}_seconds": value for name, value in seconds.items()}
     (work / "stream72b.json").write_text(json.dumps(report))
+
+
+def only(tensor: StoredTensor, path: Path) -> StoredTensor:
+    return replace(tensor, extents=tuple(e for e in tensor.extents if e.path == path))
+
+
+def allocate(target: Target, path: Path) -> None:
+    skeleton = [piece for piece in target.skeleton if piece[0] == path]
+    Target(target.folder, file_bytes={path: target.file_bytes[path]}, skeleton=skeleton).allocate()
+
+
+def make_source(made: Target, path: Path, noise: Any) -> None:
+    """One safetensors file; each block of each tensor is another part of the noise."""
+    allocate(made, path)
+    with Files(write=True) as files:
+        for number, tensor in enumerate(made.tensors.values()):
+            if tensor.extents[0].path != path:
+                continue
+            step = max(1, 2**23 // tensor.row_bytes)
+            for start in range(0, tensor.rows, step):
+                count = min(step, tensor.rows - start) * tensor.columns
+                low = (number * 7919 + start * 104729) % (len(noise) - count)
+                block = noise[low : low + count].view(np.uint8).reshape(-1, tensor.row_bytes)
+                write_rows(files, tensor, start, block)
+    evict(path)
 
 
 def part_d(work: Path) -> list[str]:
@@ -306,10 +355,10 @@ def main() -> None:
     parser.add_argument("--parts", default="abcd")
     parser.add_argument("--work", type=Path, required=True, help="an empty folder on the disk to measure")
     parser.add_argument("--model", choices=MODELS, default="7b", help="of part a")
-    parser.add_argument("--tp", type=int, default=4, help="of part a; must divide the key/value heads")
+    parser.add_argument("--tp", type=int, default=8, help="of part a; any that divides the rows")
     parser.add_argument("--peer-model", choices=MODELS, default="1.5b", help="of part b")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=80, help="of part c; memory does not depend on it")
+    parser.add_argument("--layers", type=int, default=80, help="of part c")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -317,14 +366,20 @@ def main() -> None:
     if args.parts == "stream72b":
         stream_72b(args.work, args.workers, args.layers)
         return
-    parts = {
-        "a": lambda: part_a(args.work, log, args.model, args.tp, 4, args.repeats),
-        "b": lambda: part_b(args.work, log, args.peer_model, args.repeats),
-        "c": lambda: part_c(args.work, log, args.workers, args.layers),
-        "d": lambda: part_d(args.work),
+    parts: dict[str, Callable[[Path], list[str]]] = {
+        "a": lambda work: part_a(work, log, args.model, args.tp, 4, args.repeats),
+        "b": lambda work: part_b(work, log, args.peer_model, args.repeats),
+        "c": lambda work: part_c(work, log, args.workers, args.layers),
+        "d": part_d,
     }
     for part in args.parts:
-        print("\n".join(parts[part]()), end="\n\n", flush=True)
+        work = args.work / f"part-{part}"
+        shutil.rmtree(work, ignore_errors=True)  # of a killed run
+        work.mkdir()
+        try:
+            print("\n".join(parts[part](work)), end="\n\n", flush=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":
