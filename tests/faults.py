@@ -65,6 +65,20 @@ def full_disk() -> None:
     filesystem_async._write_item = write_item
 
 
+def full_disk_at_the_marker() -> None:
+    """Writing the marker fails with ENOSPC while the file FULL_DISK exists, when all shards are written."""
+    from megatron_cpt.train import checkpoint_folder
+
+    flag, real = Path(os.environ["FULL_DISK"]), checkpoint_folder.write_atomically
+
+    def write_atomically(path: Path, data: bytes) -> None:
+        if flag.exists() and path.name == checkpoint_folder.MARKER:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, data)
+
+    checkpoint_folder.write_atomically = write_atomically
+
+
 def engine_gathers_optimizer() -> None:
     """No fault: the optimizer's state is collected by Megatron-Core's own code, for comparison."""
     from megatron_cpt.train import checkpoint

@@ -3,11 +3,11 @@
 Inside: model (the keys of `GPTModel.sharded_state_dict()`), optimizer with fp32 master weights and moments, each
 rank's random states, and in complete.json the ledger, tokens, layout and versions. The schedule is not state.
 
-A save is collective. With `async_save` Megatron-Core forks a writer from each rank and the loop goes on; `poll`
-finishes it. On a CPU nothing is copied before: the writer's memory is a snapshot by itself, and costs the loop only
-the pages that it changes while the writer lives. What is planned for the first saves is reused by the later ones.
-The files go to a folder that only this start of the run writes to; when all ranks have flushed, rank 0 renames it
-and writes the marker, so a crash at any moment leaves the previous checkpoint the newest complete one.
+A save is collective. With `async_save` the loop goes on while a writer of each rank works: a process that
+Megatron-Core forks, or on a CPU a thread with a copy of what is saved; `poll` finishes the save. What is planned for
+the first saves is reused by the later ones. The files go to a folder that only this start of the run writes to; when
+all ranks have flushed, rank 0 renames it and writes the marker, so a crash at any moment leaves the previous
+checkpoint the newest complete one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ from megatron_cpt.train.checkpoint_folder import (
 from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
 from megatron_cpt.train.progress import Progress
 from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
+from megatron_cpt.train.thread_writer import Staging, ThreadQueue, in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,8 @@ class CheckpointManager:
         self.root = folder.checkpoints
         self.start = start
         self.last_saved = -1  # iteration
-        self._queue = AsyncCallsQueue()
+        self._staging = None if torch.cuda.is_available() else Staging()
+        self._queue = AsyncCallsQueue() if self._staging is None else ThreadQueue()
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
         self._validated = False  # Megatron-Core has seen that the ranks' shards fit together
         self._removal: threading.Thread | None = None
@@ -128,6 +131,8 @@ class CheckpointManager:
             )
             assert request is not None
             self._validated = True
+            if self._staging is not None:
+                request = in_thread(request, self._staging if asynchronous else None)
             if asynchronous:
                 self._queue.schedule_async_request(_hashing(request, partial, _WRITER_NICENESS))
             else:
@@ -154,25 +159,34 @@ class CheckpointManager:
     def _seal(self) -> None:
         pending, self._pending = self._pending, None
         assert pending is not None
-        if dist.get_rank() == 0:
-            if self.lease is not None and not self.lease.still_held():
-                raise CheckpointError(
-                    f"{self.lease.path} was taken over by another job; this one stops without touching the folder",
-                    hint="see megatron-cpt status; two jobs must not share a run folder",
-                )
-            final = checkpoint_path(self.root, pending.fields["iteration"])
+        with failing_together():
+            if dist.get_rank() == 0:
+                self._seal_files(pending)
+        self.last_saved = pending.fields["iteration"]
+
+    def _seal_files(self, pending: _Pending) -> None:
+        if self.lease is not None and not self.lease.still_held():
+            raise CheckpointError(
+                f"{self.lease.path} was taken over by another job; this one stops without touching the folder",
+                hint="see megatron-cpt status; two jobs must not share a run folder",
+            )
+        final = checkpoint_path(self.root, pending.fields["iteration"])
+        try:
             marker = seal(pending.partial, final, resolved_yaml(self.config), pending.fields)
+        except OSError as error:
+            raise _save_failed(pending.partial, f"rank 0: {error}") from error
+        logger.info(
+            "checkpoint %s is complete: %s at %s tokens",
+            final,
+            format_bytes(marker.total_bytes),
+            format_count(marker.consumed_tokens),
+        )
+        try:
             if self.config.checkpoint.best_by is not None:
                 update_best(self.root, self.config.checkpoint.best_by, marker)
             self._retain()
-            logger.info(
-                "checkpoint %s is complete: %s at %s tokens",
-                final,
-                format_bytes(marker.total_bytes),
-                format_count(marker.consumed_tokens),
-            )
-        dist.barrier()
-        self.last_saved = pending.fields["iteration"]
+        except OSError as error:
+            logger.error("cannot tidy up %s: %s", self.root, error)
 
     def _make_room(self, partial: Path) -> None:
         if why := self._why_no_room():
@@ -366,7 +380,7 @@ def _set_random_states(states: dict[str, Any]) -> None:
 
 
 def _hashing(request: AsyncRequest, folder: Path, niceness: int = 0) -> AsyncRequest:
-    """`request` whose writer, this rank's, also hashes its files; `niceness` is for a writer in its own process."""
+    """`request` whose writer, this rank's, also hashes its files; `niceness` is for one with a thread of its own."""
     write = request.async_fn
     if write is None:
         return request  # nothing to write on this rank
@@ -374,12 +388,22 @@ def _hashing(request: AsyncRequest, folder: Path, niceness: int = 0) -> AsyncReq
     names = [storage_key for _, storage_key, _ in buckets]
 
     def write_and_hash(*args: Any, **kwargs: Any) -> None:
-        if niceness:
+        if niceness and sys.platform == "linux":  # elsewhere it would be that of all threads
             os.nice(niceness)
         write(*args, **kwargs)
         leave_shard_hashes(folder, rank, names)
 
     return request._replace(async_fn=write_and_hash)
+
+
+def _save_failed(path: Path, why: str) -> SaveFailed:
+    """The error of a save whose files, if any, are deleted."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+    return SaveFailed(
+        f"cannot save checkpoint {path}: {why}",
+        hint="is the disk full? the newest complete checkpoint is untouched",
+    )
 
 
 class _named_failure:
@@ -395,12 +419,7 @@ class _named_failure:
         if isinstance(error, CheckpointException):  # torch's: raised on all ranks when any could not write
             logger.debug("details", exc_info=error)
             causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
-            if dist.get_rank() == 0:
-                shutil.rmtree(self.path, ignore_errors=True)
-            raise SaveFailed(
-                f"cannot {self.doing} checkpoint {self.path}: {causes or 'another rank could not'}",
-                hint="is the disk full? the newest complete checkpoint is untouched",
-            ) from error
+            raise _save_failed(self.path, causes or "another rank could not") from error
         expected = (OSError, RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException)
         if isinstance(error, expected):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

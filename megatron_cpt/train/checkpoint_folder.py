@@ -10,6 +10,7 @@ RUN/checkpoints/latest_checkpointed_iteration.txt    RUN/checkpoints/best.json
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,6 @@ from megatron_cpt.corpus.files import sync_folder, write_atomically
 MARKER = "complete.json"
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best.json"
-_HASHED = (".metadata", "common.pt", "metadata.json", "resolved.yaml")  # small and decisive
 _SHARD_HASHES = "sha256_{writer}.json"  # {file name: sha256}, left by whoever wrote the files
 _NAME = re.compile(r"^iter_(\d{7,})$")
 _PARTIAL = re.compile(r"^iter_\d{7,}\.partial-\d+$")
@@ -106,13 +106,17 @@ def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[s
             sync_folder(path / name)
     shard_hashes = _take_shard_hashes(path)
     sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
-    hashes = {name: _sha256(path / name) for name in _HASHED if name in sizes}
-    marker = Marker(file_bytes=sizes, sha256=hashes | shard_hashes, **marker_fields)
+    hashes = shard_hashes | {name: _sha256(path / name) for name in sizes if name not in shard_hashes}
+    marker = Marker(file_bytes=sizes, sha256=hashes, **marker_fields)
     if final.exists():  # an abandoned or damaged one of the same iteration
         shutil.rmtree(final)
     path.replace(final)
     sync_folder(final.parent)
-    write_atomically(final / MARKER, (json.dumps(asdict(marker), indent=1) + "\n").encode())
+    try:
+        write_atomically(final / MARKER, (json.dumps(asdict(marker), indent=1) + "\n").encode())
+    except OSError:
+        shutil.rmtree(final, ignore_errors=True)  # of no use without, and the disk is full
+        raise
     write_atomically(final.parent / LATEST, f"{marker.iteration}\n".encode())
     return marker
 
@@ -120,13 +124,15 @@ def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[s
 def leave_shard_hashes(path: Path, writer: int, names: Iterable[str]) -> None:
     """Hash the files that `writer` has just written, for `seal`; what it did not write is left out."""
     hashes = {name: _sha256(path / name) for name in names if (path / name).is_file()}
-    (path / _SHARD_HASHES.format(writer=writer)).write_text(json.dumps(hashes))
+    with contextlib.suppress(OSError):  # a full disk: `seal` hashes the files itself, or fails likewise
+        (path / _SHARD_HASHES.format(writer=writer)).write_text(json.dumps(hashes))
 
 
 def _take_shard_hashes(path: Path) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for left in path.glob(_SHARD_HASHES.format(writer="*")):
-        hashes |= json.loads(left.read_text())
+        with contextlib.suppress(ValueError):  # cut short: `seal` hashes the files itself
+            hashes |= json.loads(left.read_text())
         left.unlink()
     return hashes
 

@@ -144,7 +144,7 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, end: int) -> Iterator[
 def standing_alone(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a tensor that fills its storage, so that Megatron-Core's writer sees no need to copy it.
 
-    Its writer is a forked process, to which the memory is a snapshot already. Tensors on a GPU are staged by it anyway.
+    What is written while the loop goes on is copied once, by the writer's own staging; tensors on a GPU likewise.
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
         return tensor

@@ -148,10 +148,11 @@ def test_a_stuck_rank_is_ended_with_stacks(pool: RankPool, inputs: Path, tmp_pat
     assert job.told()["exit_code"] == HUNG
 
 
-def test_a_full_disk_in_mid_save_loses_that_save_only(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["full_disk", "full_disk_at_the_marker"])
+def test_a_full_disk_in_mid_save_loses_that_save_only(fault: str, pool: RankPool, inputs: Path, tmp_path: Path) -> None:
     flag = tmp_path / "full"
     job = Job(pool, inputs, tmp_path, steps=12, checkpoint={"save_every": "4 iters", "async_save": True})
-    job.start(faults="full_disk", FULL_DISK=str(flag))
+    job.start(faults=fault, FULL_DISK=str(flag))
     job.wait_for(lambda: bool(complete_checkpoints(job.run / "checkpoints")))
     flag.touch()
     (code,) = pool.wait()
@@ -160,8 +161,9 @@ def test_a_full_disk_in_mid_save_loses_that_save_only(pool: RankPool, inputs: Pa
     newest = complete_checkpoints(job.run / "checkpoints")[0][1]
     assert newest.iteration < 12
     assert not list(job.run.glob("checkpoints/*.partial-*"))
+    assert len(list(job.run.glob("checkpoints/iter_*"))) == len(complete_checkpoints(job.run / "checkpoints"))
     flag.unlink()
-    assert job.train(faults="full_disk", FULL_DISK=str(flag)) == FINISHED
+    assert job.train(faults=fault, FULL_DISK=str(flag)) == FINISHED
     assert complete_checkpoints(job.run / "checkpoints")[0][1].iteration == 12
 
 
