@@ -97,6 +97,17 @@ def require(config: Config, key: str) -> Any:
     return config[key]
 
 
+def require_whole(config: Config, key: str) -> int:
+    """A size: a whole number above 0."""
+    value = require(config, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer() or value < 1:
+        raise ConversionError(
+            f"config.json says {key} = {value!r}: not a whole number above 0",
+            hint="fetch the model's config.json again",
+        )
+    return int(value)
+
+
 def refuse(config: Config, key: str, because: str) -> None:
     """Raise when a switch that changes the mathematics is on."""
     if config.get(key):
@@ -108,7 +119,10 @@ def refuse(config: Config, key: str, because: str) -> None:
 
 def rope_facts(config: Config) -> tuple[float, Llama3RopeScaling | None]:
     """Rotary base and scaling, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`."""
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ConversionError(f"config.json says rope_scaling {scaling!r}: not an object", hint="fetch it again")
+    scaling = dict(scaling)
     if any(isinstance(value, dict) for value in scaling.values()):
         raise ConversionError("config.json gives different rope_parameters per layer type: not supported")
     theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0  # transformers' default
@@ -169,25 +183,30 @@ def build_architecture(family: Family, config: Config) -> Architecture:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConversionError(f"config.json asks for hidden_act {activation!r}: only silu is supported")
-    hidden, heads = int(require(config, "hidden_size")), int(require(config, "num_attention_heads"))
-    groups = int(config.get("num_key_value_heads") or heads)
+    hidden, heads = require_whole(config, "hidden_size"), require_whole(config, "num_attention_heads")
+    groups = require_whole(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
     if heads % groups:
         raise ConversionError(f"config.json has {heads} attention heads, not a multiple of {groups} key/value heads")
     if not config.get("head_dim") and hidden % heads:
         raise ConversionError(f"config.json has hidden_size {hidden}, not a multiple of {heads} heads, and no head_dim")
+    eps = require(config, "rms_norm_eps")
+    if not isinstance(eps, (int, float)) or not 0 < eps < 1:
+        raise ConversionError(
+            f"config.json says rms_norm_eps = {eps!r}: not a small number above 0", hint="fetch it again"
+        )
     theta, scaling = rope_facts(config)
     facts: dict[str, Any] = {"qkv_bias": False, "qk_norm": False, "sliding_window": None}
     return Architecture(
         family=family.name,
-        num_layers=int(require(config, "num_hidden_layers")),
+        num_layers=require_whole(config, "num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=int(require(config, "intermediate_size")),
+        ffn_hidden_size=require_whole(config, "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=int(config.get("head_dim") or hidden // heads),
-        vocab_size=int(require(config, "vocab_size")),
-        max_position_embeddings=int(require(config, "max_position_embeddings")),
-        rms_norm_eps=float(require(config, "rms_norm_eps")),
+        vocab_size=require_whole(config, "vocab_size"),
+        max_position_embeddings=require_whole(config, "max_position_embeddings"),
+        rms_norm_eps=eps,
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),

@@ -30,7 +30,9 @@ from megatron_cpt.runtime.distributed import failing_together
 
 logger = logging.getLogger(__name__)
 
+_EMBEDDING = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
+_FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names; the others hold quantised or packed weights
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that early Llama checkpoints carry; computed here
 
 
@@ -60,6 +62,11 @@ class SafetensorsSource:
 
     def read(self, name: str, rows: slice, columns: slice) -> Tensor:
         part = self._files[self._file_of[name]].get_slice(name)
+        if part.get_dtype() not in _FLOATS:
+            raise CheckpointError(
+                f"{name} in {self._file_of[name]} holds {part.get_dtype()}: a quantised weight",
+                hint="start from the full-precision model",
+            )
         values = part[rows] if columns == slice(None) else part[rows, columns]
         if not values.sum(dtype=torch.float64).isfinite():  # without a temporary of its size
             raise CheckpointError(
@@ -119,10 +126,12 @@ def load_weights(chunks: Iterable[GPTModel], source: WeightSource, arch: Archite
     check_names_and_shapes(source.shapes(), arch)
     tensors = {m.megatron: m for m in mapping(arch)}
     if arch.tie_word_embeddings:  # the last pipeline stage holds its own copy
-        tensors["output_layer.weight"] = tensors["embedding.word_embeddings.weight"]
+        tensors["output_layer.weight"] = tensors[_EMBEDDING]
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             _set(parameter, tensors[global_name(chunk, name)], source, arch)
+            if name == _EMBEDDING:
+                _check_tied_copy(parameter, source, arch)
 
 
 def global_name(chunk: GPTModel, name: str) -> str:
@@ -151,6 +160,26 @@ def _set(parameter: Tensor, tensor: Mapping, source: WeightSource, arch: Archite
     assert not parameter.sum(dtype=torch.float64).isnan(), f"{tensor.megatron}: elements were left unset"
 
 
+@torch.no_grad()
+def _check_tied_copy(embedding: Tensor, source: WeightSource, arch: Architecture) -> None:
+    """A stored output layer that the embedding is tied to must equal it: else config.json or the weights are wrong."""
+    if not arch.tie_word_embeddings or "lm_head.weight" not in source.shapes():
+        return
+    tp, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    (tensor,) = (m for m in mapping(arch) if m.megatron == _EMBEDDING)
+    for segment in segments(tensor, arch, tp, rank):
+        copy = source.read("lm_head.weight", slice(segment.hf_row, segment.hf_row + segment.rows), segment.columns)
+        if not torch.equal(copy.to(embedding.dtype), embedding[segment.row : segment.row + segment.rows].cpu()):
+            raise CheckpointError(
+                "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight",
+                hint="set tie_word_embeddings: false in config.json if the model has an output layer of its own; else "
+                "remove lm_head.weight from the file",
+            )
+
+
 def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor of the model and its shape."""
     return {name: shape for m in mapping(arch) for name, shape in hf_shapes(m, arch).items()}
@@ -169,6 +198,9 @@ def check_names_and_shapes(found: dict[str, tuple[int, ...]], arch: Architecture
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
+    head, embedding = found.get("lm_head.weight"), expected["model.embed_tokens.weight"]
+    if arch.tie_word_embeddings and head not in (None, embedding):
+        wrong.append(f"lm_head.weight has shape {head}, and is tied to one of {embedding}")
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise CheckpointError(
@@ -182,9 +214,11 @@ def _weight_files(model_dir: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
-        files = [model_dir / name for name in names]
+            files = [model_dir / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"{index} is not a safetensors index: {error!r}", hint="fetch the model's index again"
+            ) from error
     else:
         files = [model_dir / "model.safetensors"]
     for path in files:

@@ -86,6 +86,11 @@ def test_sliding_window(family: str, changes: dict[str, Any], window: int | None
         ("llama", {"num_key_value_heads": 3}, "multiple"),
         ("llama", {"hidden_size": 33, "head_dim": None}, "multiple"),
         ("llama", {"hidden_size": None}, "hidden_size"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ("llama", {"num_hidden_layers": "four"}, "num_hidden_layers = 'four'"),
+        ("llama", {"vocab_size": 1e999}, "vocab_size = inf"),
+        ("llama", {"rms_norm_eps": -1}, "rms_norm_eps = -1"),
+        ("llama", {"rope_scaling": "yarn"}, "not an object"),
     ],
 )
 def test_what_we_lack_is_refused_by_name(family: str, changes: dict[str, Any], words: str) -> None:

@@ -78,6 +78,27 @@ def test_values_that_are_not_finite(model_dir: Path, value: float) -> None:
         load(model_dir)
 
 
+def test_quantised_weight(model_dir: Path) -> None:
+    change(model_dir, model__layers__3__mlp__up_proj__weight=torch.ones(64, 32, dtype=torch.int8))
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight .*holds I8: a quantised weight"):
+        load(model_dir)
+
+
+def test_a_tied_output_layer_that_differs(tmp_path: Path) -> None:
+    """Some tools store the tied copy; a copy that differs means that the flag or the weights are wrong."""
+    folder = save_tiny_model("base_tied", tmp_path)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change(folder, lm_head__weight=embedding.clone())
+    load(folder)
+    embedding[-1, -1] += 0.5
+    change(folder, lm_head__weight=embedding)
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings, but lm_head\.weight differs"):
+        load(folder)
+    change(folder, lm_head__weight=embedding[:-1].contiguous())
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \(511, 32\)"):
+        load(folder)
+
+
 @pytest.mark.parametrize("kept_bytes", [4, 200, 20_000])
 def test_truncated_file(model_dir: Path, kept_bytes: int) -> None:
     path = model_dir / "model.safetensors"
@@ -94,8 +115,9 @@ def test_missing_shard(model_dir: Path) -> None:
         load(model_dir)
 
 
-def test_broken_index(model_dir: Path) -> None:
-    (model_dir / "model.safetensors.index.json").write_text("{}")
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"weight_map": {"a": null}}'])
+def test_broken_index(model_dir: Path, content: str) -> None:
+    (model_dir / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match="not a safetensors index"):
         load(model_dir)
 
