@@ -9,8 +9,10 @@ format converts to any other, and no step needs more memory than a block of rows
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -116,6 +118,27 @@ class Checkpoint:
     weights: Weights
     iteration: int | None = None
     run_config: Path | None = None  # resolved.yaml of the run that trained it
+
+
+@contextlib.contextmanager
+def clear_os_errors(what: str) -> Iterator[None]:
+    """What the file system refuses is the user's to mend: one line, no traceback."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise ConversionError(
+            f"{what}: {where}{error.strerror or error}", hint=_OS_HINTS.get(error.errno or 0)
+        ) from error
+
+
+_OS_HINTS = {
+    errno.ENOSPC: "free some disk space and start again: it goes on from here",
+    errno.EDQUOT: "your quota is used up; free some space and start again: it goes on from here",
+    errno.EACCES: "check the owner and permissions of the folder",
+    errno.EPERM: "check the owner and permissions of the folder",
+    errno.EROFS: "the file system is read-only; name another folder",
+}
 
 
 def check_cover(tensor: StoredTensor) -> None:

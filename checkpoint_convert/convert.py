@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import megatron_cpt
-from checkpoint_convert.checkpoint import Checkpoint, Extent, Format, MismatchError, StoredTensor, Weights
+from checkpoint_convert.checkpoint import (
+    Checkpoint,
+    Extent,
+    Format,
+    MismatchError,
+    StoredTensor,
+    Weights,
+    clear_os_errors,
+)
 from checkpoint_convert.hf import plan_hf, read_hf
 from checkpoint_convert.legacy import read_legacy
 from checkpoint_convert.mapping import check_ranks
@@ -100,6 +108,11 @@ def convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]
 
     Raises MismatchError (exit 1) when weights do not match, ConversionError for all else that a user can mend.
     """
+    with clear_os_errors(f"cannot write {final}"):
+        return _convert(source, final, options)
+
+
+def _convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]:
     started = time.time()
     _check_places(source, final, options)
     target = plan(source, partial_path(final), options)

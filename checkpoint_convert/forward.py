@@ -23,8 +23,8 @@ BLOCK_BYTES = 64 * 2**20
 
 
 def _blocks(files: Files, tensor: StoredTensor) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """(first row, one past the last, rows in fp32)."""
-    step = max(1, BLOCK_BYTES // tensor.row_bytes)
+    """(first row, one past the last, rows in fp32); blocks do not depend on the stored dtype."""
+    step = max(1, BLOCK_BYTES // (4 * tensor.columns))
     for start in range(0, tensor.rows, step):
         stop = min(start + step, tensor.rows)
         rows = torch.from_numpy(read_tensor(files, tensor, start, stop)).view(getattr(torch, tensor.dtype))

@@ -33,6 +33,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
+MAX_HEADER_BYTES = 10**8  # the format's own limit
 ROTARY_BUFFER = ".rotary_emb.inv_freq"  # saved by old Llama exports; computed from config.json, never read
 TIED_OUTPUT = "lm_head.weight"
 
@@ -104,7 +105,9 @@ def _read_index(path: Path) -> dict[str, str]:
         where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{path} is not a weight index: {error}") from error
-    if not isinstance(where, dict) or not all(Path(name).name == name for name in where.values()):
+    if not isinstance(where, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in where.values()
+    ):
         raise ConversionError(f"{path}: weight_map must map tensor names to file names of the same folder")
     return where
 
@@ -124,14 +127,15 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         if 8 + length > size:
             raise ConversionError(f"{path} is truncated within its header", hint="download it again")
         try:
-            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        except ValueError as error:
+            header: dict[str, dict[str, Any]] = dict(json.loads(file.read(min(length, MAX_HEADER_BYTES))))
+            header.pop("__metadata__", None)
+            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+            spans = [(n, e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in entries]
+        except (ValueError, TypeError, KeyError, IndexError) as error:
             raise ConversionError(f"{path} has a damaged header: {error}", hint="download it again") from error
-    header.pop("__metadata__", None)
     tensors, data, end = {}, 8 + length, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = DTYPE_NAMES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
-        low, high = entry["data_offsets"]
+    for name, code, shape, low, high in spans:
+        dtype = DTYPE_NAMES.get(code, str(code))
         item = ITEM_BYTES.get(dtype)
         if low != end or high < low or (item is not None and high - low != math.prod(shape) * item):
             raise ConversionError(f"{path} has a damaged header: the byte range of {name} is wrong")

@@ -98,6 +98,10 @@ def _find_ranks(path: Path) -> dict[tuple[int, int], Path]:
             raise ConversionError(f"{folder} is a rank of expert parallelism: not supported")
         ranks[t, p] = folder / FILE
     tp, pp = (1 + max(rank[i] for rank in ranks) for i in (0, 1))
+    if pp == 1 and any(_RANK.match(file.parent.name).group(2) for file in ranks.values()):  # type: ignore[union-attr]
+        raise ConversionError(
+            f"{path} holds one pipeline stage, and its folders are named for several", hint="copy the whole checkpoint"
+        )
     missing = [(t, p) for p in range(pp) for t in range(tp) if not ranks.get((t, p), path / "?").is_file()]
     if missing:
         names = ", ".join(rank_folder(t, p, pp) for t, p in missing)

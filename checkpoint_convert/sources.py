@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint_convert.checkpoint import Checkpoint, Format, StoredTensor, Weights
+from checkpoint_convert.checkpoint import Checkpoint, Format, StoredTensor, Weights, clear_os_errors
 from checkpoint_convert.families import architecture_from_config, read_architecture, read_config
 from checkpoint_convert.families.family import Config
 from checkpoint_convert.hf import is_hf, read_hf, tensor_shapes
@@ -41,6 +41,11 @@ def open_checkpoint(
     hf_config: folder with config.json and tokenizer, for a Megatron checkpoint that does not carry them.
     shapes_only: a folder with config.json alone will do; its tensors have no extents.
     """
+    with clear_os_errors(f"cannot read {path}"):
+        return _open(path, hf_config, best, trust_pickle, shapes_only)
+
+
+def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, shapes_only: bool) -> Checkpoint:
     if not path.is_dir():
         raise ConversionError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
     folder, kind = _find_weights(path, best, shapes_only)

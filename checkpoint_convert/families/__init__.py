@@ -63,8 +63,11 @@ def _dtype_of_weights(model_dir: Path) -> str | None:
     """dtype of the first tensor of the first safetensors file, None when there is none to read."""
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     for path in sorted(model_dir.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = dict(json.loads(file.read(min(length, 10**8))))
+        except (struct.error, ValueError):
+            return None  # a damaged file; its reader says so
         return next((names.get(t["dtype"], t["dtype"]) for n, t in header.items() if n != "__metadata__"), None)
     return None

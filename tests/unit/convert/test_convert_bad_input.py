@@ -84,6 +84,14 @@ def bend_a_tensor(folder: Path) -> None:
     change_tensors(folder, model__layers__2__mlp__up_proj__weight=torch.ones(32, 48).bfloat16())
 
 
+def write_a_list_as_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"[[1, 2]]")
+
+
+def name_a_number_as_shard(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": 3}}')
+
+
 def use_another_dtype(folder: Path) -> None:
     change_tensors(folder, model__norm__weight=torch.ones(32, dtype=torch.float64))
 
@@ -116,6 +124,8 @@ HF_CASES = [
     (truncate_header, "truncated within its header"),
     (lengthen, "longer than its header"),
     (garble_header, "damaged header"),
+    (write_a_list_as_header, "damaged header"),
+    (name_a_number_as_shard, "must map tensor names to file names"),
     (name_a_lost_shard, "files that are not there: model-00002.safetensors"),
     (lose_the_index, "no model.safetensors.index.json"),
     (store_twice, "stored twice"),
@@ -207,6 +217,13 @@ def test_legacy_with_a_missing_rank(tmp_path: Path) -> None:
     refused(ckpt, "lacks ranks of TP2 x PP2: mp_rank_01_000", "hf")
 
 
+def test_legacy_with_a_missing_stage(tmp_path: Path) -> None:
+    ckpt = megatron(tmp_path, "legacy", tp=2, pp=2)
+    for rank in (0, 1):
+        shutil.rmtree(ckpt / "iter_0000001" / f"mp_rank_0{rank}_001")
+    refused(ckpt, "holds one pipeline stage, and its folders are named for several", "hf")
+
+
 def test_legacy_with_a_truncated_rank(tmp_path: Path) -> None:
     ckpt = megatron(tmp_path, "legacy", tp=2)
     os.truncate(ckpt / "iter_0000001" / "mp_rank_01" / "model_optim_rng.pt", 5000)
@@ -252,10 +269,6 @@ def lose_metadata(ckpt: Path) -> None:
     (ckpt / ".metadata").unlink()
 
 
-def lose_config(ckpt: Path) -> None:
-    shutil.rmtree(ckpt / "hf")
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -264,7 +277,6 @@ def lose_config(ckpt: Path) -> None:
         (truncate_distcp, "ends too early"),
         (truncate_metadata, "is damaged|asks for a type"),
         (lose_metadata, "no .metadata"),
-        (lose_config, "does not say which model it is"),
         (lambda ckpt: edit_config(num_hidden_layers=5)(ckpt / "hf"), "has 4 layers, config.json says 5"),
         (lambda ckpt: edit_config(vocab_size=300)(ckpt / "hf"), "config.json asks for"),
         (lambda ckpt: edit_config(hidden_size=64)(ckpt / "hf"), "config.json asks for"),
@@ -310,6 +322,13 @@ def test_places_that_are_refused(tmp_path: Path) -> None:
     convert(opened, tmp_path / "taken", Options(to="hf", overwrite=True))
     assert not (tmp_path / "taken" / "precious.txt").exists()
     assert (tmp_path / "taken" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/out", "/dev/full/out"])
+def test_places_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+    opened = open_checkpoint(write_hf(tmp_path / "hf"))
+    with pytest.raises(ConversionError, match=f"cannot write {place}: "):
+        convert(opened, Path(place), Options(to="hf"))
 
 
 def test_too_little_space_is_found_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

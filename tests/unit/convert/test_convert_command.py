@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_checkpoints import change_tensors, hf_tensors, write_hf
 
+from checkpoint_convert import forward
 from megatron_cpt.cli import cli, run
 from megatron_cpt.commands.convert import convert, parse_size
 from megatron_cpt.errors import ConversionError
@@ -67,6 +68,17 @@ def test_verify_after_a_cast(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert result["logits"]["max_difference"] > 0
     code, _, _ = command(capsys, "verify", source, tmp_path / "half", "--tolerance", 1e-9)
     assert code == 1
+
+
+def test_verify_compares_logits_block_by_block_after_a_cast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vocabulary's blocks must be the same rows on both sides, though one side's rows are twice as large."""
+    monkeypatch.setattr(forward, "BLOCK_BYTES", 1000)
+    source = write_hf(tmp_path / "hf")
+    command(capsys, source, tmp_path / "wide", "--to", "hf", "--dtype", "float32")
+    code, out, _ = command(capsys, "verify", source, tmp_path / "wide", "--json")
+    assert code == 0 and json.loads(out)["logits"]["max_difference"] == 0.0
 
 
 def test_dry_run_writes_nothing_and_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,14 @@ def test_megatron_lm_args_need_no_hf_config(tmp_path: Path, kind: str, family: s
         torch.save({"args": args, "iteration": 7}, common)
         with pytest.raises(MismatchError, match=r"rms_norm_eps: 0\.001 there"):
             open_checkpoint(tmp_path / "ckpt", hf_config=hf)
+
+
+def test_our_own_checkpoint_without_its_hf_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = write_hf(tmp_path / "base", "qwen3")
+    convert(open_checkpoint(base), tmp_path / "ckpt", Options(to="torch_dist", tp=2))
+    shutil.rmtree(tmp_path / "ckpt" / "hf")
+    opened = open_checkpoint(tmp_path / "ckpt")
+    assert opened.arch == read_architecture(base) and "config.json is made from" in caplog.text
 
 
 def test_nothing_says_which_model_it_is(tmp_path: Path) -> None:
