@@ -126,6 +126,7 @@ INERT = {(_METADATA, "StorageMeta")} | {
     ("torch.distributed.checkpoint.planner", name) for name in ("SavePlan", "WriteItem", "TensorWriteData")
 }
 INERT |= {("torch.distributed.checkpoint.planner", "WriteItemType")}
+INERT |= {("torch.distributed.checkpoint.filesystem", "_StoragePrefix")}  # from the second save of a process on
 HARMLESS: dict[tuple[str, str], Any] = {
     ("pathlib", "Path"): lambda *parts: "/".join(parts),
     ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
