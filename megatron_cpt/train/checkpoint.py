@@ -290,6 +290,7 @@ class CheckpointManager:
             CheckpointError: it cannot be read, or does not fit the model.
         """
         same_layout = marker.layout == layout(state.config)
+        _refuse_other_split(path, marker, layout(state.config))
         wanted = _wanted_state(state, marker.optimizer_sharding, with_random=same_layout)
         with _named_failure(path, "load"):
             loaded = dist_checkpointing.load(wanted, str(path))
@@ -322,6 +323,21 @@ def layout(config: RunConfig) -> dict[str, int]:
         "dp": ranks // (parallel.tp * parallel.pp * parallel.cp),
         **{name: n for name in ("first_stage_layers", "last_stage_layers") if (n := getattr(parallel, name))},
     }
+
+
+def _refuse_other_split(path: Path, marker: Marker, wanted: dict[str, int]) -> None:
+    """`dp_reshardable` stores flat buffers of a stage's parameters, which mean nothing under another split."""
+    if marker.optimizer_sharding != "dp_reshardable":
+        return
+    stored = marker.layout
+    moved = [key for key in sorted(stored | wanted) if key not in ("dp", "cp") and stored.get(key) != wanted.get(key)]
+    if moved:
+        shown = ", ".join(f"{key} {stored.get(key, 'unset')} -> {wanted.get(key, 'unset')}" for key in moved)
+        raise CheckpointError(
+            f"{path} was saved with optimizer_sharding dp_reshardable, which fixes how the model is split: {shown}",
+            hint="continue under the layout it was saved with, and set checkpoint.optimizer_sharding: "
+            "fully_reshardable for the checkpoints from there on",
+        )
 
 
 def _sharding(config: RunConfig) -> str:
