@@ -126,6 +126,8 @@ def rope_facts(config: Config) -> tuple[float, Llama3RopeScaling | None]:
     if any(isinstance(value, dict) for value in scaling.values()):
         raise ConversionError("config.json gives different rope_parameters per layer type: not supported")
     theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0  # transformers' default
+    if not float(theta) > 0:
+        raise ConversionError(f"config.json says rope_theta = {theta}: not above 0", hint="fetch it again")
     partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ConversionError(f"config.json asks for partial_rotary_factor = {partial}: not supported")
@@ -170,6 +172,15 @@ def stored_dtype(config: Config) -> str:
 
 def build_architecture(family: Family, config: Config) -> Architecture:
     """All facts of a model, or a ConversionError naming the first one that we would have to approximate."""
+    try:
+        return _build_architecture(family, config)
+    except (TypeError, ValueError, OverflowError) as error:  # a text where a number belongs
+        raise ConversionError(
+            f"config.json holds a value of the wrong kind: {error}", hint="fetch the model's config.json again"
+        ) from error
+
+
+def _build_architecture(family: Family, config: Config) -> Architecture:
     classes = config.get("architectures")
     if classes and classes != [family.hf_class]:
         raise ConversionError(

@@ -91,6 +91,9 @@ def test_sliding_window(family: str, changes: dict[str, Any], window: int | None
         ("llama", {"vocab_size": 1e999}, "vocab_size = inf"),
         ("llama", {"rms_norm_eps": -1}, "rms_norm_eps = -1"),
         ("llama", {"rope_scaling": "yarn"}, "not an object"),
+        ("llama", {"rope_theta": "big"}, "wrong kind.*'big'"),
+        ("llama", {"rope_theta": -5}, "rope_theta = -5"),
+        ("llama", {"head_dim": "x"}, "wrong kind"),
     ],
 )
 def test_what_we_lack_is_refused_by_name(family: str, changes: dict[str, Any], words: str) -> None:
