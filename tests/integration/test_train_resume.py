@@ -132,9 +132,9 @@ def wait_for_a_moment(rng: random.Random, run: Path, number: int) -> str:
 def test_another_layout_continues_within_rounding(
     pool: RankPool, work: Path, undisturbed: dict[str, dict[object, Row]]
 ) -> None:
-    """PP2 for 9 steps, then TP2, then DP2: the same samples and, to 1e-6, the same losses."""
+    """PP2 with 3 and 1 layers, then TP2, then DP2: the same samples and, to 1e-6, the same losses."""
     run, log = work / "moved", work / "moved.log"
-    for steps, layout in ((6, LAYOUTS["PP2"]), (11, LAYOUTS["TP2"]), (STEPS, LAYOUTS["DP2"])):
+    for steps, layout in ((6, LAYOUTS["PP2"] | {"last_stage_layers": 1}), (11, LAYOUTS["TP2"]), (STEPS, LAYOUTS["DP2"])):
         # the schedule is that of the whole budget: the run is stopped at `steps` by its switch file
         config = write_config(work, run.name, layout)
         pids = pool.start(config, ranks=2, log=log)
@@ -172,6 +172,9 @@ def test_bf16_and_both_forms_of_the_optimizer_resume_exactly(pool: RankPool, wor
         newest = complete_checkpoints(run / "checkpoints")[0][1]
         assert newest.optimizer_sharding == sharding
     assert rows(run) == rows(work / "bf16")
+    other = write_config(work, run.name, LAYOUTS["TP2"], **precision)
+    assert pool.run(other, ranks=2, log=log) == [2, 2]
+    assert "fixes how the model is split: tp 1 -> 2" in log.read_text()
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
