@@ -82,7 +82,7 @@ def run(stage, *steps, tasks=1):
 run(1, JsonlReader(folder, glob_pattern=name), FTFYFormatter(), filters.C4QualityFilter(),
     filters.GopherRepetitionFilter(), filters.GopherQualityFilter(), filters.FineWebQualityFilter(),
     JsonlWriter(out + "/filtered", compression=None))
-exact = ExactDedupConfig(content_getter=lambda document: document.text)
+exact = ExactDedupConfig(content_getter=lambda document: document.text.encode())
 run(2, JsonlReader(out + "/filtered"), dedup.ExactDedupSignature(out + "/sig", config=exact))
 run(3, dedup.ExactFindDedups(out + "/sig", out + "/dups", config=exact))
 run(4, JsonlReader(out + "/filtered"), dedup.ExactDedupFilter(out + "/dups", config=exact),

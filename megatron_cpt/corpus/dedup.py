@@ -5,12 +5,13 @@
     cluster   edges are joined to clusters; the first document in input order stays
     filter    `assemble` leaves the others out when it joins the parts
 
-Memory: a bucket holds at most DOCUMENTS_PER_BUCKET keys; clusters hold 16 bytes per verified pair. The result
-depends only on the documents, not on workers or buckets.
+Memory: a bucket holds at most DOCUMENTS_PER_BUCKET keys; clusters hold about 100 bytes per document that has a
+duplicate, nothing of the others. The result depends only on the documents, not on workers or buckets.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,6 +24,7 @@ from megatron_cpt.corpus.dedup_records import NO_KEY, UnitRecords, key_kinds, lo
 from megatron_cpt.corpus.parts import Array
 from megatron_cpt.corpus.schema_processing import Dedup
 from megatron_cpt.corpus.signatures import jaccard, shingle_set
+from megatron_cpt.corpus.text_statistics import sorted_unique
 from megatron_cpt.corpus.workers import run_units
 
 DOCUMENTS_PER_BUCKET = 4 << 20
@@ -61,7 +63,13 @@ class Duplicates:
 
     dropped: Array
     kept: Array
-    kinds: list[str]
+    kinds: Array  # u8, index of a name
+    kind_names: tuple[str, ...]
+
+    def counts(self) -> dict[str, int]:
+        """Documents dropped by kind, most first."""
+        found = np.bincount(self.kinds, minlength=len(self.kind_names)).tolist()
+        return dict(Counter(dict(zip(self.kind_names, found, strict=True))).most_common())
 
 
 def find_duplicates(store: DocumentStore, dedup: Dedup, workers: int) -> Duplicates:
@@ -177,22 +185,28 @@ def _shingles(store: DocumentStore, document: int) -> Array:
 
 
 def _cluster(edges: dict[str, Array]) -> Duplicates:
-    """Join edges to clusters (union-find); everything but the first of a cluster is dropped."""
-    parent: dict[int, int] = {}
+    """Join edges to clusters; everything but the first of a cluster is dropped, for the first kind that found it."""
+    nodes = sorted_unique(np.concatenate([pairs.ravel() for pairs in edges.values()]) if edges else np.empty(0, "u8"))
+    found_by = np.zeros(len(nodes), np.uint8)
+    ends = {kind: np.searchsorted(nodes, pairs) for kind, pairs in edges.items()}
+    for number, kind in reversed(list(enumerate(ends))):
+        found_by[ends[kind].ravel()] = number
+    first = smallest_members(len(nodes), np.concatenate(list(ends.values())) if ends else np.empty((0, 2), np.int64))
+    dropped = np.flatnonzero(first != np.arange(len(nodes)))
+    return Duplicates(nodes[dropped], nodes[first[dropped]], found_by[dropped], tuple(edges))
 
-    def root(node: int) -> int:
-        while (above := parent.get(node, node)) != node:
-            parent[node] = parent.get(above, above)
-            node = above
-        return node
 
-    kind_of: dict[int, str] = {}
-    for kind, pairs in edges.items():
-        for later, earlier in pairs.tolist():
-            kind_of.setdefault(later, kind)
-            kind_of.setdefault(earlier, kind)
-            a, b = root(later), root(earlier)
-            parent[max(a, b)] = min(a, b)
-    dropped = sorted(node for node in kind_of if root(node) != node)
-    kept = [root(node) for node in dropped]
-    return Duplicates(np.array(dropped, np.uint64), np.array(kept, np.uint64), [kind_of[node] for node in dropped])
+def smallest_members(count: int, pairs: Array) -> Array:
+    """For each of `count` nodes the smallest one it is connected to: labels spread over edges and along themselves."""
+    label = np.arange(count)
+    while len(pairs):
+        low = np.minimum(label[pairs[:, 0]], label[pairs[:, 1]])
+        before = label.copy()
+        for end in (0, 1):
+            np.minimum.at(label, label[pairs[:, end]], low)  # the root of either end learns of the other
+            np.minimum.at(label, pairs[:, end], low)
+        while not np.array_equal(label, above := label[label]):
+            label = above
+        if np.array_equal(label, before):
+            break
+    return label

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from megatron_cpt.corpus.workers import run_units
 from megatron_cpt.errors import DataError
 
 REFERENCE_DOCUMENTS_PER_UNIT = 4096
+_UNIT_SHIFT, _DOCUMENT = np.uint64(32), np.uint64(0xFFFFFFFF)
 REASONS = {"exact": "duplicate_exact", "near": "duplicate_near", "id": "duplicate_id"}
 
 
@@ -32,7 +33,7 @@ class DedupResult:
 
     keep: dict[tuple[int, str], Array] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    clusters: list[dict[str, Any]] = field(default_factory=list)
+    clusters: Callable[[], Iterator[dict[str, Any]]] = lambda: iter(())
 
 
 PartLayout = tuple[tuple[str, PartCounts], ...]  # splits in order, with the counts of the unit's part
@@ -91,6 +92,7 @@ def remove_duplicates(
     names = [name for name, *_ in references] + [f"{unit.index:06d}" for unit in units]
     readers = [_ReferenceTokens(open_indexed(prefix), first) for _, prefix, first, _ in references]
     _part_documents.cache_clear()
+    _records.cache_clear()
     parts = [
         _PartTokens(job.staging, record.unit, job.tokenizer.dtype, tuple((s, record.parts[s]) for s in job.splits))
         for record in records
@@ -139,35 +141,58 @@ def _result(
     job: Job, units: Sequence[Unit], references: Sequence[Reference], lines_before: Sequence[int], found: Duplicates
 ) -> DedupResult:
     """Masks by unit and split, counts by reason, and one entry per cluster with the places of its documents."""
-    first_own = len(references)
-    own = found.dropped >> np.uint64(32) >= first_own  # a reference that equals another is nobody's concern
+    own = found.dropped >> _UNIT_SHIFT >= len(references)  # a reference that equals another is nobody's concern
+    found = Duplicates(found.dropped[own], found.kept[own], found.kinds[own], found.kind_names)
+    of_reference = found.kept >> _UNIT_SHIFT < len(references)
+    counts = Counter({"duplicate_of_reference": int(of_reference.sum())})
+    by_kind = np.bincount(found.kinds[~of_reference], minlength=len(found.kind_names)).tolist()
+    counts.update({REASONS[kind]: count for kind, count in zip(found.kind_names, by_kind, strict=True)})
     keep: dict[tuple[int, str], Array] = {}
-    counts: Counter[str] = Counter()
-    clusters: dict[int, list[dict[str, Any]]] = {}
-    dropped_of_unit: dict[int, list[int]] = {}
+    positions, begins = np.unique(found.dropped >> _UNIT_SHIFT, return_index=True)
+    for position, documents in zip(positions.tolist(), _cut(found.dropped, begins), strict=True):
+        unit = units[position - len(references)]
+        split = load_records(job.staging, f"{unit.index:06d}").documents["split"]
+        wanted = np.ones(len(split), bool)
+        wanted[(documents & _DOCUMENT).astype(np.int64)] = False
+        for number, name in enumerate(job.splits):
+            keep[unit.index, name] = wanted[split == number]
+    clusters = partial(_clusters, job, units, references, lines_before, found)
+    return DedupResult(keep, {reason: count for reason, count in counts.most_common() if count}, clusters)
+
+
+def _cut(array: Array, begins: Array) -> Iterator[Array]:
+    """The pieces of `array` that begin at `begins`."""
+    ends = np.append(begins, len(array))[1:]
+    return (array[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True))
+
+
+def _clusters(
+    job: Job, units: Sequence[Unit], references: Sequence[Reference], lines_before: Sequence[int], found: Duplicates
+) -> Iterator[dict[str, Any]]:
+    """One entry per cluster, by the document that stays; made one by one, for there may be many."""
 
     def place(node: int) -> dict[str, Any]:
         index, document = node >> 32, node & 0xFFFFFFFF
-        if index < first_own:
+        if index < len(references):
             _, prefix, first, _ = references[index]
             return {"dataset": prefix, "document": first + document}
-        unit = units[index - first_own]
-        row = load_records(job.staging, f"{unit.index:06d}").documents[document]
-        line = int(row["place"]) + lines_before[index - first_own]
+        unit = units[index - len(references)]
+        row = _records(job.staging, unit.index)[document]
+        line = int(row["place"]) + lines_before[index - len(references)]
         return {"source": unit.source, "file": unit.paths[int(row["path"])], "line": line}
 
-    for node, kept, kind, is_own in zip(found.dropped.tolist(), found.kept.tolist(), found.kinds, own, strict=True):
-        if not is_own:
-            continue
-        reason = REASONS[kind] if kept >> 32 >= first_own else "duplicate_of_reference"
-        counts[reason] += 1
-        clusters.setdefault(kept, []).append(place(node) | {"reason": reason})
-        dropped_of_unit.setdefault((node >> 32) - first_own, []).append(node & 0xFFFFFFFF)
-    for index, documents in dropped_of_unit.items():
-        split = load_records(job.staging, f"{units[index].index:06d}").documents["split"]
-        wanted = np.ones(len(split), bool)
-        wanted[documents] = False
-        for number, name in enumerate(job.splits):
-            keep[units[index].index, name] = wanted[split == number]
-    listed = [{"kept": place(kept), "dropped": members} for kept, members in sorted(clusters.items())]
-    return DedupResult(keep, dict(counts.most_common()), listed)
+    order = np.lexsort((found.dropped, found.kept))
+    kept, begins = np.unique(found.kept[order], return_index=True)
+    for node, members in zip(kept.tolist(), _cut(order, begins), strict=True):
+        is_reference = node >> 32 < len(references)
+        dropped = [
+            place(int(found.dropped[i]))
+            | {"reason": "duplicate_of_reference" if is_reference else REASONS[found.kind_names[found.kinds[i]]]}
+            for i in members
+        ]
+        yield {"kept": place(node), "dropped": dropped}
+
+
+@lru_cache(maxsize=64)
+def _records(staging: Path, unit: int) -> Array:
+    return load_records(staging, f"{unit:06d}").documents

@@ -205,7 +205,7 @@ def _finish(work: Work, prefixes: dict[str, str], fingerprint: str) -> Outcome:
     _check_not_empty(records, prefixes, documents_read, rejects)
     rejects_file = Path(f"{corpus.output_prefix}.rejects.jsonl")
     write_json_lines(rejects_file, absolute_rejects(job.staging, units, records))
-    write_json_lines(Path(f"{corpus.output_prefix}.duplicates.jsonl"), iter(duplicates.clusters))
+    write_json_lines(Path(f"{corpus.output_prefix}.duplicates.jsonl"), duplicates.clusters())
     assembly = Assembly(
         staging=job.staging,
         records=records,

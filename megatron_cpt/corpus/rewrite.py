@@ -6,7 +6,6 @@ duplicates that differ in case or white space.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,8 +107,8 @@ def dedup_datasets(
     for node in found.dropped.tolist():
         _, dataset, first, _ = units[node >> 32]
         masks[dataset][first + (node & 0xFFFFFFFF)] = False
-    counts = Counter(f"duplicate_{kind}" for kind in found.kinds)
-    return _write(output_prefix, list(zip(readers, masks, strict=True)), manifests, dict(counts.most_common()))
+    counts = {f"duplicate_{kind}": count for kind, count in found.counts().items() if count}
+    return _write(output_prefix, list(zip(readers, masks, strict=True)), manifests, counts)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.corpus import dedup, sources
+from megatron_cpt.corpus.dedup import smallest_members
 from megatron_cpt.corpus.indexed import open_indexed
 from megatron_cpt.corpus.manifest import bin_path, idx_path
 from megatron_cpt.corpus.preprocess import dataset_prefixes, preprocess
@@ -179,3 +180,20 @@ def test_decontamination(tmp_path: Path, make_corpus: Any, caplog: pytest.LogCap
     exam.write_text('{"question": "short one", "answer": "no"}\n')
     with pytest.raises(DataError, match="none of 1 evaluation examples"):
         preprocess(make_corpus(tmp_path / "a.jsonl", decontaminate=settings_), workers=1, overwrite=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)))))
+def test_clusters_are_the_connected_components(case: tuple[int, list[tuple[int, int]]]) -> None:
+    """Against the simplest way: spread the smallest member until nothing changes."""
+    count, pairs = case
+    label, changed = list(range(count)), True
+    while changed:
+        changed = False
+        for a, b in pairs:
+            low = min(label[a], label[b])
+            changed |= label[a] != low or label[b] != low
+            label[a] = label[b] = low
+    assert smallest_members(count, np.array(pairs, np.int64).reshape(-1, 2)).tolist() == label
+    chain = np.stack((np.arange(1, count), np.arange(count - 1)), axis=1)
+    assert not smallest_members(count, chain).any()
