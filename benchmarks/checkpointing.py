@@ -51,7 +51,7 @@ class Save:
     held_cpu: float  # of them, on this rank's processor
     slower: float  # the steps until the checkpoint was complete, beyond the median step
     slower_cpu: float
-    writer_cpu: float  # of the processes that wrote
+    writer_cpu: float  # of the threads or processes that wrote
     peak_mb: float  # this rank and its writers, shared memory counted once
 
     @property
@@ -221,15 +221,16 @@ def random_batch(length: int, vocabulary: int) -> dict[str, Any]:
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and processor seconds of this process."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """Wall and processor seconds of this thread, the one that trains."""
+    wall, cpu = time.perf_counter(), time.thread_time()
     work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter() - wall, time.thread_time() - cpu
 
 
 def writer_cpu() -> float:
+    """Processor seconds so far of this process's other threads and of its ended children."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return ended.ru_utime + ended.ru_stime
+    return ended.ru_utime + ended.ru_stime + time.process_time() - time.thread_time()
 
 
 def copy_seconds(count: int) -> float:

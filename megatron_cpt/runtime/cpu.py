@@ -14,15 +14,12 @@ every place that depends on the engine's internals. Tested with 0.16.1.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib.machinery
 import logging
-import multiprocessing
-import signal
+import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.managers import SyncManager
 from types import ModuleType
 from typing import Any
 
@@ -190,17 +187,15 @@ def _track_cpu_generator(random: ModuleType) -> None:
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
 
 
-def _fork_results_queue(writer: ModuleType) -> None:
-    """A spawned Manager imports `__main__` anew in every rank, seconds per checkpoint; forking does not."""
+def _keep_results_in_process(writer: ModuleType) -> None:
+    """A save's results come from a thread here; a server process for them would keep a copy of the rank's memory."""
 
     @functools.cache
-    def queue(*args: Any) -> Any:
-        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-        manager.start(_die_with_parent)
-        return manager.Queue()
+    def results(*args: Any) -> Any:
+        return queue.Queue()
 
-    writer._get_write_results_queue = queue  # type: ignore[attr-defined]  # the name in 0.16
-    writer.get_write_results_queue = queue  # type: ignore[attr-defined]  # the name in 0.19
+    writer._get_write_results_queue = results  # type: ignore[attr-defined]  # the name in 0.16
+    writer.get_write_results_queue = results  # type: ignore[attr-defined]  # the name in 0.19
 
 
 def _skip_exchange_of_one(buffers: ModuleType) -> None:
@@ -221,15 +216,9 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     return among
 
 
-def _die_with_parent() -> None:
-    """A Manager outlives a killed rank, and keeps the pipe of its output open; Linux can end it with the rank."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 _MODULE_EDITS: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.jit": _do_not_compile,
     "megatron.core.tensor_parallel.random": _track_cpu_generator,
-    "megatron.core.dist_checkpointing.strategies.filesystem_async": _fork_results_queue,
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": _keep_results_in_process,
     "megatron.core.distributed.param_and_grad_buffer": _skip_exchange_of_one,
 }

@@ -91,7 +91,8 @@ class CheckpointManager:
         self.last_saved = -1  # iteration
         self._staging = None if torch.cuda.is_available() else Staging()
         self._queue = AsyncCallsQueue() if self._staging is None else ThreadQueue()
-        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
+        self._structure: set[Any] = set()  # of what this rank saves; while it stays the plan of a save does
+        self._strategy: TorchDistSaveShardedStrategy | None = None
         self._validated = False  # Megatron-Core has seen that the ranks' shards fit together
         self._removal: threading.Thread | None = None
         self._pending: _Pending | None = None
@@ -108,6 +109,11 @@ class CheckpointManager:
             CheckpointError: a failure of this rank alone; the job must end.
         """
         assert self._pending is None, "finish the save before this one first: poll(wait=True)"
+        if progress.guard.skips_in_row >= progress.iteration:  # then the optimizer has no state either
+            raise SaveFailed(
+                f"no checkpoint at iteration {progress.iteration}: every step so far was skipped",
+                hint="the events `skipped` of metrics.jsonl say why",
+            )
         partial = checkpoint_path(self.root, progress.iteration)
         partial = partial.with_name(f"{partial.name}.partial-{self.start}")
         if dist.get_rank() == 0:
@@ -122,8 +128,10 @@ class CheckpointManager:
         fields = self._marker_fields(state, progress)
         asynchronous = self.config.checkpoint.async_save and not wait
         with gathered_parameters(state), _named_failure(partial):
+            saved = _saved_state(state)
+            self._plan_anew_if_changed(saved, state.device)
             request = dist_checkpointing.save(
-                _saved_state(state),
+                saved,
                 str(partial),
                 self._strategy,
                 validate_access_integrity=not self._validated,
@@ -141,6 +149,19 @@ class CheckpointManager:
         if not asynchronous:
             self._seal()
             self._finish_removal()
+
+    def _plan_anew_if_changed(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Forget the plan of earlier saves when a rank has other tensors: Megatron-Core would write by the old one."""
+        structure = {
+            (shard.key, tuple(shard.global_offset), tuple(shard.global_shape))
+            for shard in nested_values(saved)
+            if isinstance(shard, ShardedTensor | ShardedObject)
+        }
+        changed = torch.tensor([float(structure != self._structure)], device=device)
+        dist.all_reduce(changed, op=dist.ReduceOp.MAX)
+        if changed.item():
+            self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
+            self._validated, self._structure = False, structure
 
     def poll(self, *, wait: bool = False) -> bool:
         """Finish a save whose files are written on all ranks; True when one was finished by this call."""
@@ -435,7 +456,12 @@ class _named_failure:
         if isinstance(error, CheckpointException):  # torch's: raised on all ranks when any could not write
             logger.debug("details", exc_info=error)
             causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
-            raise _save_failed(self.path, causes or "another rank could not") from error
+            if self.doing == "save":
+                raise _save_failed(self.path, causes or "another rank could not") from error
+            raise CheckpointError(
+                f"cannot {self.doing} checkpoint {self.path}: {causes or 'another rank could not'}",
+                hint="it is untouched; does it belong to this model, layout and optimizer?",
+            ) from error
         expected = (OSError, RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException)
         if isinstance(error, expected):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

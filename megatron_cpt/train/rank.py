@@ -121,6 +121,6 @@ if __name__ == "__main__":
     sys.stdout.flush()
     code = main()
     logging.shutdown()
-    for child in multiprocessing.active_children():  # Megatron-Core's queue server: os._exit would orphan it
+    for child in multiprocessing.active_children():  # Megatron-Core's writer: os._exit would orphan it
         child.terminate()
     os._exit(code)  # threads of the communication back ends may otherwise keep a failed rank alive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -85,6 +86,34 @@ def test_bad_steps_are_skipped_with_their_documents(pool: RankPool, inputs: Path
         assert [sample["sample"] for sample in row["samples"]] == list(
             range(4 * (row["iteration"] - 1), 4 * row["iteration"])
         )
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_first_step_that_is_skipped_leaves_nothing_to_save_and_later_saves_whole(
+    distributed: bool, pool: RankPool, inputs: Path, tmp_path: Path
+) -> None:
+    parallel = {"distributed_optimizer": distributed}
+    checkpoint = {"save_every": "1 iters", "keep_last": 2}
+    job = Job(pool, inputs, tmp_path, steps=4, parallel=parallel, checkpoint=checkpoint, schedule={"kind": "constant"})
+    assert job.train(faults="nan_gradients", NAN_STEPS="1") == FINISHED
+    assert ["every step so far was skipped" in row["reason"] for row in job.events("save_failed")] == [True]
+    whole = {row["iteration"]: row["loss"] for row in job.steps()}
+    shutil.rmtree(job.run / "checkpoints" / "iter_0000004")
+    assert job.train() == FINISHED  # step 4 again, with the moments that steps 2 and 3 left
+    assert {row["iteration"]: row["loss"] for row in job.steps()} == whole
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_left_alone(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    job = Job(pool, inputs, tmp_path, steps=4, parallel={"distributed_optimizer": False})
+    assert job.train() == FINISHED
+    ((path, marker),) = complete_checkpoints(job.run / "checkpoints")
+    foreign = dataclasses.replace(marker, optimizer_sharding="fully_reshardable", sha256={})
+    (path / "complete.json").write_text(json.dumps(dataclasses.asdict(foreign)))
+    parallel = ["parallel.distributed_optimizer=true", "budget.train_tokens=2048"]
+    (path / ".metadata").write_bytes((path / ".metadata").read_bytes().replace(b"exp_avg_sq", b"exp_avg_qs"))
+    assert job.train(*parallel) == USER_ERROR
+    assert "cannot load checkpoint" in job.told()["message"]
+    assert (path / "complete.json").is_file() and len(list(path.glob("*.distcp"))) > 0
 
 
 def test_repeated_bad_steps_roll_back_and_then_stop_for_good(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
