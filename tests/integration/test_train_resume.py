@@ -134,7 +134,11 @@ def test_another_layout_continues_within_rounding(
 ) -> None:
     """PP2 with 3 and 1 layers, then TP2, then DP2: the same samples and, to 1e-6, the same losses."""
     run, log = work / "moved", work / "moved.log"
-    for steps, layout in ((6, LAYOUTS["PP2"] | {"last_stage_layers": 1}), (11, LAYOUTS["TP2"]), (STEPS, LAYOUTS["DP2"])):
+    for steps, layout in (
+        (6, LAYOUTS["PP2"] | {"last_stage_layers": 1}),
+        (11, LAYOUTS["TP2"]),
+        (STEPS, LAYOUTS["DP2"]),
+    ):
         # the schedule is that of the whole budget: the run is stopped at `steps` by its switch file
         config = write_config(work, run.name, layout)
         pids = pool.start(config, ranks=2, log=log)
