@@ -20,7 +20,7 @@ from checkpoint_convert.checkpoint import ITEM_BYTES, MismatchError, StoredTenso
 from checkpoint_convert.rows import Bytes, Files, read_rows, write_rows
 from megatron_cpt.errors import ConversionError
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 2 * 2**20  # stays in the CPU's cache from read to write: a third of the system time of 16 MiB
 NEAR_ZERO = 1e-12  # a row whose largest magnitude is below this was never trained, or lost
 
 # the bits of infinity and of NEAR_ZERO (below what float16 can hold)
