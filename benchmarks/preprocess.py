@@ -67,6 +67,7 @@ LocalPipelineExecutor(pipeline=[JsonlReader(folder, glob_pattern=name), Megatron
 # The same rules and stages as FULL_CORPUS, as datatrove's own examples string them together.
 DATATROVE_FULL = """
 import sys
+from pathlib import Path
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline import dedup, filters
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
@@ -82,6 +83,8 @@ def run(stage, *steps, tasks=1):
 run(1, JsonlReader(folder, glob_pattern=name), FTFYFormatter(), filters.C4QualityFilter(),
     filters.GopherRepetitionFilter(), filters.GopherQualityFilter(), filters.FineWebQualityFilter(),
     JsonlWriter(out + "/filtered", compression=None))
+if not any(path.stat().st_size for path in Path(out, "filtered").glob("*")):
+    sys.exit()  # the one document that measures the start may not pass
 exact = ExactDedupConfig(content_getter=lambda document: document.text.encode())
 run(2, JsonlReader(out + "/filtered"), dedup.ExactDedupSignature(out + "/sig", config=exact))
 run(3, dedup.ExactFindDedups(out + "/sig", out + "/dups", config=exact))

@@ -151,10 +151,14 @@ def _disk_full_explained(prefix: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = f" ({error.filename})" if error.filename else ""
+            raise DataError(
+                f"cannot write {prefix}: {error.strerror or error}{where}",
+                hint="check the folder, its permissions and the disk; the same command continues",
+            ) from error
         raise CptError(
-            f"the disk of {prefix} is full; nothing was written under the final name",
+            f"the disk of {prefix} is full ({error.strerror}); nothing was written under the final name",
             hint="about 2x the size of the .bin is needed; free some space and run the same command again",
         ) from error
 

@@ -46,6 +46,10 @@ def _resolve(source: Source, entries: dict[str, Any], registry: Path) -> Source:
         near = difflib.get_close_matches(source.dataset, entries, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(map(str, entries))}"
         raise ConfigError(f"registry {registry} has no dataset {source.dataset!r}", hint=hint)
+    if not isinstance(entries[source.dataset], dict):
+        raise ConfigError(
+            f"registry {registry}: {source.dataset!r} is not a mapping", hint="write {files: ...} under it"
+        )
     entry = dict(entries[source.dataset])
     files = entry.pop("files", None) or entry.pop("file_name", None) or ()
     files = (files,) if isinstance(files, str) else tuple(files)

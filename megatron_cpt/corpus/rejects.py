@@ -98,6 +98,8 @@ def check_bad_input(
     hint = "mend the input, or accept the loss with --max-reject-ratio"
     if bad.get("missing_key", 0) == total:
         hint = "name the key that holds the text: --json-key KEY (`text:` of the source in corpus.yaml)"
+    if bad.get("not_an_object", 0) == total:
+        hint = "each line must be one JSON object; a file that is one array: jq -c '.[]' FILE > FILE.jsonl"
     raise DataError(
         f"{total:,} of {documents_read:,} documents cannot be read ({reasons}), more than the allowed "
         f"{max_ratio:.3%}; nothing was written\n" + "\n".join(lines),

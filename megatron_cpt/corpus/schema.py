@@ -108,6 +108,13 @@ class Corpus(Section):
     )
     max_document_bytes: int = Field(64 << 20, gt=0, description="Longer documents are rejected, in bytes.")
 
+    @field_validator("output_prefix")
+    @classmethod
+    def _names_files(cls, value: str) -> str:
+        if value.endswith("/"):
+            raise ValueError("is a folder; add the name that the files begin with")
+        return value
+
     @field_validator("split")
     @classmethod
     def _whole(cls, value: dict[str, float]) -> dict[str, float]:

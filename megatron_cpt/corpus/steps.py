@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from megatron_cpt.corpus.language import language_identifier
 from megatron_cpt.corpus.perplexity_filter import PerplexityCeiling
 from megatron_cpt.corpus.schema_processing import Clean, CodeQuality, Filters, Language
 from megatron_cpt.corpus.text_statistics import TextStatistics
-from megatron_cpt.errors import ConfigError
+from megatron_cpt.errors import ConfigError, DataError
 
 Step = Callable[[Batch, Ledger], Batch]
 
@@ -134,6 +135,24 @@ def _code(limits: CodeQuality, batch: Batch, ledger: Ledger) -> Batch:
     return batch.keep([problem is None for problem in problems])
 
 
+def _answer(name: str, function: Callable[[str], object], text: str, where: str) -> object:
+    """What the user's function says of a text. Raises DataError for an exception, or another kind of answer."""
+    try:
+        answer = function(text)
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"custom filter {name!r} raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}) on {where}",
+            hint="mend the function; the same command continues where it stopped",
+        ) from error
+    if answer is None or isinstance(answer, (bool, str, np.bool_)):
+        return answer if not isinstance(answer, np.bool_) else bool(answer)
+    raise DataError(
+        f"custom filter {name!r} returned {type(answer).__name__} on {where}",
+        hint="return True to keep, False to reject, or the text to go on with",
+    )
+
+
 def _custom(name: str) -> Step:
     """A user's function: True keeps, False rejects, a string replaces the text."""
     module_name, _, function_name = name.partition(":")
@@ -148,7 +167,10 @@ def _custom(name: str) -> Step:
         sys.path.pop(0)
 
     def step(batch: Batch, ledger: Ledger) -> Batch:
-        answers = [function(text) for text in batch.texts]
+        answers = [
+            _answer(name, function, text, f"{batch.path}:{p}")
+            for text, p in zip(batch.texts, batch.places, strict=True)
+        ]
         for text, place, answer in zip(batch.texts, batch.places, answers, strict=True):
             if answer is False or answer is None:
                 ledger.reject(batch.path, place, f"custom:{name}", text)

@@ -6,8 +6,10 @@ import bz2
 import gzip
 import json
 import lzma
+import resource
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from megatron_cpt.corpus.readers import read_unit
 from megatron_cpt.corpus.registry import resolve_datasets
 from megatron_cpt.corpus.schema import Corpus, parse_corpus
 from megatron_cpt.corpus.sources import plan_units
-from megatron_cpt.errors import ConfigError, DataError
+from megatron_cpt.errors import ConfigError, CptError, DataError
 from tests.unit.corpus.conftest import TEXTS, write_jsonl
 
 LIMIT = 1 << 20
@@ -262,3 +264,45 @@ def test_fuzz_damaged_parquet_is_a_data_error_or_read(
         read(file)
     except DataError as error:
         assert error.hint
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"output_prefix": "out/"}, "is a folder"),
+        ({"output_prefix": "a.jsonl/x"}, "cannot write a.jsonl/x: Not a directory"),
+        ({"output_prefix": "/proc/none/x"}, "cannot write /proc/none/x"),
+        ({"filters": {"custom": ["bad_filter:raises"]}}, r"raised RuntimeError: boom .*bad_filter.py:2.*a.jsonl:1"),
+        ({"filters": {"custom": ["bad_filter:number"]}}, "returned int"),
+        ({"registry": "registry.json", "source": {"files": (), "dataset": "x"}}, "'x' is not a mapping"),
+    ],
+)
+def test_mistakes_are_one_clear_error(
+    tmp_path: Path, make_corpus: Any, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", ["hello world"])
+    (tmp_path / "registry.json").write_text('{"x": 5}')
+    lines = "def raises(text):\n    raise RuntimeError('boom')\n\ndef number(text):\n    return 5\n"
+    (tmp_path / "bad_filter.py").write_text(lines)
+    with pytest.raises((ConfigError, DataError), match=message):
+        preprocess(make_corpus(Path("a.jsonl"), **keys), workers=1)
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_one_json_array_is_told_how_to_become_jsonl(tmp_path: Path, make_corpus: Any) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b"}]')
+    with pytest.raises(DataError) as caught:
+        preprocess(make_corpus(tmp_path / "a.json"), workers=1)
+    assert "jq -c" in str(caught.value.hint)
+
+
+def test_file_size_limit_is_one_clear_error(tmp_path: Path, make_corpus: Any) -> None:
+    corpus = make_corpus(write_jsonl(tmp_path / "a.jsonl", ["hello world"] * 5000))
+    with ExitStack() as stack:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(CptError, match=r"is full \(File too large\)"):
+            preprocess(corpus, workers=1)
+    preprocess(corpus, workers=1)  # the same call continues
