@@ -31,8 +31,8 @@ def test_backend_that_differs_is_not_used_and_a_line_says_so(
 ) -> None:
     real = tokenizer_huggingface._fastokens
 
-    def off_by_one(file: Path, split_special: bool) -> object:
-        encode = real(file, split_special)
+    def off_by_one(file: Path, split_special: bool, post_processor: bool) -> object:
+        encode = real(file, split_special, post_processor)
 
         def wrong(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
             ids, lengths = encode(texts)
