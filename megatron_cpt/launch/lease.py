@@ -144,7 +144,12 @@ class Lease:
             if is_alive_here(holder) or _beats(self.path, holder, self.heartbeat_seconds):
                 raise _refusal(self.path, holder)
             logger.warning("taking over the lease of %s, which shows no sign of life", holder)
-        self._write()
+        try:
+            self._write()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path}: {error.strerror}", hint="is the disk full, or the folder read-only?"
+            ) from error
         if holder is not None:  # another job may be taking over in the same moment: the last one to write has it
             time.sleep(min(1.0, self.heartbeat_seconds))
             if not self.still_held():

@@ -126,13 +126,21 @@ def prepare_run_folder(
         (folder.root / ".writable").touch()
         (folder.root / ".writable").unlink()
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write the run folder {folder.root}: {error.strerror}", hint="set run_dir to a folder you may write"
-        ) from error
+        raise _cannot_write(folder, error) from error
     changes = check_continues(config, accept_changes=accept_changes)
-    _copy_side_files(model_dir, folder.hf)
-    _write_atomically(folder.resolved, resolved_yaml(config))
+    try:
+        _copy_side_files(model_dir, folder.hf)
+        _write_atomically(folder.resolved, resolved_yaml(config))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
     return folder, changes
+
+
+def _cannot_write(folder: RunFolder, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write the run folder {folder.root}: {error.strerror}",
+        hint="set run_dir to a folder you may write, with space left",
+    )
 
 
 def check_continues(config: RunConfig, *, accept_changes: bool = False) -> list[Change]:
@@ -177,8 +185,11 @@ def record_start(folder: RunFolder, config: RunConfig, changes: list[Change]) ->
         "changes": [{"path": c.path, "old": c.old, "new": c.new} for c in changes],
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
-    with folder.history.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    try:
+        with folder.history.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
     return len(lines) + 1
 
 

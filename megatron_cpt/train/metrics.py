@@ -9,6 +9,7 @@ twice, and the row of the later start counts (`read_metrics`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -43,8 +44,11 @@ class MetricsFile:
 
     def write(self, **row: Any) -> None:
         finite = {key: _json_safe(value) for key, value in row.items()}
-        self._file.write(json.dumps({**finite, "start": self.start, "time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({**finite, "start": self.start, "time": round(time.time(), 3)}) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end the run: space may be made
+            logger.error("a row of metrics.jsonl is late or lost: %s", error)
         for tracker in list(self.trackers):
             self._copy_to(tracker, partial(tracker.write, row))
 
@@ -57,7 +61,8 @@ class MetricsFile:
             self.trackers.remove(tracker)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         for tracker in list(self.trackers):
             self._copy_to(tracker, tracker.close)
 

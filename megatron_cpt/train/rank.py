@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -114,7 +115,8 @@ def _leave_error(folder: RunFolder | None, rank: int, message: str, hint: str | 
     """Tell the process that started the ranks why this one ends."""
     if folder is not None and folder.logs.is_dir():
         told = json.dumps({"message": message, "hint": hint, "exit_code": code})
-        folder.rank_error(rank).write_text(told, encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk: the log has said it
+            folder.rank_error(rank).write_text(told, encoding="utf-8")
 
 
 if __name__ == "__main__":
