@@ -37,6 +37,7 @@ class MetricsFile:
     def __init__(self, path: Path, start: int, trackers: Sequence[Tracker] = ()) -> None:
         self.start = start
         self.trackers = list(trackers)
+        self._full = False  # the last row could not be written
         torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         self._file = path.open("a", encoding="utf-8")
         if torn:
@@ -47,8 +48,11 @@ class MetricsFile:
         try:
             self._file.write(json.dumps({**finite, "start": self.start, "time": round(time.time(), 3)}) + "\n")
             self._file.flush()
+            self._full = False
         except OSError as error:  # a full disk must not end the run: space may be made
-            logger.error("a row of metrics.jsonl is late or lost: %s", error)
+            if not self._full:
+                logger.error("rows of metrics.jsonl are late or lost: %s", error)
+            self._full = True
         for tracker in list(self.trackers):
             self._copy_to(tracker, partial(tracker.write, row))
 
