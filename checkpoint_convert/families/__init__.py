@@ -28,7 +28,7 @@ def family_of(arch: Architecture) -> Family:
 def architecture_from_config(config: Config) -> Architecture:
     """Facts of the model that a parsed config.json describes; ConversionError for anything not supported."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConversionError(
             f"config.json says model_type {model_type!r}; supported families are {', '.join(FAMILIES)}",
             hint="a dense decoder of the Llama lineage is one short file in checkpoint_convert/families/",
@@ -44,9 +44,11 @@ def read_config(model_dir: Path) -> Config:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from error
+        raise ConversionError(
+            f"{path} is not valid JSON: {error}", hint="copy the model's config.json again"
+        ) from error
     if not isinstance(config, dict):
-        raise ConversionError(f"{path} is not a JSON object")
+        raise ConversionError(f"{path} is not a JSON object", hint="copy the model's config.json again")
     return config
 
 

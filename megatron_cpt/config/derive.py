@@ -91,6 +91,8 @@ def _rampup_problems(config: RunConfig) -> Iterator[Problem]:
                 "batch.rampup_tokens", batch.rampup_tokens, "means nothing without rampup_from", "set both or none"
             )
         return
+    if not batch.rampup_tokens:
+        yield Problem("batch.rampup_from", batch.rampup_from, "means nothing without rampup_tokens", "set both or none")
     if batch.global_batch_size % batch.rampup_from:
         yield Problem(
             "batch.rampup_from",

@@ -69,6 +69,7 @@ def test_sliding_window(family: str, changes: dict[str, Any], window: int | None
     ("family", "changes", "words"),
     [
         ("llama", {"model_type": "gpt2"}, "model_type"),
+        ("llama", {"model_type": ["llama"]}, "model_type"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),

@@ -121,7 +121,7 @@ def ramped(first: int | None, tokens: int, full: int = 32, budget: int = 64_000,
 
 @given(
     st.sampled_from([(8, 32), (4, 32), (1, 7), (5, 5), (None, 16)]),
-    st.integers(0, 100_000),
+    st.integers(1, 100_000),
     st.integers(1_000, 100_000),
 )
 def test_the_batch_ramps_up_and_the_plan_counts_its_steps(
@@ -157,6 +157,7 @@ def test_the_ramp_rises_at_equal_distances() -> None:
     ("first", "tokens", "parallel", "path"),
     [
         (7, 1000, {}, "batch.rampup_from"),
+        (4, 0, {}, "batch.rampup_from"),
         (None, 1000, {}, "batch.rampup_tokens"),
         (4, 1000, {"gpus_per_node": 8}, "batch.rampup_from"),
     ],
