@@ -144,16 +144,16 @@ def _forward(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     """Exit codes; once a rank failed, those that have not noticed within the grace time are killed."""
     kill_at: float | None = None
-    while any(process.poll() is None for process in ranks):
+    while None in (codes := [process.poll() for process in ranks]):  # all of them: one may have died before rank 0
         time.sleep(_POLL_SECONDS)
-        failed = any(process.returncode not in (None, 0, STOPPED) for process in ranks)
+        failed = any(code not in (None, 0, STOPPED) for code in codes)
         if failed and kill_at is None:
             kill_at = time.monotonic() + _GRACE_SECONDS
         if kill_at is not None and time.monotonic() > kill_at:
             for process in ranks:
                 if process.poll() is None:
                     process.kill()
-    return [process.wait() for process in ranks]
+    return [code for code in codes if code is not None]
 
 
 def _first_failures(codes: Sequence[int]) -> list[int]:

@@ -54,11 +54,13 @@ def test_the_rank_that_said_why_is_quoted(folder: RunFolder, monkeypatch: pytest
 def test_a_killed_rank_is_named_with_its_last_lines(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     use(
         monkeypatch,
-        "print('the last words', flush=True)\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)",
+        "print('the last words', flush=True)\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(900)",
     )
     monkeypatch.setattr(local, "_GRACE_SECONDS", 0.2)
+    started = time.monotonic()
     with pytest.raises(local.RankFailure, match="SIGKILL") as caught:
         local.run_ranks(folder, [], 2)
+    assert time.monotonic() - started < 300  # the other rank was ended, it did not come to its end
     assert "the last words" in caught.value.message
     assert "continues" in str(caught.value.hint)
 
