@@ -272,6 +272,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="dataset of --model's tokenizer")
     parser.add_argument("--work", type=Path, help="where scratch files go")
     arguments = parser.parse_args()
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         work = Path(name)
         data = write_dataset(work / "data", random_documents(2000, 20000, 1, longest=600), vocab_size=30000)
