@@ -6,6 +6,7 @@ ids and then with their exit codes, so that a test can kill, stop or signal them
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -34,7 +35,8 @@ class RankPool:
         """Start `ranks` ranks on `config` with the arguments of `megatron-cpt train`; their process ids."""
         if self._running:  # left over by a test that failed
             for pid in self._running:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.wait()
         job = {"argv": [str(config), *arguments], "ranks": ranks, "log": str(log), "env": env or {}}
         assert self._process.stdin is not None
