@@ -26,7 +26,7 @@ from assets import WHEELS, Wheel, wheel
 from corpora import Document, general_documents, medical_documents, write_jsonl
 
 from megatron_cpt.cli import run
-from megatron_cpt.corpus.files import write_atomically
+from megatron_cpt.durable import write_atomically
 
 logger = logging.getLogger(__name__)
 

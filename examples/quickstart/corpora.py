@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_cpt.corpus.files import write_atomically
+from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import DataError
 
 Document = tuple[str, str]  # id, text

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.corpus.compression import open_with_raw
-from megatron_cpt.corpus.files import write_atomically
 from megatron_cpt.corpus.readers import line_blocks
 from megatron_cpt.corpus.sources import Unit
+from megatron_cpt.durable import write_atomically
 
 # Unit 12 begins with index 12, its block 3 has index 30000012: unique, and readable in the names of files.
 BLOCK_STRIDE = 10_000_000

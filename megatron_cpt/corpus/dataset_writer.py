@@ -10,10 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_cpt.corpus.files import flush_to_disk, sync_folder
 from megatron_cpt.corpus.indexed import write_index
 from megatron_cpt.corpus.manifest import Manifest, bin_path, idx_path, manifest_path, write_manifest
 from megatron_cpt.corpus.parts import Array
+from megatron_cpt.durable import flush_to_disk, sync
 
 COPY_BYTES = 8 << 20
 
@@ -51,7 +51,7 @@ def write_files(
     manifest_path(prefix).unlink(missing_ok=True)
     staged_bin.replace(bin_path(prefix))
     staged_idx.replace(idx_path(prefix))
-    sync_folder(Path(prefix).parent)
+    sync(Path(prefix).parent)
     write_manifest(prefix, manifest)
     return manifest
 

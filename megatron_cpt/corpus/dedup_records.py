@@ -17,8 +17,7 @@ import numpy as np
 import xxhash
 
 from megatron_cpt.corpus.documents import Batch
-from megatron_cpt.corpus.files import durable_file
-from megatron_cpt.corpus.parts import Array, Encoded
+from megatron_cpt.corpus.parts import Array, Encoded, save_array
 from megatron_cpt.corpus.schema_processing import Dedup
 from megatron_cpt.corpus.signatures import BANDS, band_keys, exact_keys
 
@@ -62,20 +61,15 @@ class RecordWriter:
         keys = np.concatenate(self._keys, axis=1) if self._keys else np.empty((kinds, 0), np.uint64)
         documents = np.concatenate(self._documents) if self._documents else np.empty(0, DOCUMENT)
         order = np.argsort(keys, axis=1, kind="stable")
-        _save(folder / f"{unit}.documents.npy", documents)
-        _save(folder / f"{unit}.keys.npy", np.take_along_axis(keys, order, axis=1))
-        _save(folder / f"{unit}.order.npy", order.astype(np.uint32))
+        save_array(folder / f"{unit}.documents.npy", documents)
+        save_array(folder / f"{unit}.keys.npy", np.take_along_axis(keys, order, axis=1))
+        save_array(folder / f"{unit}.order.npy", order.astype(np.uint32))
 
 
 def _id_keys(ids: list[object]) -> Array:
     """Keys of the documents' ids; NO_KEY for a document without one."""
     keys = [NO_KEY if value is None else xxhash.xxh3_64_intdigest(repr(value).encode()) for value in ids]
     return np.array([keys], np.uint64)
-
-
-def _save(path: Path, array: Array) -> None:
-    with durable_file(path) as file:
-        np.save(file, array)
 
 
 @dataclass(frozen=True)

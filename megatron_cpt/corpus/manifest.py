@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.corpus.files import write_atomically
+from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import DataError
 
 FORMAT_VERSION = 1

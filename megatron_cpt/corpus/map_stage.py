@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 from megatron_cpt.corpus.blocks import BLOCK_STRIDE, read_blocks, units_of
 from megatron_cpt.corpus.parts import UnitRecord, parts_are_whole, read_record
@@ -48,9 +48,13 @@ class Work:
     def reads(self, stream: Unit) -> bool:
         return self._is_shared(stream.index) or self.takes(stream)
 
+    @cached_property
+    def _share_bytes(self) -> float:
+        return sum(unit.size_bytes for unit in self.planned) / self.shards
+
     def _is_shared(self, index: int) -> bool:
-        share = sum(unit.size_bytes for unit in self.planned) / self.shards
-        return self.planned[index].block_bytes > 0 and self.planned[index].size_bytes > share * LARGE_PART_OF_SHARE
+        unit = self.planned[index]
+        return unit.block_bytes > 0 and unit.size_bytes > self._share_bytes * LARGE_PART_OF_SHARE
 
     def is_block(self, unit: Unit) -> bool:
         return self.planned[unit.index % BLOCK_STRIDE].block_bytes > 0

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from megatron_cpt.corpus.documents import Batch, Ledger
-from megatron_cpt.corpus.files import durable_file, flush_to_disk, sync_folder
+from megatron_cpt.durable import durable_file, flush_to_disk, sync
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -108,6 +108,12 @@ class PartWriter:
         return PartCounts(documents, sum(map(len, self._lengths)), self._tokens)
 
 
+def save_array(path: Path, array: Array) -> None:
+    """A .npy file that is whole and on the disk when it has its name."""
+    with durable_file(path) as file:
+        np.save(file, array)
+
+
 def part_path(folder: Path, unit: int, split: str) -> Path:
     return folder / f"{unit:06d}.{split}.part"
 
@@ -127,7 +133,7 @@ def rejects_path(folder: Path, unit: int) -> Path:
 def commit_unit(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
     """Leave the rejects and, last, the record that makes the unit done."""
     write_rejects(folder, record, ledger)
-    sync_folder(folder)
+    sync(folder)
     with durable_file(record_path(folder, record.unit)) as file:
         file.write(json.dumps(asdict(record)).encode())
 

@@ -31,11 +31,11 @@ import numpy as np
 import orjson
 
 from megatron_cpt.corpus.documents import Batch, Ledger, Reject
-from megatron_cpt.corpus.files import durable_file, flush_to_disk, sync_folder
-from megatron_cpt.corpus.parts import Array
+from megatron_cpt.corpus.parts import Array, save_array
 from megatron_cpt.corpus.passages import FIRST, PassageRemover, cut_texts, documents_per_key
 from megatron_cpt.corpus.schema_processing import Passages
 from megatron_cpt.corpus.workers import run_units
+from megatron_cpt.durable import durable_file, flush_to_disk, sync
 
 RUN_KEYS = 1 << 20
 KEYS_PER_BUCKET = 2 << 20
@@ -77,7 +77,7 @@ class CleanedWriter:
         if self._waiting:
             keys, place = np.unique(np.concatenate(self._keys), return_inverse=True)
             counts = np.bincount(place, weights=np.concatenate(self._counts)).astype(np.uint64)
-            _save(_run_path(self._folder, self._unit, self._runs), np.stack((keys, counts)))
+            save_array(_run_path(self._folder, self._unit, self._runs), np.stack((keys, counts)))
             self._runs += 1
         self._keys, self._counts, self._waiting = [], [], 0
 
@@ -138,8 +138,8 @@ def _join_range(
     wanted[1:] &= (keys[1:] != keys[:-1]) | (owners[1:] != owners[:-1])  # a unit of several runs
     stored, owners = stored[wanted], owners[wanted]
     order = np.argsort(owners, kind="stable")
-    _save(_repeated_path(folder, number), stored[order])
-    _save(_offsets_path(folder, number), np.searchsorted(owners[order], np.arange(len(position) + 1)))
+    save_array(_repeated_path(folder, number), stored[order])
+    save_array(_offsets_path(folder, number), np.searchsorted(owners[order], np.arange(len(position) + 1)))
 
 
 def _read_range(
@@ -197,14 +197,9 @@ def _read_record(folder: Path, unit: int) -> dict[str, Any]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    sync_folder(path.parent)
+    sync(path.parent)
     with durable_file(path) as file:
         file.write(data)
-
-
-def _save(path: Path, array: Array) -> None:
-    with durable_file(path) as file:
-        np.save(file, array)
 
 
 def _load(path: Path) -> Array:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
-from megatron_cpt.corpus.files import flush_to_disk
 from megatron_cpt.corpus.parts import Array, UnitRecord, metadata_path, rejects_path
 from megatron_cpt.corpus.sources import Unit
+from megatron_cpt.durable import flush_to_disk
 from megatron_cpt.errors import DataError
 
 EXAMPLES_SHOWN = 3

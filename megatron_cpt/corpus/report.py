@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.corpus.files import write_atomically
 from megatron_cpt.corpus.indexed import open_indexed
 from megatron_cpt.corpus.manifest import Manifest
 from megatron_cpt.corpus.parts import Array, UnitRecord
+from megatron_cpt.durable import write_atomically
 
 EXAMPLES_PER_REASON = 3
 PASSAGES_SHOWN = 10

@@ -18,10 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from megatron_cpt.corpus.files import write_atomically
 from megatron_cpt.corpus.manifest import FORMAT_VERSION, TokenizerRecord, manifest_hash, read_manifest
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.sources import Unit
+from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import DataError
 
 SHARE_ATTEMPTS, SHARE_WAIT_SECONDS = 50, 0.1

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.corpus.files import write_atomically
 from megatron_cpt.corpus.parts import Array
+from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import DataError
 
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "lm_head.weight")

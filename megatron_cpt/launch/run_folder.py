@@ -23,6 +23,7 @@ import yaml
 
 from megatron_cpt import __version__
 from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def prepare_run_folder(
     changes = check_continues(config, accept_changes=accept_changes)
     try:
         _copy_side_files(model_dir, folder.hf)
-        _write_atomically(folder.resolved, resolved_yaml(config))
+        write_atomically(folder.resolved, resolved_yaml(config).encode())
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return folder, changes
@@ -201,12 +202,3 @@ def _copy_side_files(model_dir: Path, target: Path) -> None:
             partial = target / (path.name + ".partial")
             shutil.copyfile(path, partial)
             partial.replace(target / path.name)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

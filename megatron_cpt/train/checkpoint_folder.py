@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.corpus.files import sync_folder, write_atomically
+from megatron_cpt.durable import sync, write_atomically
 
 MARKER = "complete.json"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -103,7 +103,7 @@ def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[s
     write_atomically(path / "resolved.yaml", resolved_config.encode())
     for name in ("common.pt", "metadata.json"):  # the others are flushed by those who write them
         if (path / name).is_file():
-            sync_folder(path / name)
+            sync(path / name)
     shard_hashes = _take_shard_hashes(path)
     sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
     hashes = shard_hashes | {name: _sha256(path / name) for name in sizes if name not in shard_hashes}
@@ -111,7 +111,7 @@ def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[s
     if final.exists():  # an abandoned or damaged one of the same iteration
         shutil.rmtree(final)
     path.replace(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     try:
         write_atomically(final / MARKER, (json.dumps(asdict(marker), indent=1) + "\n").encode())
     except OSError:
@@ -204,7 +204,7 @@ def removable(
 def remove_checkpoint(path: Path) -> None:
     """Delete one checkpoint, its marker first, so that a half-deleted one never counts as complete."""
     (path / MARKER).unlink(missing_ok=True)
-    sync_folder(path)
+    sync(path)
     shutil.rmtree(path)
 
 
@@ -214,7 +214,7 @@ def set_aside(path: Path) -> Path:
     if aside.exists():
         shutil.rmtree(aside)
     path.replace(aside)
-    sync_folder(path.parent)
+    sync(path.parent)
     return aside
 
 

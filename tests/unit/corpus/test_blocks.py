@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from megatron_cpt.corpus import blocks, files, map_stage, pipeline, sources
+from megatron_cpt import durable
+from megatron_cpt.corpus import blocks, map_stage, pipeline, sources
 from megatron_cpt.corpus.manifest import bin_path, idx_path, read_manifest
 from megatron_cpt.corpus.preprocess import preprocess, preprocess_shard
 from megatron_cpt.corpus.workers import run_units
@@ -227,7 +228,7 @@ def test_a_unit_is_on_the_disk_before_its_record_says_so(
         events.append(("name", f"{self.name} {Path(target).name}"))
         return rename(self, target)
 
-    monkeypatch.setattr(files.os, "fsync", log_fsync)
+    monkeypatch.setattr(durable.os, "fsync", log_fsync)
     monkeypatch.setattr(Path, "replace", log_rename)
     rows = write_jsonl(tmp_path / "a.jsonl", [*TEXTS[:20], 5])
     keys = {"dedup": {"near": True}, "max_reject_ratio": 1, "source": {"metadata": ["text"]}}

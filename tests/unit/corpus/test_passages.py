@@ -198,7 +198,8 @@ preprocess.preprocess(load_corpus(sys.argv[1]), workers=1)
 @pytest.mark.parametrize(
     ("module", "name", "count"),
     [
-        ("stage", "_replace", 3), ("stage", "_save", 4), ("stage", "_save", 20), ("stage", "_replace", AFTER_THE_UNITS),
+        ("stage", "_replace", 3), ("stage", "save_array", 4), ("stage", "save_array", 20),
+        ("stage", "_replace", AFTER_THE_UNITS),
         ("pipeline", "commit_unit", 2), ("pipeline", "forget_cleaned", 3),
     ],
 )  # fmt: skip

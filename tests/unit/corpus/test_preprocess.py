@@ -120,7 +120,7 @@ import megatron_cpt.corpus.pipeline as pipeline
 die_at({"commit": pipeline, "split": pipeline, "index": dataset_writer, "manifest": dataset_writer,
         "sync": dataset_writer}[moment],
        {"commit": "commit_unit", "split": "split_of", "index": "write_index", "manifest": "write_manifest",
-        "sync": "sync_folder"}[moment])
+        "sync": "sync"}[moment])
 run.preprocess(load_corpus(sys.argv[1]), workers=1)
 """
 
