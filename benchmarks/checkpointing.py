@@ -149,12 +149,12 @@ def measure_saves(work: Path, data: Path, pairs: int) -> tuple[list[Save], list[
     from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
     adapt_megatron_core_to_cpu()
-    from megatron_cpt.launch.run_folder import prepare_run_folder
+    from megatron_cpt.launch.preflight import check_job
+    from megatron_cpt.runs.checkpoints import complete_checkpoints
+    from megatron_cpt.runs.folder import prepare_run_folder
     from megatron_cpt.runtime.distributed import init_runtime
     from megatron_cpt.train.checkpoint import CheckpointManager
-    from megatron_cpt.train.checkpoint_folder import complete_checkpoints
-    from megatron_cpt.train.job import check_job
-    from megatron_cpt.train.progress import Progress
+    from megatron_cpt.train.position import Progress
     from megatron_cpt.train.state import build_train_state
     from megatron_cpt.train.step import train_step
 

@@ -33,12 +33,12 @@ import numpy as np
 
 from checkpoint_convert.checkpoint import Checkpoint, StoredTensor, Weights
 from checkpoint_convert.convert import Options, convert, plan
-from checkpoint_convert.families import FAMILIES, architecture_from_config
 from checkpoint_convert.hf import plan_hf, read_hf, tensor_shapes
+from checkpoint_convert.open import open_checkpoint
 from checkpoint_convert.rows import Files, write_rows
-from checkpoint_convert.sources import open_checkpoint
 from checkpoint_convert.stream import Copier, run_parallel
 from checkpoint_convert.target import Target
+from megatron_cpt.architecture.families import FAMILIES, architecture_from_config
 
 GB, GIB = 1e9, 2**30
 STREAM_FILE_BYTES = 4 * 10**9  # of part c

@@ -40,7 +40,7 @@ REPO = Path(__file__).resolve().parents[1]
 FREE = """
 import sys
 import numpy as np
-from megatron_cpt.corpus import preprocess as run
+from megatron_cpt.corpus.run import preprocess as run
 from megatron_cpt.corpus.schema import parse_corpus
 from dataclasses import replace
 load = run.load_tokenizer

@@ -38,7 +38,7 @@ from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
 adapt_megatron_core_to_cpu()
 
-from checkpoint_convert.families import read_architecture  # noqa: E402
+from megatron_cpt.architecture.families import read_architecture  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
 from megatron_cpt.model.spec import resolve_attention  # noqa: E402
 from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from checkpoint_convert.families.family import Config
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.families.family import Config
 from megatron_cpt.errors import ConversionError
 
 Format = Literal["hf", "torch_dist", "legacy"]

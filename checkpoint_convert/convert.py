@@ -29,16 +29,16 @@ from checkpoint_convert.checkpoint import (
 )
 from checkpoint_convert.hf import plan_hf, read_hf
 from checkpoint_convert.legacy import read_legacy
-from checkpoint_convert.mapping import check_ranks
-from checkpoint_convert.partial import PartialFolder, partial_path
 from checkpoint_convert.progress import Progress
+from checkpoint_convert.resume import PartialFolder, partial_path
 from checkpoint_convert.rows import Files
 from checkpoint_convert.side_files import has_tokenizer, model_card, write_side_files
 from checkpoint_convert.stream import Copier, TensorRecord, compare_copies, run_parallel
 from checkpoint_convert.target import Target
 from checkpoint_convert.torch_dist import read_torch_dist
 from checkpoint_convert.torch_dist_writer import plan_torch_dist
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.tensors import check_ranks
 from megatron_cpt.errors import ConversionError
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from checkpoint_convert.checkpoint import Checkpoint, StoredTensor
 from checkpoint_convert.rows import Files, read_tensor
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.errors import ConversionError
 
 BLOCK_BYTES = 64 * 2**20

@@ -24,9 +24,9 @@ from checkpoint_convert.checkpoint import (
     check_names,
     check_shape,
 )
-from checkpoint_convert.mapping import hf_shapes, mapping
 from checkpoint_convert.target import Target
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.tensors import hf_shapes, mapping
 from megatron_cpt.errors import ConversionError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"

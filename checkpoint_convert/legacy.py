@@ -25,8 +25,16 @@ from checkpoint_convert.checkpoint import (
     check_names,
     check_shape,
 )
-from checkpoint_convert.mapping import LAYER_PREFIX, LOCAL_TO_TE, Mapping, hf_shapes, mapping, segments, slice_shape
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.tensors import (
+    LAYER_PREFIX,
+    LOCAL_TO_TE,
+    Mapping,
+    hf_shapes,
+    mapping,
+    segments,
+    slice_shape,
+)
 from megatron_cpt.errors import ConversionError
 
 if TYPE_CHECKING:  # other formats do without torch

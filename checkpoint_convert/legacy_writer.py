@@ -11,11 +11,11 @@ import torch
 from checkpoint_convert.archive import PlacedTensor
 from checkpoint_convert.checkpoint import Extent, StoredTensor
 from checkpoint_convert.legacy import EMBEDDING, FILE, OUTPUT, TRACKER, RankSlice, rank_folder, slice_extents
-from checkpoint_convert.mapping import LAYER_PREFIX, LOCAL_TO_TE, Mapping, hf_shapes, mapping, slice_shape
 from checkpoint_convert.megatron_args import megatron_args, tensor_dtype
 from checkpoint_convert.state_file import fake_tensor, hollow_state
 from checkpoint_convert.target import Target
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.tensors import LAYER_PREFIX, LOCAL_TO_TE, Mapping, hf_shapes, mapping, slice_shape
 from megatron_cpt.errors import ConversionError
 
 TE_TO_LOCAL = {te: local for local, te in LOCAL_TO_TE.items()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from checkpoint_convert.checkpoint import MismatchError
-from checkpoint_convert.mapping import Mapping
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.tensors import Mapping
 
 
 def megatron_args(

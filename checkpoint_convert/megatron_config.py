@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from checkpoint_convert.checkpoint import MismatchError
-from checkpoint_convert.families import FAMILIES
-from checkpoint_convert.families.family import Config
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.families import FAMILIES
+from megatron_cpt.architecture.families.family import Config
 from megatron_cpt.errors import ConversionError
 
 BRIDGE_CONFIG = "run_config.yaml"

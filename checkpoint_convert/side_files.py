@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from checkpoint_convert.checkpoint import Checkpoint
-from checkpoint_convert.families.family import Config
+from megatron_cpt.architecture.families.family import Config
 
 # By pattern and not "everything": other formats of the weights stay behind, and so does any code.
 PATTERNS = (

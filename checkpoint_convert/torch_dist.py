@@ -28,9 +28,9 @@ from checkpoint_convert.checkpoint import (
     check_dtype,
     check_names,
 )
-from checkpoint_convert.index import ChunkStorageMetadata, Metadata, TensorStorageMetadata, read_index
-from checkpoint_convert.mapping import LAYER_PREFIX, Mapping, hf_shapes, mapping, segments
-from megatron_cpt.config.architecture import Architecture
+from checkpoint_convert.dcp_index import ChunkStorageMetadata, Metadata, TensorStorageMetadata, read_index
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.tensors import LAYER_PREFIX, Mapping, hf_shapes, mapping, segments
 from megatron_cpt.errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"

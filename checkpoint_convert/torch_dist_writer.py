@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoint_convert.archive import ALIGNMENT, hollow_tensor, saved_object
 from checkpoint_convert.checkpoint import ITEM_BYTES, Extent, MismatchError, StoredTensor
-from checkpoint_convert.index import (
+from checkpoint_convert.dcp_index import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -26,10 +26,10 @@ from checkpoint_convert.index import (
     TensorStorageMetadata,
     index_bytes,
 )
-from checkpoint_convert.mapping import LAYER_PREFIX, Mapping, Segment, hf_shapes, mapping, segments, slice_shape
 from checkpoint_convert.megatron_args import megatron_args, tensor_dtype
 from checkpoint_convert.target import Target
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.tensors import LAYER_PREFIX, Mapping, Segment, hf_shapes, mapping, segments, slice_shape
 
 # Modules whose `_extra_state` Megatron-Core asks for at load; TransformerEngine's further ones may be there too.
 EXTRA_STATE_MODULES = (

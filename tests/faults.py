@@ -67,7 +67,7 @@ def full_disk() -> None:
 
 def full_disk_at_the_marker() -> None:
     """Writing the marker fails with ENOSPC while the file FULL_DISK exists, when all shards are written."""
-    from megatron_cpt.train import checkpoint_folder
+    from megatron_cpt.runs import checkpoints as checkpoint_folder
 
     flag, real = Path(os.environ["FULL_DISK"]), checkpoint_folder.write_atomically
 

@@ -91,7 +91,7 @@ def _serve() -> None:
     adapt_megatron_core_to_cpu()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    import megatron_cpt.train.setup  # noqa: F401  # all of torch and Megatron-Core, once
+    import megatron_cpt.train.assemble  # noqa: F401  # all of torch and Megatron-Core, once
     from megatron_cpt.launch.local import free_port
     from megatron_cpt.train import rank as rank_module
 

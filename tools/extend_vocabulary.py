@@ -12,10 +12,10 @@ import click
 
 from megatron_cpt.cli import run
 from megatron_cpt.corpus.documents import Ledger
-from megatron_cpt.corpus.readers import read_unit
+from megatron_cpt.corpus.readers.lines import read_unit
+from megatron_cpt.corpus.readers.units import plan_units
 from megatron_cpt.corpus.schema import parse_corpus
-from megatron_cpt.corpus.sources import plan_units
-from megatron_cpt.corpus.vocabulary import extend_model, extend_tokenizer, propose_tokens
+from megatron_cpt.corpus.tokenizers.vocabulary import extend_model, extend_tokenizer, propose_tokens
 from megatron_cpt.errors import DataError
 
 

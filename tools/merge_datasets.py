@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from megatron_cpt.cli import run
-from megatron_cpt.corpus.merge import merge_datasets
+from megatron_cpt.corpus.dataset.merge import merge_datasets
 from megatron_cpt.errors import DataError
 
 

@@ -17,11 +17,11 @@ import click
 
 from megatron_cpt.cli import run
 from megatron_cpt.commands.preprocess import outcome_text
-from megatron_cpt.corpus.preprocess import preprocess
-from megatron_cpt.corpus.progress import progress_view
+from megatron_cpt.corpus.run.preprocess import preprocess
+from megatron_cpt.corpus.run.progress import progress_view
 from megatron_cpt.corpus.schema import parse_corpus
-from megatron_cpt.corpus.tokenizer import CHAT_TURN_TOKENS, find_tokenizer_file
-from megatron_cpt.corpus.tokenizer_huggingface import stated_eos
+from megatron_cpt.corpus.tokenizers.huggingface import stated_eos
+from megatron_cpt.corpus.tokenizers.tokenizer import CHAT_TURN_TOKENS, find_tokenizer_file
 from megatron_cpt.errors import ConfigError
 
 log = logging.getLogger(__name__)

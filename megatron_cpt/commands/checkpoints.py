@@ -10,9 +10,7 @@ import click
 
 from megatron_cpt.budget import parse_count
 from megatron_cpt.errors import CheckpointError, ConfigError
-from megatron_cpt.launch.lease import refuse_if_held
-from megatron_cpt.launch.run_folder import RunFolder
-from megatron_cpt.train.checkpoint_folder import (
+from megatron_cpt.runs.checkpoints import (
     Checkpoint,
     complete_checkpoints,
     faults,
@@ -23,6 +21,8 @@ from megatron_cpt.train.checkpoint_folder import (
     remove_checkpoint,
     remove_partials,
 )
+from megatron_cpt.runs.folder import RunFolder
+from megatron_cpt.runs.lease import refuse_if_held
 
 
 @click.command()

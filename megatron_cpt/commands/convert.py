@@ -79,8 +79,8 @@ def parse_size(text: str) -> int:
 def run(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given: Any) -> None:
     """Convert SRC to DST."""
     from checkpoint_convert import convert as engine
-    from checkpoint_convert.report import plan_lines, plan_report
-    from checkpoint_convert.sources import open_checkpoint
+    from checkpoint_convert.open import open_checkpoint
+    from checkpoint_convert.plan_text import plan_lines, plan_report
 
     defaults = engine.Options(to="hf")
     options = engine.Options(
@@ -130,8 +130,8 @@ def run(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given: An
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify(a: Path, b: Path, logits: bool, tolerance: float | None, as_json: bool, **given: Any) -> int:
     """Prove that A and B, in any formats, are the same model. Exit 1 when they are not."""
-    from checkpoint_convert.report import verify_lines
-    from checkpoint_convert.sources import open_checkpoint
+    from checkpoint_convert.open import open_checkpoint
+    from checkpoint_convert.plan_text import verify_lines
     from checkpoint_convert.verify import verify as compare
 
     opened = [

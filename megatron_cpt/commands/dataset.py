@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from megatron_cpt.commands.preprocess import parse_split
-from megatron_cpt.corpus.manifest import Manifest
-from megatron_cpt.corpus.merge import merge_datasets
-from megatron_cpt.corpus.rewrite import dedup_datasets, split_dataset
+from megatron_cpt.corpus.dataset.manifest import Manifest
+from megatron_cpt.corpus.dataset.merge import merge_datasets
+from megatron_cpt.corpus.dataset.split_and_dedup import dedup_datasets, split_dataset
+from megatron_cpt.corpus.dataset.verify import describe_dataset, verify_dataset
 from megatron_cpt.corpus.schema_processing import Dedup, Near
-from megatron_cpt.corpus.verify import describe_dataset, verify_dataset
 from megatron_cpt.errors import DataError
 
 

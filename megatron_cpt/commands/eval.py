@@ -41,7 +41,7 @@ def perplexity(
     Megatron-Core in one process). The documents are packed and cut into blocks of --seq-length tokens; each token
     but the first is predicted once, and the loss is the mean over all of them.
     """
-    from checkpoint_convert.sources import open_checkpoint
+    from checkpoint_convert.open import open_checkpoint
     from megatron_cpt.eval.model import load_scorer
     from megatron_cpt.eval.perplexity import perplexity as measure
     from megatron_cpt.eval.token_stream import open_token_stream

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from megatron_cpt.data.sources import plan_sources
+from megatron_cpt.data.datasets import plan_sources
+from megatron_cpt.launch.preflight import check_job, index_cache_dir, standing_ledger
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
-from megatron_cpt.train.job import check_job, index_cache_dir, standing_ledger
 
 
 @click.command()

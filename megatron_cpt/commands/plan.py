@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from checkpoint_convert.families import read_architecture
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.schema import RunConfig

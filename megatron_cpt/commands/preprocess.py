@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from megatron_cpt.corpus.preprocess import Outcome, preprocess_shard
-from megatron_cpt.corpus.preprocess import preprocess as run_preprocess
-from megatron_cpt.corpus.progress import progress_view
+from megatron_cpt.corpus.run.preprocess import Outcome, preprocess_shard
+from megatron_cpt.corpus.run.preprocess import preprocess as run_preprocess
+from megatron_cpt.corpus.run.progress import progress_view
 from megatron_cpt.corpus.schema import Corpus, load_corpus, parse_corpus
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from megatron_cpt.train.status import RunStatus, read_status
+from megatron_cpt.runs.status import RunStatus, read_status
 
 
 @click.command()

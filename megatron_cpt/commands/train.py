@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
-from megatron_cpt.data.sources import plan_sources
+from megatron_cpt.data.datasets import plan_sources
 from megatron_cpt.errors import LaunchError
-from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
-from megatron_cpt.launch.lease import refuse_if_held_here
 from megatron_cpt.launch.local import adopt_slurm_ranks, run_ranks, under_launcher
-from megatron_cpt.launch.run_folder import RunFolder, check_continues, prepare_run_folder, record_start
-from megatron_cpt.train.checkpoint_folder import complete_checkpoints
-from megatron_cpt.train.job import announce, check_free_space, check_job, standing_ledger
+from megatron_cpt.launch.preflight import announce, check_free_space, check_job, standing_ledger
+from megatron_cpt.runs.checkpoints import complete_checkpoints
+from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
+from megatron_cpt.runs.folder import RunFolder, check_continues, prepare_run_folder, record_start
+from megatron_cpt.runs.lease import refuse_if_held_here
 
 logger = logging.getLogger(__name__)
 

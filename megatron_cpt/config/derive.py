@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.budget import broken_rule, plan_ramped_steps, plan_steps
-from megatron_cpt.config.architecture import Architecture
 from megatron_cpt.config.layout import divisors, layout_problems, model_problems, stage_layers
 from megatron_cpt.config.problems import Problem, raise_problems
 from megatron_cpt.config.schema import RunConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.problems import Problem
 from megatron_cpt.config.schema import ParallelConfig, RunConfig
 

@@ -17,9 +17,9 @@ import torch
 
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.blend import Blend
+from megatron_cpt.data.datasets import Datasets, SourcePlan, blend_of
 from megatron_cpt.data.epochs import EpochStream, build_indices
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.data.sources import Datasets, SourcePlan, blend_of
 
 # tokens, labels [b, s] int64; loss_mask [b, s] float32; position_ids [b, s] int64; source [b] int64;
 # document_ids [b, s] int64 where documents are kept apart

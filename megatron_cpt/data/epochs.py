@@ -27,7 +27,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_cpt.data.sources import Dataset
+from megatron_cpt.data.datasets import Dataset
 
 logger = logging.getLogger(__name__)
 

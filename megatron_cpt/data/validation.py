@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from megatron_cpt.corpus.indexed import open_indexed
+from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.data.batches import MicroBatch, document_ids
-from megatron_cpt.data.sources import Dataset
+from megatron_cpt.data.datasets import Dataset
 
 
 class ValidationSet:

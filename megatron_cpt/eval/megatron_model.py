@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.load import build_config
 from megatron_cpt.eval.perplexity import BlockScorer
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu

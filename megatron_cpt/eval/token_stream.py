@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cpt.corpus.dataset.indexed import open_indexed
+from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path, read_manifest
 from megatron_cpt.corpus.documents import Ledger
-from megatron_cpt.corpus.indexed import open_indexed
-from megatron_cpt.corpus.manifest import bin_path, idx_path, manifest_path, read_manifest
-from megatron_cpt.corpus.readers import read_unit
+from megatron_cpt.corpus.readers.lines import read_unit
+from megatron_cpt.corpus.readers.units import plan_units
 from megatron_cpt.corpus.schema import Corpus, Source
-from megatron_cpt.corpus.sources import plan_units
-from megatron_cpt.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_cpt.corpus.tokenizers.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_cpt.errors import DataError
 from megatron_cpt.eval.perplexity import TokenStream
 

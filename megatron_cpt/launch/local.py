@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_cpt.errors import CptError, LaunchError
-from megatron_cpt.launch.exit_codes import STOPPED
-from megatron_cpt.launch.run_folder import RunFolder
+from megatron_cpt.runs.exit_codes import STOPPED
+from megatron_cpt.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

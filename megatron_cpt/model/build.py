@@ -15,10 +15,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.model.levers import fp8_settings
+from megatron_cpt.model.gpu_options import fp8_settings
 from megatron_cpt.model.spec import layer_spec, resolve_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

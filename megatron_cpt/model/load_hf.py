@@ -3,7 +3,7 @@
 Every rank reads only its own rows and columns from the safetensors files (memory-mapped), one tensor at a time,
 straight into the parameters: peak host memory is the rank's parameters plus its largest single slice. All
 parameters are NaN beforehand, so anything left unset is found; padding rows of the vocabulary are zero. Which
-rows of which tensor belong to a TP rank is the arithmetic of `checkpoint_convert.mapping`, shared with the
+rows of which tensor belong to a TP rank is the arithmetic of `megatron_cpt.architecture.tensors`, shared with the
 converter.
 """
 
@@ -23,8 +23,8 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint_convert.mapping import LOCAL_TO_TE, Mapping, hf_shapes, mapping, segments, slice_shape
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.tensors import LOCAL_TO_TE, Mapping, hf_shapes, mapping, segments, slice_shape
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.distributed import failing_together
 

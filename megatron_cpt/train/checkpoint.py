@@ -38,10 +38,7 @@ from megatron_cpt import __version__
 from megatron_cpt.budget import format_count
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.launch.lease import Lease
-from megatron_cpt.launch.run_folder import RunFolder, resolved_yaml
-from megatron_cpt.runtime.distributed import failing_together
-from megatron_cpt.train.checkpoint_folder import (
+from megatron_cpt.runs.checkpoints import (
     Marker,
     checkpoint_path,
     complete_checkpoints,
@@ -56,8 +53,11 @@ from megatron_cpt.train.checkpoint_folder import (
     set_aside,
     update_best,
 )
+from megatron_cpt.runs.folder import RunFolder, resolved_yaml
+from megatron_cpt.runs.lease import Lease
+from megatron_cpt.runtime.distributed import failing_together
 from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
-from megatron_cpt.train.progress import Progress
+from megatron_cpt.train.position import Progress
 from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
 from megatron_cpt.train.thread_writer import Staging, ThreadQueue, in_thread
 

@@ -13,12 +13,12 @@ from megatron_cpt.config.derive import Derived
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.validation import ValidationSet
-from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
+from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
 from megatron_cpt.train.checkpoint import CheckpointManager, SaveFailed, layout
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.control import Control
-from megatron_cpt.train.progress import Progress
-from megatron_cpt.train.report import Reporter
+from megatron_cpt.train.metrics_rows import Reporter
+from megatron_cpt.train.position import Progress
 from megatron_cpt.train.schedule import batch_size, learning_rate
 from megatron_cpt.train.start_checks import check_start
 from megatron_cpt.train.state import TrainState

@@ -22,15 +22,15 @@ from pathlib import Path
 
 import psutil
 
-from megatron_cpt.data.sources import plan_sources
+from megatron_cpt.data.datasets import plan_sources
 from megatron_cpt.errors import CptError
-from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FAILED
-from megatron_cpt.launch.lease import Lease
 from megatron_cpt.launch.local import CONSOLE_FD, adopt_slurm_ranks
-from megatron_cpt.launch.run_folder import RunFolder, prepare_run_folder, record_start
+from megatron_cpt.launch.preflight import Job, announce, check_free_space, check_job, index_cache_dir, standing_ledger
+from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FAILED
+from megatron_cpt.runs.folder import RunFolder, prepare_run_folder, record_start
+from megatron_cpt.runs.lease import Lease
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 from megatron_cpt.train.clock import LapClock
-from megatron_cpt.train.job import Job, announce, check_free_space, check_job, index_cache_dir, standing_ledger
 from megatron_cpt.train.watchdog import Watchdog, phase_timeouts
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def run_rank(job: Job, clock: LapClock, accept_changes: bool = False) -> int:
     adapt_megatron_core_to_cpu()
     from megatron_cpt.data.batches import open_batches
     from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
-    from megatron_cpt.train.setup import train_job
+    from megatron_cpt.train.assemble import train_job
 
     clock.lap("import_engine")
     config = job.config

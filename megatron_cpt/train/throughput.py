@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_cpt.config.architecture import Architecture
+from megatron_cpt.architecture.facts import Architecture
 
 # dense bf16 peak of one device in FLOP/s, by a part of its name; vendors' data sheets
 PEAK_FLOPS: dict[str, float] = {

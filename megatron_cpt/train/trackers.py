@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.launch.run_folder import RunFolder, resolved_dict
+from megatron_cpt.runs.folder import RunFolder, resolved_dict
 
 
 @dataclass(frozen=True)

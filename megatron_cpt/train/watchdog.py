@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_cpt.config.schema import FailureConfig
-from megatron_cpt.launch.exit_codes import HUNG
+from megatron_cpt.runs.exit_codes import HUNG
 
 logger = logging.getLogger(__name__)
 

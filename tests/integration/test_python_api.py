@@ -12,7 +12,7 @@ from tests.synthetic_model import write_model
 
 
 def test_train_from_python_equals_the_command(tmp_path: Path) -> None:
-    import megatron_cpt.train.job  # noqa: F401 - the package being imported must not hide the function
+    import megatron_cpt.launch.preflight  # noqa: F401 - the package being imported must not hide the function
     from megatron_cpt import load_config, train
 
     write_model(tmp_path / "model")

@@ -68,7 +68,7 @@ def test_datasets_are_sound_and_held_out_documents_were_not_trained_on(report: d
 
     for name in ("medical_train", "medical_valid", "general_train", "general_valid"):
         _cpt("verify", WORK / "data" / name)
-    from megatron_cpt.corpus.indexed import open_indexed
+    from megatron_cpt.corpus.dataset.indexed import open_indexed
 
     parts = {part: list(open_indexed(WORK / "data" / f"medical_{part}")) for part in ("train", "valid")}
     trained = {np.asarray(document).tobytes() for document in parts["train"]}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_cpt.cli import cli, run
-from megatron_cpt.corpus.manifest import bin_path, idx_path, manifest_path
+from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path
 from tests.synthetic_data import random_documents, write_dataset
 from tests.synthetic_model import write_model
 
@@ -145,7 +145,7 @@ def test_a_run_folder_of_another_run(job: dict[str, Any], tmp_path: Path, capsys
 def test_no_room_for_a_checkpoint(
     job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_cpt.train.job.free_bytes", lambda root: 1000)
+    monkeypatch.setattr("megatron_cpt.launch.preflight.free_bytes", lambda root: 1000)
     code, err = train(job, tmp_path, capsys)
     assert code == 2
     assert "1,000 are free" in err and "hint:" in err

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_cpt.launch.exit_codes import DO_NOT_RESTART, FINISHED, HUNG, STOPPED, USER_ERROR
-from megatron_cpt.train.checkpoint_folder import complete_checkpoints
+from megatron_cpt.runs.checkpoints import complete_checkpoints
+from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, HUNG, STOPPED, USER_ERROR
 from megatron_cpt.train.metrics import read_metrics
 from tests.rank_pool import RankPool
 

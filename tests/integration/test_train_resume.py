@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
-from megatron_cpt.train.checkpoint_folder import complete_checkpoints, faults
+from megatron_cpt.runs.checkpoints import complete_checkpoints, faults
 from megatron_cpt.train.metrics import read_metrics
 from tests.rank_pool import RankPool
 

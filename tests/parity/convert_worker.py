@@ -22,7 +22,7 @@ adapt_megatron_core_to_cpu()
 from convert_rows import RANKS, ROWS  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 
-from checkpoint_convert.families import read_architecture  # noqa: E402
+from megatron_cpt.architecture.families import read_architecture  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
 from megatron_cpt.model.build import build_model  # noqa: E402
 from megatron_cpt.model.load_hf import load_hf_weights  # noqa: E402

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_models import MODELS, save_tiny_model
 
-from checkpoint_convert import mapping as mapping_module
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.forward import StreamedModel
-from checkpoint_convert.mapping import Segment
+from checkpoint_convert.open import open_checkpoint
 from checkpoint_convert.rows import Files
-from checkpoint_convert.sources import open_checkpoint
 from checkpoint_convert.verify import compare_logits
+from megatron_cpt.architecture import tensors as mapping_module
+from megatron_cpt.architecture.tensors import Segment
 
 TOLERANCE = 1e-5
 NAMES = [name for name in MODELS if not name.startswith("deep")]

@@ -24,8 +24,8 @@ from tiny_models import save_tiny_model
 from checkpoint_convert import convert as convert_module
 from checkpoint_convert import torch_dist_writer
 from checkpoint_convert.convert import Options, convert
-from checkpoint_convert.mapping import Mapping, Segment, segments
-from checkpoint_convert.sources import open_checkpoint
+from checkpoint_convert.open import open_checkpoint
+from megatron_cpt.architecture.tensors import Mapping, Segment, segments
 
 RIGHT = [row for row in ROWS if row[0] != SWAPPED]
 

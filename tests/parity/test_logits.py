@@ -19,7 +19,7 @@ def test_sabotage_is_noticed(row: LogitsRow, parity_results: RESULTS) -> None:
 
 
 def test_every_family_is_covered() -> None:
-    from checkpoint_convert.families import FAMILIES
+    from megatron_cpt.architecture.families import FAMILIES
 
     assert len(LOGITS_ROWS) == 3 * len(FAMILY_MODELS) + 8
     for family in FAMILIES:

@@ -23,7 +23,7 @@ adapt_megatron_core_to_cpu()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
-from checkpoint_convert.families import read_architecture  # noqa: E402
+from megatron_cpt.architecture.families import read_architecture  # noqa: E402
 from megatron_cpt.config.derive import derive  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
 from megatron_cpt.errors import CheckpointError  # noqa: E402

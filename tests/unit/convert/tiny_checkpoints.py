@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_convert.families import FAMILIES, architecture_from_config
 from checkpoint_convert.hf import tensor_shapes
+from megatron_cpt.architecture.families import FAMILIES, architecture_from_config
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.corpus.preprocess import preprocess
+from megatron_cpt.corpus.dataset.verify import verify_dataset
+from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema import load_corpus
-from megatron_cpt.corpus.verify import verify_dataset
-from tests.unit.corpus.test_filters import GOOD
+from tests.unit.corpus.filters.test_filters import GOOD
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*/corpus.yaml"))
 

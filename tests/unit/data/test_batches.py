@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.corpus.manifest import bin_path, manifest_hash, read_manifest
+from megatron_cpt.corpus.dataset.manifest import bin_path, manifest_hash, read_manifest
+from megatron_cpt.data.datasets import Dataset, Datasets, plan_sources
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.data.sources import Dataset, Datasets, plan_sources
 from megatron_cpt.errors import DataError
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 from tests.synthetic_data import EOD, random_documents, write_dataset

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_cpt.corpus.preprocess import preprocess
+from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema import Corpus, Source
 from megatron_cpt.errors import DataError
 from megatron_cpt.eval.token_stream import open_token_stream

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.launch import local
-from megatron_cpt.launch.run_folder import RunFolder
+from megatron_cpt.runs.folder import RunFolder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.families import read_architecture
+from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.model.attention import Span, causal_spans, document_starts
 from megatron_cpt.model.build import build_model

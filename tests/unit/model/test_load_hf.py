@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_convert.families import read_architecture
+from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.model.build import build_model
 from megatron_cpt.model.load_hf import load_hf_weights, random_weights
@@ -164,7 +164,7 @@ torch.set_num_threads(1)
 from megatron_cpt.runtime.distributed import init_runtime
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 adapt_megatron_core_to_cpu()
-from checkpoint_convert.families import read_architecture
+from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.model.build import build_model
 from megatron_cpt.model.load_hf import load_hf_weights
 from tests.unit.model.conftest import make_config

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from checkpoint_convert.families import read_architecture
+from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.model.build import build_model
 from megatron_cpt.model.load_hf import random_weights

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.families import read_architecture
-from checkpoint_convert.mapping import mapping
+from megatron_cpt.architecture.families import read_architecture
+from megatron_cpt.architecture.tensors import mapping
 from megatron_cpt.model.build import build_model
 from megatron_cpt.model.spec import RMSNorm
 from tests.parity.tiny_models import save_tiny_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.families import read_architecture
+from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.launch.base_model import refuse_instruct_model, sign_of_instruct
 from megatron_cpt.train.start_checks import check_start

@@ -10,7 +10,7 @@ import pytest
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.launch.run_folder import RunFolder
+from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.train import trackers
 from megatron_cpt.train.metrics import MetricsFile
 

@@ -1,0 +1,164 @@
+"""From a path to a checkpoint: which format it is, where its config.json lies, which iteration is meant."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoint_convert.checkpoint import Checkpoint, Format, StoredTensor, Weights, clear_os_errors
+from checkpoint_convert.hf import is_hf, read_hf, tensor_shapes
+from checkpoint_convert.legacy import TRACKER, is_legacy, read_legacy
+from checkpoint_convert.megatron_config import BRIDGE_CONFIG, HINT, check_facts, config_from_facts, stored_facts
+from checkpoint_convert.torch_dist import read_torch_dist
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.families import architecture_from_config, read_architecture, read_config
+from megatron_cpt.architecture.families.family import Config
+from megatron_cpt.errors import ConversionError
+
+log = logging.getLogger(__name__)
+BEST = "best.json"
+RUN_CONFIG = "resolved.yaml"
+COMPLETE = "complete.json"  # our trainer's mark of a finished save
+ITERATION = re.compile(r"iter_(\d{7,})$")
+
+
+def open_checkpoint(
+    path: Path,
+    *,
+    hf_config: Path | None = None,
+    best: bool = False,
+    trust_pickle: bool = False,
+    shapes_only: bool = False,
+) -> Checkpoint:
+    """Recognise and index a checkpoint. No weight is read.
+
+    path: a Hugging Face folder, an `iter_XXXXXXX` folder, a folder of them (its latest is meant), or a run folder
+    of our trainer (its latest, or with `best` the one that `checkpoints/best.json` names).
+    hf_config: folder with config.json and tokenizer, for a Megatron checkpoint that does not carry them.
+    shapes_only: a folder with config.json alone will do; its tensors have no extents.
+    """
+    with clear_os_errors(f"cannot read {path}"):
+        return _open(path, hf_config, best, trust_pickle, shapes_only)
+
+
+def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, shapes_only: bool) -> Checkpoint:
+    if not path.is_dir():
+        raise ConversionError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
+    folder, kind = _find_weights(path, best, shapes_only)
+    runs = [parent / RUN_CONFIG for parent in (folder, *folder.parents[:2]) if (parent / RUN_CONFIG).is_file()]
+    of_a_run = (folder.parent.parent / RUN_CONFIG).is_file() and folder.parent.name == "checkpoints"
+    if of_a_run and not (folder / COMPLETE).is_file():
+        raise ConversionError(f"{folder} was not saved to its end: it has no {COMPLETE}", hint="take another iteration")
+    side_dir = folder if kind == "hf" else _find_side_dir(folder, hf_config)
+    if side_dir is None:
+        side_dir, config = _config_of_megatron(folder, trust_pickle)
+        arch = architecture_from_config(config)
+    else:
+        config, arch = read_config(side_dir), read_architecture(side_dir)
+        if kind != "hf" and (hf_config is not None or (folder / BRIDGE_CONFIG).is_file()):
+            stored = stored_facts(folder, trust_pickle=trust_pickle)
+            if stored is not None:
+                check_facts(*stored, arch, side_dir)
+    weights = _read(kind, folder, arch, trust_pickle, shapes_only)
+    dtype = Counter(tensor.dtype for tensor in weights.tensors.values()).most_common(1)[0][0]
+    found = ITERATION.search(folder.name)
+    return Checkpoint(
+        kind,
+        folder,
+        replace(arch, dtype=dtype),
+        config,
+        side_dir,
+        weights,
+        int(found.group(1)) if found else None,
+        next(iter(runs), None),
+    )
+
+
+def _read(kind: Format, folder: Path, arch: Architecture, trust_pickle: bool, shapes_only: bool) -> Weights:
+    if kind == "torch_dist":
+        return read_torch_dist(folder, arch)
+    if kind == "legacy":
+        return read_legacy(folder, arch, trust_pickle=trust_pickle)
+    if shapes_only and not is_hf(folder):
+        shapes = tensor_shapes(arch)
+        return Weights({name: StoredTensor(name, shape, arch.dtype, ()) for name, shape in shapes.items()})
+    return read_hf(folder, arch, trust_pickle=trust_pickle)
+
+
+def _find_weights(path: Path, best: bool, shapes_only: bool) -> tuple[Path, Format]:
+    """The folder that holds the weights, and their format."""
+    if (path / ".metadata").is_file():
+        return path, "torch_dist"
+    if is_legacy(path):
+        return path, "legacy"
+    if (path / TRACKER).is_file() or (path / BEST).is_file():
+        return _find_weights(_chosen_iteration(path, best), best, shapes_only)
+    if (path / "checkpoints").is_dir():
+        if not (path / "checkpoints" / TRACKER).is_file():
+            raise ConversionError(f"{path} has no finished checkpoint yet", hint="look at its logs")
+        return _find_weights(path / "checkpoints", best, shapes_only)
+    if is_hf(path) or (shapes_only and (path / "config.json").is_file()):
+        return path, "hf"
+    if any(path.glob("*.distcp")):
+        raise ConversionError(f"{path} holds *.distcp files and no .metadata", hint="the save was not finished")
+    if any(path.glob("mp_rank_*")):
+        raise ConversionError(
+            f"{path} holds mp_rank_* folders without model_optim_rng.pt", hint="copy the whole checkpoint"
+        )
+    raise ConversionError(
+        f"{path} is no checkpoint that we know: no weights of Hugging Face, no .metadata (torch_dist), "
+        f"no mp_rank_* (legacy), no {TRACKER}",
+        hint="give the folder that holds the weights, or a run folder",
+    )
+
+
+def _chosen_iteration(folder: Path, best: bool) -> Path:
+    """The iteration that the tracker (or best.json) of a folder names."""
+    if best:
+        file = folder / BEST
+        if not file.is_file():
+            raise ConversionError(
+                f"no {file}", hint="the run has not evaluated yet; leave --best out to take the latest"
+            )
+        try:
+            name = f"iter_{int(json.loads(file.read_text(encoding='utf-8'))['iteration']):07d}"
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConversionError(f"{file} names no iteration: {error}") from error
+    else:
+        file = folder / TRACKER
+        text = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        name = text if text == "release" else f"iter_{text:0>7}"
+    if not (folder / name).is_dir():
+        raise ConversionError(f"{file} names {name}, which is not in {folder}")
+    return folder / name
+
+
+def _config_of_megatron(folder: Path, trust_pickle: bool) -> tuple[Path, Config]:
+    """A config.json made from what Megatron stored, and where a tokenizer may lie (Megatron-Bridge's `tokenizer`)."""
+    stored = stored_facts(folder, trust_pickle=trust_pickle)
+    if stored is None:
+        raise ConversionError(
+            f"{folder} does not say which model it is: no hf/config.json in or above it, no {BRIDGE_CONFIG}, no args",
+            hint=HINT,
+        )
+    facts, path = stored
+    dtype = "float16" if facts.get("fp16") else "bfloat16" if facts.get("bf16", True) else "float32"
+    config = config_from_facts(facts, path, dtype)
+    log.warning("config.json is made from %s; --hf-config DIR takes the base model's own, and its tokenizer", path)
+    tokenizer = folder / "tokenizer"
+    return (tokenizer if tokenizer.is_dir() else folder), config
+
+
+def _find_side_dir(folder: Path, hf_config: Path | None) -> Path | None:
+    """Where config.json and the tokenizer of a Megatron checkpoint lie; None when it carries none."""
+    if hf_config is not None:
+        return hf_config.parent if hf_config.is_file() else hf_config
+    in_series = ITERATION.search(folder.name) or folder.name == "release"
+    for parent in (folder, *folder.parents[:2]) if in_series else (folder,):
+        if (parent / "hf" / "config.json").is_file():
+            return parent / "hf"
+    return None

@@ -1,0 +1,226 @@
+"""A family is a config reader and a name table; everything else follows from these two.
+
+A `Row` of the table names one Megatron tensor, the Hugging Face tensors that it is made of, how they
+are joined (`Kind`), its symbolic shape and the dimension that tensor parallelism splits. Layer tables
+are written without the layer prefix (`decoder.layers.{i}.` and `model.layers.{i}.`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling
+from megatron_cpt.errors import ConversionError
+
+Kind = Literal["plain", "qkv", "gated", "vocab"]
+Config = dict[str, Any]  # the content of a config.json
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron tensor. Shape symbols are the keys of `mapping.dimensions`."""
+
+    megatron: str
+    kind: Kind
+    hf: tuple[str, ...]
+    shape: tuple[str, ...]
+    partition_dim: int | None = None  # 0: split by output rows, 1: by input columns, None: on every TP rank
+
+
+@dataclass(frozen=True)
+class Family:
+    """`layer` and `model` are the name tables; `facts` checks a config.json and returns what sets it apart."""
+
+    name: str  # also `model_type` in config.json
+    hf_class: str  # the one entry of `architectures` in config.json
+    layer: tuple[Row, ...]
+    facts: Callable[[Config], dict[str, Any]]
+    model: tuple[Row, ...] = (
+        Row(
+            "embedding.word_embeddings.weight",
+            "vocab",
+            ("model.embed_tokens.weight",),
+            ("vocab", "hidden"),
+            0,
+        ),
+        Row("decoder.final_layernorm.weight", "plain", ("model.norm.weight",), ("hidden",)),
+        Row("output_layer.weight", "vocab", ("lm_head.weight",), ("vocab", "hidden"), 0),
+    )
+
+
+# Rows shared by every decoder of the Llama lineage. The norms carry TransformerEngine's names (fused into the
+# linear that follows); Megatron-Core's local spec writes the same names into a torch_dist checkpoint.
+LLAMA_LAYER: tuple[Row, ...] = (
+    Row("self_attention.linear_qkv.layer_norm_weight", "plain", ("input_layernorm.weight",), ("hidden",)),
+    Row(
+        "self_attention.linear_qkv.weight",
+        "qkv",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        ("qkv", "hidden"),
+        0,
+    ),
+    Row("self_attention.linear_proj.weight", "plain", ("self_attn.o_proj.weight",), ("hidden", "q"), 1),
+    Row("mlp.linear_fc1.layer_norm_weight", "plain", ("post_attention_layernorm.weight",), ("hidden",)),
+    Row(
+        "mlp.linear_fc1.weight",
+        "gated",
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        ("gated_ffn", "hidden"),
+        0,
+    ),
+    Row("mlp.linear_fc2.weight", "plain", ("mlp.down_proj.weight",), ("hidden", "ffn"), 1),
+)
+
+QKV_BIAS: tuple[Row, ...] = (
+    Row(
+        "self_attention.linear_qkv.bias",
+        "qkv",
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        ("qkv",),
+        0,
+    ),
+)
+
+QK_NORM: tuple[Row, ...] = (
+    Row("self_attention.q_layernorm.weight", "plain", ("self_attn.q_norm.weight",), ("head_dim",)),
+    Row("self_attention.k_layernorm.weight", "plain", ("self_attn.k_norm.weight",), ("head_dim",)),
+)
+
+
+def require(config: Config, key: str) -> Any:
+    if config.get(key) is None:
+        raise ConversionError(f"config.json has no {key!r}", hint="is this the config.json of a causal language model?")
+    return config[key]
+
+
+def require_whole(config: Config, key: str) -> int:
+    """A size: a whole number above 0."""
+    value = require(config, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer() or value < 1:
+        raise ConversionError(
+            f"config.json says {key} = {value!r}: not a whole number above 0",
+            hint="fetch the model's config.json again",
+        )
+    return int(value)
+
+
+def refuse(config: Config, key: str, because: str) -> None:
+    """Raise when a switch that changes the mathematics is on."""
+    if config.get(key):
+        raise ConversionError(
+            f"config.json asks for {key} = {config[key]!r}: {because}",
+            hint="this model cannot be converted without changing what it computes",
+        )
+
+
+def rope_facts(config: Config) -> tuple[float, Llama3RopeScaling | None]:
+    """Rotary base and scaling, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ConversionError(f"config.json says rope_scaling {scaling!r}: not an object", hint="fetch it again")
+    scaling = dict(scaling)
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise ConversionError("config.json gives different rope_parameters per layer type: not supported")
+    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0  # transformers' default
+    if not float(theta) > 0:
+        raise ConversionError(f"config.json says rope_theta = {theta}: not above 0", hint="fetch it again")
+    partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ConversionError(f"config.json asks for partial_rotary_factor = {partial}: not supported")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise ConversionError(
+            f"config.json asks for rope scaling {kind!r}: only 'default' and 'llama3' are supported",
+            hint="if the model was trained without it, remove the entry from config.json",
+        )
+    numbers = ("factor", "low_freq_factor", "high_freq_factor")
+    return float(theta), Llama3RopeScaling(
+        **{key: float(require(scaling, key)) for key in numbers},
+        original_max_position_embeddings=int(require(scaling, "original_max_position_embeddings")),
+    )
+
+
+def qwen_sliding_window(config: Config) -> int | None:
+    """Window in tokens, None when every layer attends to the whole sequence.
+
+    Qwen: off unless `use_sliding_window`; then the layers that `layer_types` names slide, or without it
+    those from `max_window_layers` on. A model of which only some layers slide reports the window.
+    """
+    window = config.get("sliding_window", 4096)
+    if window is None or not config.get("use_sliding_window", False):
+        return None
+    layer_types = config.get("layer_types")
+    if layer_types is not None:
+        return int(window) if "sliding_attention" in layer_types else None
+    some_slide = int(config.get("max_window_layers", 28)) < int(require(config, "num_hidden_layers"))
+    return int(window) if some_slide else None
+
+
+def stored_dtype(config: Config) -> str:
+    """`dtype` (transformers 5) or `torch_dtype` (4); float32 when neither is there."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConversionError(f"config.json says dtype {dtype!r}; supported are {', '.join(DTYPES)}")
+    return dtype
+
+
+def build_architecture(family: Family, config: Config) -> Architecture:
+    """All facts of a model, or a ConversionError naming the first one that we would have to approximate."""
+    try:
+        return _build_architecture(family, config)
+    except (TypeError, ValueError, OverflowError) as error:  # a text where a number belongs
+        raise ConversionError(
+            f"config.json holds a value of the wrong kind: {error}", hint="fetch the model's config.json again"
+        ) from error
+
+
+def _build_architecture(family: Family, config: Config) -> Architecture:
+    classes = config.get("architectures")
+    if classes and classes != [family.hf_class]:
+        raise ConversionError(
+            f"config.json says architectures {classes}, expected [{family.hf_class!r}]",
+            hint="only the family's causal language model can be converted",
+        )
+    refuse(config, "quantization_config", "quantised weights have no exact full-precision form")
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        refuse(config, key, "mixture-of-experts models are not supported")
+    refuse(config, "mlp_bias", "biases in the MLP are not supported")
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ConversionError(f"config.json asks for hidden_act {activation!r}: only silu is supported")
+    hidden, heads = require_whole(config, "hidden_size"), require_whole(config, "num_attention_heads")
+    groups = require_whole(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+    if heads % groups:
+        raise ConversionError(f"config.json has {heads} attention heads, not a multiple of {groups} key/value heads")
+    if not config.get("head_dim") and hidden % heads:
+        raise ConversionError(f"config.json has hidden_size {hidden}, not a multiple of {heads} heads, and no head_dim")
+    eps = require(config, "rms_norm_eps")
+    if not isinstance(eps, (int, float)) or not 0 < eps < 1:
+        raise ConversionError(
+            f"config.json says rms_norm_eps = {eps!r}: not a small number above 0", hint="fetch it again"
+        )
+    theta, scaling = rope_facts(config)
+    facts: dict[str, Any] = {"qkv_bias": False, "qk_norm": False, "sliding_window": None}
+    return Architecture(
+        family=family.name,
+        num_layers=require_whole(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=require_whole(config, "intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        vocab_size=require_whole(config, "vocab_size"),
+        max_position_embeddings=require_whole(config, "max_position_embeddings"),
+        rms_norm_eps=eps,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        dtype=stored_dtype(config),
+        **(facts | family.facts(config)),
+    )

@@ -1,0 +1,14 @@
+"""Qwen2 and Qwen2.5: Llama's decoder with biases on query, key and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_cpt.architecture.families.family import LLAMA_LAYER, QKV_BIAS, Config, Family, qwen_sliding_window
+
+
+def facts(config: Config) -> dict[str, Any]:
+    return {"qkv_bias": True, "sliding_window": qwen_sliding_window(config)}
+
+
+FAMILY = Family(name="qwen2", hf_class="Qwen2ForCausalLM", layer=LLAMA_LAYER + QKV_BIAS, facts=facts)

@@ -1,0 +1,1 @@
+"""Finished `.bin/.idx` datasets: format, manifest, and the tools that work on them."""

@@ -1,0 +1,90 @@
+"""Several datasets joined into one: documents in the order given, one manifest over all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cpt import __version__
+from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
+from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord, manifest_path, read_manifest
+from megatron_cpt.corpus.dataset.writer import write_files
+from megatron_cpt.corpus.run.parts import Array
+from megatron_cpt.corpus.run.staging import staging_folder
+from megatron_cpt.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One array over all readers, re-iterable without holding it."""
+
+    readers: Sequence[IndexedReader]
+    name: str
+
+    def __iter__(self) -> Iterator[Array]:
+        for reader in self.readers:
+            if self.name == "sequences":
+                yield np.diff(reader.document_indices)
+            else:
+                yield getattr(reader, self.name)
+
+
+def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bool = False) -> Manifest:
+    """Join datasets of one tokenizer into `output_prefix`. Raises DataError when they do not fit together."""
+    if len(prefixes) < 2:
+        raise DataError("merge needs at least two datasets", hint="megatron-cpt merge A B --output-prefix C")
+    manifests = [read_manifest(prefix) for prefix in prefixes]
+    check_same_tokenizer(prefixes, manifests)
+    first = manifests[0]
+    if manifest_path(output_prefix).exists() and not overwrite:
+        raise DataError(f"{output_prefix}: there is already a dataset", hint="give --overwrite, or another prefix")
+    Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    readers = [open_indexed(prefix) for prefix in prefixes]
+    template = replace(
+        first,
+        tool_version=__version__,
+        document_count=sum(m.document_count for m in manifests),
+        sequence_count=sum(m.sequence_count for m in manifests),
+        token_count=sum(m.token_count for m in manifests),
+        input_bytes=sum(m.input_bytes for m in manifests),
+        sources=_merged_sources(manifests),
+        rejects=dict(sum((Counter(m.rejects) for m in manifests), Counter[str]())),
+        config={
+            "merged": [{"prefix": p, "bin_sha256": m.bin_sha256} for p, m in zip(prefixes, manifests, strict=True)]
+        },
+    )
+    with staging_folder(output_prefix, "merge") as staging:
+        columns = (_Column(readers, name) for name in ("tokens", "sequence_lengths", "sequences"))
+        return write_files(staging, "merged", output_prefix, template, *columns)
+
+
+def check_same_tokenizer(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Raise DataError when ids of one dataset would mean something else in another."""
+
+    def identity(manifest: Manifest) -> tuple[str, int, str, bool]:
+        tokenizer = manifest.tokenizer
+        return tokenizer.fingerprint, tokenizer.eod_id, manifest.dtype, manifest.append_eod
+
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if identity(manifest) != identity(manifests[0]):
+            raise DataError(
+                f"{prefix} and {prefixes[0]} differ in tokenizer, EOD or dtype: one dataset cannot hold both",
+                hint="preprocess both with the same tokenizer and the same --append-eod",
+            )
+
+
+def _merged_sources(manifests: Sequence[Manifest]) -> tuple[SourceRecord, ...]:
+    total = sum(manifest.token_count for manifest in manifests)
+    files, documents, tokens = Counter[str](), Counter[str](), Counter[str]()
+    for source in (source for manifest in manifests for source in manifest.sources):
+        files[source.name] += source.files
+        documents[source.name] += source.documents
+        tokens[source.name] += source.tokens
+    return tuple(
+        SourceRecord(name, files[name], documents[name], tokens[name], round(tokens[name] / max(total, 1), 6))
+        for name in files
+    )

@@ -1,0 +1,68 @@
+"""The last step of every tool that makes a dataset: stream the columns out, hash, rename, manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_cpt.corpus.dataset.indexed import write_index
+from megatron_cpt.corpus.dataset.manifest import Manifest, bin_path, idx_path, manifest_path, write_manifest
+from megatron_cpt.corpus.run.parts import Array
+from megatron_cpt.durable import flush_to_disk, sync
+
+COPY_BYTES = 8 << 20
+
+
+def write_files(
+    staging: Path,
+    name: str,
+    prefix: str,
+    template: Manifest,
+    tokens: Iterable[Array],
+    sequence_lengths: Iterable[Array],
+    sequences_per_document: Iterable[Array],
+) -> Manifest:
+    """Write PREFIX.bin, PREFIX.idx and PREFIX.manifest.json; an older dataset there is replaced.
+
+    `template` has the counts; sizes and hashes are filled in here. `sequence_lengths` is iterated twice.
+    """
+    staged_bin, staged_idx = staging / f"{name}.bin", staging / f"{name}.idx"
+    with staged_bin.open("wb") as file:
+        bin_sha256 = _write_hashed(file, tokens)
+    with staged_idx.open("wb") as file:
+        counts = template.sequence_count, template.document_count
+        write_index(file, template.dtype, *counts, sequence_lengths, sequences_per_document)
+        flush_to_disk(file)
+    with staged_idx.open("rb") as file:
+        idx_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    manifest = replace(
+        template,
+        bin_bytes=staged_bin.stat().st_size,
+        idx_bytes=staged_idx.stat().st_size,
+        bin_sha256=bin_sha256,
+        idx_sha256=idx_sha256,
+    )
+    # An old manifest goes first: at no moment does one describe files that are not its own.
+    manifest_path(prefix).unlink(missing_ok=True)
+    staged_bin.replace(bin_path(prefix))
+    staged_idx.replace(idx_path(prefix))
+    sync(Path(prefix).parent)
+    write_manifest(prefix, manifest)
+    return manifest
+
+
+def _write_hashed(file: BinaryIO, pieces: Iterable[Array]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        data = np.ascontiguousarray(piece).view(np.uint8).data if len(piece) else memoryview(b"")
+        for start in range(0, len(data), COPY_BYTES):
+            block = data[start : start + COPY_BYTES]
+            digest.update(block)
+            file.write(block)
+    flush_to_disk(file)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Duplicate documents and repeated passages over a whole corpus."""

@@ -1,0 +1,212 @@
+"""Duplicate documents over the whole corpus: bucket, verify, cluster. The map stage is in dedup_records.
+
+    map       each unit leaves sorted keys of its documents (with the tokens, in one pass over the text)
+    bucket    for one kind of key and one range of keys: documents with equal keys, verified, become edges
+    cluster   edges are joined to clusters; the first document in input order stays
+    filter    `assemble` leaves the others out when it joins the parts
+
+Memory: a bucket holds at most DOCUMENTS_PER_BUCKET keys; clusters hold about 100 bytes per document that has a
+duplicate, nothing of the others. The result depends only on the documents, not on workers or buckets.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_cpt.corpus.dedup.records import NO_KEY, UnitRecords, key_kinds, load_records
+from megatron_cpt.corpus.dedup.signatures import jaccard, shingle_set
+from megatron_cpt.corpus.filters.text_statistics import sorted_unique
+from megatron_cpt.corpus.run.parts import Array
+from megatron_cpt.corpus.run.workers import run_units
+from megatron_cpt.corpus.schema_processing import Dedup
+
+DOCUMENTS_PER_BUCKET = 4 << 20
+# A group of equal keys is compared with at most this many unlike documents before it.
+LEADERS_PER_GROUP = 8
+SHINGLE_SETS_KEPT = 1024
+_UNIT_SHIFT = np.uint64(32)
+
+
+class TokenReader(Protocol):
+    """Token ids of the documents of one unit."""
+
+    def tokens(self, document: int) -> Array: ...
+
+
+@dataclass(frozen=True)
+class DocumentStore:
+    """All units that take part, in input order: their record files, and how to get a document's token ids."""
+
+    folder: Path
+    units: Sequence[str]  # names of record files; those of reference datasets come first
+    token_readers: Sequence[TokenReader]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    kind: str
+    row: int
+    low: int  # keys in [low, high)
+    high: int
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Pairs (document, the one that stays), as unit << 32 | document, sorted by document; and why."""
+
+    dropped: Array
+    kept: Array
+    kinds: Array  # u8, index of a name
+    kind_names: tuple[str, ...]
+
+    def counts(self) -> dict[str, int]:
+        """Documents dropped by kind, most first."""
+        found = np.bincount(self.kinds, minlength=len(self.kind_names)).tolist()
+        return dict(Counter(dict(zip(self.kind_names, found, strict=True))).most_common())
+
+
+def find_duplicates(store: DocumentStore, dedup: Dedup, workers: int) -> Duplicates:
+    """All documents to leave out. Exact matches first: near ones are then looked for among the rest."""
+    _records.cache_clear()
+    _known.clear()
+    _last_shingles.clear()
+    total = sum(len(load_records(store.folder, unit).documents) for unit in store.units)
+    ranges = -(-max(total, 1) // DOCUMENTS_PER_BUCKET)
+    edges: dict[str, list[Array]] = {"id": [], "exact": [], "near": []}
+    settled = np.empty(0, np.uint64)
+    for family in edges:
+        buckets = [
+            Bucket(kind, row, (1 << 64) * i // ranges, (1 << 64) * (i + 1) // ranges)
+            for row, kind in enumerate(key_kinds(dedup))
+            if kind.startswith(family)
+            for i in range(ranges)
+        ]
+        edges[family] = list(run_units(partial(_edges, store, dedup, settled), buckets, workers))
+        pairs = np.concatenate(edges[family]) if edges[family] else np.empty((0, 2), np.uint64)
+        settled = np.union1d(settled, pairs[:, 0])
+    return _cluster({family: np.concatenate(found) for family, found in edges.items() if found})
+
+
+def _edges(store: DocumentStore, dedup: Dedup, settled: Array, bucket: Bucket) -> Array:
+    """u64[pairs, 2]: (later document, earlier document) for verified equal keys of one bucket."""
+    keys, documents = _read_bucket(store, bucket)
+    if len(settled):
+        open_ones = ~np.isin(documents, settled)
+        keys, documents = keys[open_ones], documents[open_ones]
+    pairs: list[tuple[int, int]] = []
+    for group in _groups(keys, documents):
+        pairs += _pairs_of_group(store, dedup, bucket.kind, group)
+    return np.array(pairs, np.uint64).reshape(-1, 2)
+
+
+def _read_bucket(store: DocumentStore, bucket: Bucket) -> tuple[Array, Array]:
+    keys, documents = [], []
+    for index, name in enumerate(store.units):
+        records = _records(store.folder, name)
+        row = records.keys[bucket.row]
+        first = int(np.searchsorted(row, np.uint64(bucket.low)))
+        last = len(row) if bucket.high >= 1 << 64 else int(np.searchsorted(row, np.uint64(bucket.high)))
+        keys.append(row[first:last])
+        documents.append(records.order[bucket.row, first:last].astype(np.uint64) | np.uint64(index) << _UNIT_SHIFT)
+    return np.concatenate(keys), np.concatenate(documents)
+
+
+def _groups(keys: Array, documents: Array) -> Iterator[list[int]]:
+    """Documents of equal keys in input order, groups of two or more."""
+    order = np.lexsort((documents, keys))
+    keys, documents = keys[order], documents[order]
+    begins = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else np.empty(0, int)
+    ends = np.concatenate((begins[1:], [len(keys)]))
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True) if len(begins) else ():
+        if end - begin > 1 and int(keys[begin]) != NO_KEY:
+            yield documents[begin:end].tolist()
+
+
+def _pairs_of_group(store: DocumentStore, dedup: Dedup, kind: str, group: list[int]) -> list[tuple[int, int]]:
+    """Join each document to the first one before it that it equals, among a few unlike leaders."""
+    leaders: list[int] = []
+    pairs = []
+    for document in group:
+        match = next((leader for leader in leaders if _same(store, dedup, kind, document, leader)), None)
+        if match is not None:
+            pairs.append((document, match))
+        elif len(leaders) < LEADERS_PER_GROUP:
+            leaders.append(document)
+    return pairs
+
+
+def _same(store: DocumentStore, dedup: Dedup, kind: str, a: int, b: int) -> bool:
+    if kind == "id":
+        return True
+    if kind == "exact":
+        return bool(_document(store, a)["check"] == _document(store, b)["check"])
+    assert dedup.near is not None
+    return _similarity(store, a, b) >= dedup.near.similarity
+
+
+def _document(store: DocumentStore, document: int) -> Array:
+    row: Array = _records(store.folder, store.units[document >> 32]).documents[document & 0xFFFFFFFF]
+    return row
+
+
+@lru_cache(maxsize=64)  # every mapped file holds a descriptor
+def _records(folder: Path, unit: str) -> UnitRecords:
+    return load_records(folder, unit)
+
+
+_known: dict[tuple[int, int], float] = {}
+_last_shingles: dict[int, Array] = {}
+
+
+def _similarity(store: DocumentStore, a: int, b: int) -> float:
+    """Similarity of two documents; a pair meets again in other bands, so it is remembered."""
+    if (a, b) not in _known:
+        if len(_known) > 1_000_000:
+            _known.clear()
+        _known[a, b] = jaccard(_shingles(store, a), _shingles(store, b))
+    return _known[a, b]
+
+
+def _shingles(store: DocumentStore, document: int) -> Array:
+    """The shingles of a document; those met last are kept, because a leader is compared with many."""
+    if document not in _last_shingles:
+        if len(_last_shingles) >= SHINGLE_SETS_KEPT:
+            _last_shingles.clear()
+        tokens = store.token_readers[document >> 32].tokens(document & 0xFFFFFFFF)
+        _last_shingles[document] = shingle_set(tokens)
+    return _last_shingles[document]
+
+
+def _cluster(edges: dict[str, Array]) -> Duplicates:
+    """Join edges to clusters; everything but the first of a cluster is dropped, for the first kind that found it."""
+    nodes = sorted_unique(np.concatenate([pairs.ravel() for pairs in edges.values()]) if edges else np.empty(0, "u8"))
+    found_by = np.zeros(len(nodes), np.uint8)
+    ends = {kind: np.searchsorted(nodes, pairs) for kind, pairs in edges.items()}
+    for number, kind in reversed(list(enumerate(ends))):
+        found_by[ends[kind].ravel()] = number
+    first = smallest_members(len(nodes), np.concatenate(list(ends.values())) if ends else np.empty((0, 2), np.int64))
+    dropped = np.flatnonzero(first != np.arange(len(nodes)))
+    return Duplicates(nodes[dropped], nodes[first[dropped]], found_by[dropped], tuple(edges))
+
+
+def smallest_members(count: int, pairs: Array) -> Array:
+    """For each of `count` nodes the smallest one it is connected to: labels spread over edges and along themselves."""
+    label = np.arange(count)
+    while len(pairs):
+        low = np.minimum(label[pairs[:, 0]], label[pairs[:, 1]])
+        before = label.copy()
+        for end in (0, 1):
+            np.minimum.at(label, label[pairs[:, end]], low)  # the root of either end learns of the other
+            np.minimum.at(label, pairs[:, end], low)
+        while not np.array_equal(label, above := label[label]):
+            label = above
+        if np.array_equal(label, before):
+            break
+    return label

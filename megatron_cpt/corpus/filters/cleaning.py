@@ -1,0 +1,86 @@
+"""Changes to a document's text. Each is a function from text to text; `cleaners` strings together what is asked.
+
+The C4 line rules are those of Raffel et al. 2020 (T5), section 2.2.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+
+from megatron_cpt.corpus.filters.personal_data import masker
+from megatron_cpt.corpus.readers.html_text import html_to_text
+from megatron_cpt.corpus.schema_processing import Clean
+
+Cleaner = Callable[[str], str]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+# UTF-8 read as Latin-1 or Windows-1252: a lead byte, then a continuation byte, each as a character. ftfy's own test
+# reads the whole text with a large expression, so it is asked only where this finds something.
+_MAYBE_MOJIBAKE = re.compile(r"[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u017e\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
+_TRAILING_SPACE = re.compile(r"[ \t\u00a0\u3000]+$", re.MULTILINE)
+_BLANK_LINES = re.compile(r"\n{3,}")
+_TAG = re.compile(r"<(?:/?[a-zA-Z][^<>]*|!--.*?--|!DOCTYPE[^<>]*)>", re.DOTALL)
+_C4_ENDS = tuple(".!?\"'。！？”’")
+_C4_MIN_WORDS = 3
+_C4_POLICY = re.compile("javascript|terms of use|privacy policy|cookie policy|uses? cookies|use of cookies").search
+
+
+def cleaners(clean: Clean) -> list[Cleaner]:
+    """The functions that `clean` asks for, in its documented order."""
+    chosen: list[Cleaner] = []
+    if clean.html:
+        chosen.append(strip_html)
+    if clean.unicode:
+        chosen.append(repair_unicode)
+    if clean.whitespace:
+        chosen.append(tidy_whitespace)
+    if clean.c4_lines:
+        chosen.append(keep_c4_lines)
+    if clean.drop_lines:
+        chosen.append(line_dropper(clean.drop_lines))
+    if clean.pii:
+        chosen.append(masker(clean.pii))
+    return chosen
+
+
+def strip_html(text: str) -> str:
+    return html_to_text(text) if _TAG.search(text) else text
+
+
+def repair_unicode(text: str) -> str:
+    """Undo encoding mix-ups where ftfy sees one, drop control characters, normalise to NFC."""
+    if not text.isascii():
+        if _MAYBE_MOJIBAKE.search(text):
+            from ftfy import fix_encoding
+            from ftfy.badness import is_bad
+
+            text = fix_encoding(text) if is_bad(text) else text
+        text = unicodedata.normalize("NFC", text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    return _CONTROL.sub("", text)
+
+
+def tidy_whitespace(text: str) -> str:
+    """Indentation stays: code and lists need it."""
+    return _BLANK_LINES.sub("\n\n", _TRAILING_SPACE.sub("", text)).strip("\n")
+
+
+def keep_c4_lines(text: str) -> str:
+    return "\n".join(line for line in text.split("\n") if _is_c4_line(line.strip()))
+
+
+def _is_c4_line(line: str) -> bool:
+    if not line.endswith(_C4_ENDS) or line.endswith("...") or len(line.split()) < _C4_MIN_WORDS:
+        return False
+    return _C4_POLICY(line.lower()) is None
+
+
+def line_dropper(patterns: tuple[str, ...]) -> Cleaner:
+    searches = [re.compile(pattern).search for pattern in patterns]
+
+    def drop(text: str) -> str:
+        return "\n".join(line for line in text.split("\n") if not any(search(line) for search in searches))
+
+    return drop

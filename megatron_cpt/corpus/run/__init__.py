@@ -1,0 +1,1 @@
+"""One run of `preprocess`: units to workers, parts to datasets, and the account of it."""

@@ -1,0 +1,127 @@
+"""The staging folder PREFIX.partial: parts of done units, a lock against a second writer, resume.
+
+The folder belongs to one plan (input files with sizes and times, corpus description, tokenizer). The same plan
+again continues; another plan starts the folder anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from megatron_cpt.corpus.dataset.manifest import FORMAT_VERSION, TokenizerRecord, manifest_hash, read_manifest
+from megatron_cpt.corpus.readers.units import Unit
+from megatron_cpt.corpus.schema import Corpus
+from megatron_cpt.durable import write_atomically
+from megatron_cpt.errors import DataError
+
+SHARE_ATTEMPTS, SHARE_WAIT_SECONDS = 50, 0.1
+
+log = logging.getLogger(__name__)
+
+
+def plan_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: TokenizerRecord) -> str:
+    """Identity of a run's output: same fingerprint, same bytes."""
+    paths = sorted({path for unit in units for path in unit.paths})
+    stats = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in (Path(path).stat(),)]
+    if corpus.decontaminate is not None:
+        stats += [(path, Path(path).stat().st_size, 0) for path in corpus.decontaminate.files if Path(path).is_file()]
+    filters = [corpus.filters, *(source.filters for source in corpus.sources if source.filters)]
+    for folder in sorted({Path(chosen.perplexity.model) for chosen in filters if chosen.perplexity}):
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        stats += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    lists = sorted({chosen.bad_words.file for chosen in filters if chosen.bad_words})
+    content = {
+        "bad_words": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in lists],
+        "format": FORMAT_VERSION,
+        "corpus": corpus.model_dump(
+            mode="json", exclude={"output_prefix", "tokenizer", "max_reject_ratio", "train_tokens"}
+        ),
+        "tokenizer": [tokenizer.fingerprint, tokenizer.eod_id],
+        "files": stats,
+        "against": [manifest_hash(read_manifest(p)) for p in (corpus.dedup.against if corpus.dedup else ())],
+        "units": [asdict(unit) for unit in units],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def staging_path(prefix: str) -> Path:
+    return Path(f"{prefix}.partial")
+
+
+@contextmanager
+def shared_staging_folder(prefix: str, fingerprint: str) -> Iterator[Path]:
+    """The staging folder for one of several shards that fill it at the same time; it always stays.
+
+    Raises DataError while a whole run, or shards of another plan, use it.
+    """
+    folder = staging_path(prefix)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _claim(folder, fingerprint)
+        except OSError:
+            pass  # other shards are at work; what they claimed is checked below
+        _share(lock, folder, prefix)
+        if (folder / "plan").read_text() != fingerprint:
+            raise DataError(
+                f"{folder} is filled by shards of another input, configuration or tokenizer",
+                hint="wait for them to end, or choose another output_prefix",
+            )
+        yield folder
+
+
+def _share(lock: IO[str], folder: Path, prefix: str) -> None:
+    """Take the shared lock; another shard may hold the exclusive one for the moment of its claim."""
+    for _ in range(SHARE_ATTEMPTS):
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except OSError:
+            time.sleep(SHARE_WAIT_SECONDS)
+    raise DataError(f"{folder} is in use: another process is writing {prefix}", hint="wait for it to end")
+
+
+@contextmanager
+def staging_folder(prefix: str, fingerprint: str) -> Iterator[Path]:
+    """The locked staging folder of `prefix`, holding what an earlier run of the same plan left.
+
+    Raises DataError when another process writes to the same prefix. The folder stays when the block raises.
+    """
+    folder = staging_path(prefix)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        # A POSIX record lock: it is not inherited by the workers, and network file systems honour it.
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"{folder} is in use: another process is writing {prefix}",
+                hint="wait for it to end, or choose another --output-prefix",
+            ) from error
+        _claim(folder, fingerprint)
+        yield folder
+        shutil.rmtree(folder)
+
+
+def _claim(folder: Path, fingerprint: str) -> None:
+    """Keep the content if it is of this plan, else clear it."""
+    plan = folder / "plan"
+    if plan.exists() and plan.read_text() == fingerprint:
+        return
+    stale = [path for path in folder.iterdir() if path.name != "lock"]
+    if stale:
+        log.info("%s is of another input, configuration or tokenizer: starting anew", folder)
+    for path in stale:
+        path.unlink()
+    write_atomically(plan, fingerprint.encode())

@@ -1,0 +1,1 @@
+"""Text to token ids: one small interface, one back end per file format."""

@@ -1,0 +1,201 @@
+"""Text to token ids behind one small interface, by the fastest library that is id-for-id equal to the reference.
+
+    load_tokenizer(path)  ->  CorpusTokenizer: encode_batch, decode, vocab_size, eod_id, eod_token, fingerprint
+
+`path` is a Hugging Face model folder, a `tokenizer.json`, a SentencePiece `.model` or a tiktoken ranks file.
+For `tokenizer.json` the reference is Hugging Face `tokenizers`; `fastokens` replaces it when both give the
+same ids on a sample that is encoded at start, else the reference is used and a line says so.
+
+End of document (EOD): stated by `eod_token`, else the first of these that the vocabulary has: `<|endoftext|>`,
+`<|end_of_text|>`, the `eos_token` of tokenizer_config.json unless it ends a chat turn, `</s>`, `<eos>`.
+A chat-turn token such as `<|im_end|>` is used only when it is stated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+
+from megatron_cpt.corpus.dataset.manifest import TokenizerRecord
+from megatron_cpt.corpus.tokenizers.self_check import SELF_CHECK_SAMPLE
+from megatron_cpt.errors import DataError
+
+# One single-threaded process per core is the fastest arrangement (two threads in one process fall from 73 to
+# 46 MB per CPU-second), and a library that has started no threads may be forked. Set before the imports below.
+for _name in ("FASTOKENS_BPE_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+log = logging.getLogger(__name__)
+
+SpecialTokensInText = Literal["literal", "parse", "reject"]
+Ids = np.ndarray[Any, np.dtype[np.int32]]
+Lengths = np.ndarray[Any, np.dtype[np.int64]]
+EncodeBatch = Callable[[Sequence[str]], tuple[Ids, Lengths]]
+
+PREFERRED_EOD = ("<|endoftext|>", "<|end_of_text|>")
+FALLBACK_EOD = ("</s>", "<eos>")
+CHAT_TURN_TOKENS = frozenset(
+    {"<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<turn|>"}
+)
+# Megatron-Core's rule for the width of an id: 16 bits below this vocabulary size, else 32.
+UINT16_VOCAB_LIMIT = 65_500
+
+
+@dataclass(frozen=True)
+class CorpusTokenizer:
+    """A loaded tokenizer. `encode_batch(texts)` gives flat int32 ids and one int64 length per text, no EOD."""
+
+    name: str
+    kind: str
+    backend: str  # the library that encodes: "fastokens", "tokenizers", "sentencepiece" or "tiktoken"
+    fingerprint: str
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+    special_ids: frozenset[int]
+    encode_batch: EncodeBatch
+    decode: Callable[[Sequence[int]], str]
+
+    @property
+    def dtype(self) -> str:
+        return "uint16" if self.vocab_size < UINT16_VOCAB_LIMIT else "int32"
+
+    def record(self) -> TokenizerRecord:
+        return TokenizerRecord(self.name, self.kind, self.fingerprint, self.vocab_size, self.eod_id, self.eod_token)
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    eod_token: str | None = None,
+    special_tokens_in_text: SpecialTokensInText = "literal",
+    post_processor: bool = False,
+    backend: Literal["auto", "reference"] = "auto",
+    sample: Sequence[str] = (),
+) -> CorpusTokenizer:
+    """Load the tokenizer at `path`; `sample` is text of the corpus that joins the built-in self-check sample.
+
+    `special_tokens_in_text` says what a special token spelled out in the text becomes: ordinary text
+    ("literal"), the special token ("parse", as Megatron-LM does), or ids by which the caller rejects the
+    document ("reject", encoded as "parse"). `post_processor` adds what the tokenizer itself adds around a text: for
+    Hugging Face its post-processor's tokens, for SentencePiece the beginning of sequence. Raises DataError for a path
+    or an EOD that is not there.
+    """
+    file = find_tokenizer_file(path)
+    literal, texts = special_tokens_in_text == "literal", (*SELF_CHECK_SAMPLE, *sample)
+    if file.suffix == ".json":
+        from megatron_cpt.corpus.tokenizers import huggingface as tokenizer_huggingface
+
+        return tokenizer_huggingface.load(file, eod_token, literal, post_processor, backend, texts)
+    if _is_tiktoken(file):
+        if post_processor:
+            raise DataError(f"{file}: tiktoken ranks have no post-processor", hint="leave post_processor off")
+        from megatron_cpt.corpus.tokenizers import tiktoken as tokenizer_tiktoken
+
+        return tokenizer_tiktoken.load(file, eod_token, literal, backend, texts)
+    from megatron_cpt.corpus.tokenizers import sentencepiece as tokenizer_sentencepiece
+
+    return tokenizer_sentencepiece.load(file, eod_token, literal, post_processor)
+
+
+def find_tokenizer_file(path: str | Path) -> Path:
+    """The tokenizer file that `path` (a file or a model folder) means."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise DataError(f"tokenizer {path} does not exist", hint="give a model folder or its tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (file := path / name).is_file():
+            return file
+    raise DataError(
+        f"{path} has no tokenizer.json and no tokenizer.model",
+        hint="save the tokenizer with transformers' AutoTokenizer(...).save_pretrained first",
+    )
+
+
+def tokenizer_fingerprint(path: str | Path) -> str:
+    """sha256 of what decides the ids; equal for two copies of one tokenizer wherever they lie."""
+    file = find_tokenizer_file(path)
+    if file.suffix == ".json":
+        return fingerprint_of_json(read_json(file))
+    if _is_tiktoken(file):
+        from megatron_cpt.corpus.tokenizers import tiktoken as tokenizer_tiktoken
+
+        return tokenizer_tiktoken.fingerprint(file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_tiktoken(file: Path) -> bool:
+    return file.suffix in (".tiktoken", ".bpe")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = orjson.loads(file.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise DataError(f"{file} is not readable JSON: {error}", hint="copy the tokenizer again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file} does not hold a JSON object", hint="copy the tokenizer again")
+    return value
+
+
+def fingerprint_of_json(raw: dict[str, Any]) -> str:
+    """Fingerprint of a tokenizer.json: normaliser, pre-tokenizer, model and added tokens, in canonical order.
+
+    Truncation, padding, post-processor and decoder do not change the ids of plain text and are left out, and
+    so is the way merges are spelled ("a b" or ["a", "b"]), which depends on the library version that saved it.
+    """
+    model = {key: value for key, value in raw.get("model", {}).items() if value or value == 0}
+    model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
+    content = {
+        "model": model,
+        "added_tokens": sorted(raw.get("added_tokens", []), key=lambda token: int(token["id"])),
+        "normalizer": raw.get("normalizer"),
+        "pre_tokenizer": raw.get("pre_tokenizer"),
+    }
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def resolve_eod(
+    vocabulary: dict[str, int], eod_token: str | None, eos_token: str | None, where: Path
+) -> tuple[str, int]:
+    """The end-of-document token and its id by the order in the module's docstring."""
+    if eod_token is not None:
+        if eod_token not in vocabulary:
+            raise DataError(
+                f"end-of-document token {eod_token!r} is not in the vocabulary of {where}",
+                hint=f"tokens it has: {_eod_candidates(vocabulary)}",
+            )
+        return eod_token, vocabulary[eod_token]
+    stated = (eos_token,) if eos_token and eos_token not in CHAT_TURN_TOKENS else ()
+    for token in (*PREFERRED_EOD, *stated, *FALLBACK_EOD):
+        if token in vocabulary:
+            return token, vocabulary[token]
+    raise DataError(
+        f"{where} has no known end-of-document token",
+        hint=f"state it with --eod-token; tokens it has: {_eod_candidates(vocabulary)}",
+    )
+
+
+def _eod_candidates(vocabulary: dict[str, int]) -> str:
+    marked = [token for token in vocabulary if token.startswith(("<|", "</", "<e"))]
+    return (
+        ", ".join(repr(token) for token in sorted(marked, key=vocabulary.__getitem__)[:12]) or "none marked as special"
+    )
+
+
+def encodings_equal(reference: EncodeBatch, candidate: EncodeBatch, sample: Sequence[str]) -> bool:
+    """True when both give the same ids for every text of the sample."""
+    expected_ids, expected_lengths = reference(sample)
+    ids, lengths = candidate(sample)
+    return bool(np.array_equal(expected_lengths, lengths) and np.array_equal(expected_ids, ids))

@@ -1,0 +1,219 @@
+"""The datasets a config names, checked before anything starts; numpy only, no torch.
+
+`check_datasets` finds every fault that costs no pass over the data: manifests, sizes, headers, the tokenizer,
+the vocabulary, a sample of ids. `plan_sources` says how many tokens of each source the budget needs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.budget import plan_ramped_steps
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
+from megatron_cpt.corpus.dataset.manifest import Manifest, manifest_hash, read_manifest
+from megatron_cpt.corpus.tokenizers.tokenizer import tokenizer_fingerprint
+from megatron_cpt.data.blend import Blend, build_blend
+from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED_TOKENS = 1 << 16  # ids looked at per dataset: its start, its end, and windows in between
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One checked dataset of the config."""
+
+    name: str
+    prefix: str
+    hash: str  # changes with the content; the key of index caches
+    tokens: int
+    eod_id: int
+    vocab_size: int  # of the tokenizer
+
+
+@dataclass(frozen=True)
+class Datasets:
+    train: tuple[Dataset, ...]
+    validation: tuple[Dataset, ...]
+
+    def manifests(self) -> dict[str, str]:
+        return {dataset.name: dataset.hash for dataset in self.train}
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """What the rest of the budget takes from one source. Epochs count from the beginning of the source."""
+
+    name: str
+    available_tokens: int  # of one epoch
+    needed_tokens: int  # from here to the end of the budget
+    epochs_done: float
+    epochs_at_end: float
+
+
+def check_datasets(config: RunConfig, arch: Architecture, model_dir: Path) -> Datasets:
+    """Every dataset of `config`, checked against the model in `model_dir`.
+
+    Raises:
+        DataError: the first fault found, with the dataset's name.
+    """
+    if not config.data.train:
+        raise DataError(
+            "data.train is empty: there is nothing to train on",
+            hint="name a dataset: data: {train: [{name: domain, prefix: data/domain}]}",
+        )
+    fingerprint = _fingerprint(model_dir)
+    train = tuple(_check(s.name, s.prefix, arch, fingerprint) for s in config.data.train)
+    validation = tuple(_check(name, p, arch, fingerprint) for name, p in config.data.validation.items())
+    for dataset in train:
+        if dataset.tokens <= config.batch.seq_length:
+            raise DataError(
+                f"source {dataset.name!r} has {dataset.tokens:,} tokens, fewer than one sample of "
+                f"{config.batch.seq_length} + 1",
+                hint="use more text, or a smaller batch.seq_length",
+            )
+    for dataset in validation:
+        if dataset.tokens < 2:
+            raise DataError(
+                f"validation set {dataset.name!r} has {dataset.tokens} tokens: nothing to predict",
+                hint="hold out more documents",
+            )
+    sources = {dataset.hash: dataset.name for dataset in train}
+    for dataset in validation:
+        if dataset.hash in sources:
+            logger.warning(
+                "validation set %r has the same text as the training source %r: its loss says nothing about new text",
+                dataset.name,
+                sources[dataset.hash],
+            )
+    return Datasets(train, validation)
+
+
+def _fingerprint(model_dir: Path) -> str | None:
+    if (model_dir / "tokenizer.json").is_file():
+        return tokenizer_fingerprint(model_dir)
+    logger.warning("%s has no tokenizer.json: only the vocabulary size of the data is checked", model_dir)
+    return None
+
+
+def _check(name: str, prefix: str, arch: Architecture, fingerprint: str | None) -> Dataset:
+    manifest = read_manifest(prefix)
+    _check_tokenizer(name, manifest, arch, fingerprint)
+    _check_ids(name, prefix, manifest)
+    return Dataset(
+        name,
+        prefix,
+        manifest_hash(manifest),
+        manifest.token_count,
+        manifest.tokenizer.eod_id,
+        manifest.tokenizer.vocab_size,
+    )
+
+
+def _check_tokenizer(name: str, manifest: Manifest, arch: Architecture, fingerprint: str | None) -> None:
+    tokenizer = manifest.tokenizer
+    if fingerprint is not None and tokenizer.fingerprint != fingerprint:
+        raise DataError(
+            f"dataset {name!r} was written with the tokenizer {tokenizer.name} ({tokenizer.fingerprint[:12]}), which "
+            f"is not the model's ({fingerprint[:12]})",
+            hint="preprocess the text again with --tokenizer set to the model's directory",
+        )
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise DataError(
+            f"dataset {name!r} has ids up to {tokenizer.vocab_size - 1:,}, the model only {arch.vocab_size:,} rows",
+            hint="preprocess the text again with --tokenizer set to the model's directory",
+        )
+
+
+def _check_ids(name: str, prefix: str, manifest: Manifest) -> None:
+    """The index agrees with the manifest, and a sample of ids lies inside the vocabulary."""
+    reader = open_indexed(prefix)
+    found = (reader.dtype, reader.token_count, int(reader.sequence_lengths.sum(dtype=np.int64)))
+    if found != (manifest.dtype, manifest.token_count, manifest.token_count):
+        raise DataError(
+            f"dataset {name!r}: {prefix}.idx says {found[0]} and {found[2]:,} tokens, .bin holds {found[1]:,}, the "
+            f"manifest says {manifest.dtype} and {manifest.token_count:,}",
+            hint="copy the dataset again, or preprocess again",
+        )
+    if not _sequences_lie_in_order(reader):
+        raise DataError(
+            f"dataset {name!r}: {prefix}.idx points its sequences to other places than one behind the other",
+            hint="the file is damaged: copy the dataset again, or preprocess again",
+        )
+    for start in np.linspace(0, max(0, reader.token_count - 4096), _SAMPLED_TOKENS // 4096, dtype=np.int64):
+        window = reader.tokens[start : start + 4096]
+        if len(window) and (int(window.max()) >= manifest.tokenizer.vocab_size or int(window.min()) < 0):
+            raise DataError(
+                f"dataset {name!r}: an id between tokens {start:,} and {start + 4096:,} is outside the vocabulary of "
+                f"{manifest.tokenizer.vocab_size:,}",
+                hint=f"megatron-cpt verify {prefix}",
+            )
+
+
+def _sequences_lie_in_order(reader: IndexedReader, chunk: int = 1 << 20) -> bool:
+    """Whether each sequence begins where the one before it ends; a few sequences at a time, as there may be many."""
+    end = 0
+    for first in range(0, reader.sequence_count, chunk):
+        lengths = reader.sequence_lengths[first : first + chunk].astype(np.int64)
+        ends = end + np.cumsum(lengths) * reader.tokens.itemsize
+        if not np.array_equal(reader.sequence_pointers[first : first + chunk], ends - lengths * reader.tokens.itemsize):
+            return False
+        end = int(ends[-1])
+    return True
+
+
+def blend_of(config: RunConfig) -> Blend:
+    return build_blend({source.name: source.weight for source in config.data.train}, config.seed)
+
+
+def plan_sources(config: RunConfig, datasets: Datasets, ledger: Ledger, train_tokens: int) -> tuple[SourcePlan, ...]:
+    """What each source must give from `ledger` to `train_tokens`.
+
+    Raises:
+        DataError: a source would be repeated more often than data.max_epochs allows.
+    """
+    seq_length = config.batch.seq_length
+    batch = config.batch
+    # In whole steps from here: after a change of the batch size they may end behind the budget.
+    _, end_tokens = plan_ramped_steps(
+        train_tokens, seq_length, batch.global_batch_size, batch.rampup_from, batch.rampup_tokens, ledger.tokens
+    )
+    samples = (end_tokens - ledger.tokens) // seq_length
+    counts = blend_of(config).counts(ledger.samples, ledger.samples + samples)
+    plans = []
+    for dataset in datasets.train:
+        position = ledger.sources[dataset.name]
+        block = position.block_tokens
+        available = (dataset.tokens - 1) // block * block  # whole blocks; the tail differs in each epoch
+        needed = counts[dataset.name] * seq_length
+        plans.append(
+            SourcePlan(
+                dataset.name,
+                available,
+                needed,
+                position.tokens / available,
+                (position.tokens + needed) / available,
+            )
+        )
+    _refuse_repeats(config, plans)
+    return tuple(plans)
+
+
+def _refuse_repeats(config: RunConfig, plans: Sequence[SourcePlan]) -> None:
+    repeated = [plan for plan in plans if plan.epochs_at_end > config.data.max_epochs]
+    if repeated:
+        listed = ", ".join(f"{p.name} {p.epochs_at_end:.2f} times" for p in repeated)
+        worst = max(plan.epochs_at_end for plan in repeated)
+        raise DataError(
+            f"the budget would read {listed}; data.max_epochs allows {config.data.max_epochs:g}",
+            hint=f"lower budget.train_tokens or the weight, add data, or set data.max_epochs={worst:.2f}",
+        )

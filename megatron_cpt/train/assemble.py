@@ -1,0 +1,130 @@
+"""From a checked job and joined process groups to the loop: model, optimizer, newest checkpoint, reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from megatron_cpt.budget import format_count
+from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.data.batches import BatchStream
+from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.data.validation import ValidationSet
+from megatron_cpt.launch.preflight import Job, branch_point, predicted_checkpoint_bytes
+from megatron_cpt.runs.checkpoints import complete_checkpoints
+from megatron_cpt.runs.folder import RunFolder
+from megatron_cpt.runs.lease import Lease
+from megatron_cpt.runtime.distributed import Runtime
+from megatron_cpt.train.checkpoint import CheckpointManager
+from megatron_cpt.train.clock import LapClock
+from megatron_cpt.train.control import Control
+from megatron_cpt.train.loop import Run, train
+from megatron_cpt.train.metrics import ConsoleHandler, ConsoleView, MetricsFile, open_console
+from megatron_cpt.train.metrics_rows import Reporter
+from megatron_cpt.train.position import Progress
+from megatron_cpt.train.state import build_train_state
+from megatron_cpt.train.trackers import open_trackers
+from megatron_cpt.train.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+def train_job(
+    job: Job,
+    folder: RunFolder,
+    batches: BatchStream,
+    runtime: Runtime,
+    lease: Lease | None,
+    watchdog: Watchdog,
+    clock: LapClock,
+) -> int:
+    """Build everything, continue from the newest sound checkpoint, and train; the exit code.
+
+    `clock` has timed the start so far; all of it goes into the start's row of metrics.jsonl.
+    """
+    config = job.config
+    start = _shared_start_number(folder)
+    checkpoints = CheckpointManager(config, folder, start, lease, predicted_checkpoint_bytes(config, job.arch))
+    chosen = checkpoints.choose() or branch_point(config)
+    # A checkpoint sets every weight: then the base model's are not read at all.
+    state = build_train_state(resolve_init_from(job), job.arch, set_weights=None if chosen is None else _leave_unset)
+    clock.lap("model")
+    progress = Progress() if chosen is None else checkpoints.load(state, *chosen)
+    clock.lap("checkpoint")
+    ledger = progress.ledger.with_sources(job.datasets.manifests(), config.batch.seq_length)
+    progress = dataclasses.replace(progress, ledger=ledger)
+    report = _open_reporter(job, folder, start, progress.ledger)
+    report.event(
+        "start",
+        progress,
+        _first_line(job, progress, chosen and chosen[0]),
+        world_size=runtime.world_size,
+        setup_seconds=clock.rounded(),
+    )
+    minutes = config.failure.wall_time_minutes
+    run = Run(
+        config,
+        job.derived,
+        parallel_state.get_data_parallel_rank(),
+        state,
+        batches,
+        tuple(
+            ValidationSet(
+                d, config.batch.seq_length, config.eval.tokens, documents_apart=config.model.document_attention
+            )
+            for d in job.datasets.validation
+        ),
+        checkpoints,
+        Control(folder.root, runtime.device, minutes and 60 * minutes),
+        watchdog,
+        report,
+    )
+    try:
+        return train(run, progress)
+    finally:
+        report.close()
+
+
+def _leave_unset(chunks: list[GPTModel]) -> None: ...
+
+
+def resolve_init_from(job: Job) -> RunConfig:
+    """The config with a run folder in `model.init_from` replaced by its newest complete checkpoint."""
+    origin = Path(job.config.model.init_from)
+    newest = complete_checkpoints(origin / "checkpoints")
+    if not newest:
+        return job.config
+    model = job.config.model.model_copy(update={"init_from": str(newest[0][0])})
+    return job.config.model_copy(update={"model": model})
+
+
+def _shared_start_number(folder: RunFolder) -> int:
+    """Rank 0's count of the starts of this run, on every rank."""
+    numbers = [len(folder.history.read_text().splitlines()) if dist.get_rank() == 0 else 0]
+    dist.broadcast_object_list(numbers)
+    return numbers[0]
+
+
+def _open_reporter(job: Job, folder: RunFolder, start: int, ledger: Ledger) -> Reporter:
+    names = [dataset.name for dataset in job.datasets.train]
+    seq_length = job.config.batch.seq_length
+    if dist.get_rank() != 0:
+        return Reporter(job.arch, job.derived, seq_length, names, None, None)
+    metrics = MetricsFile(folder.metrics, start, open_trackers(job.config, folder))
+    view = ConsoleView(open_console(), job.derived.train_tokens, ledger.tokens)
+    if view.stream is not sys.stderr:  # else the log goes there anyhow
+        logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(view))
+    return Reporter(job.arch, job.derived, seq_length, names, metrics, view)
+
+
+def _first_line(job: Job, progress: Progress, checkpoint: Path | None) -> str:
+    tokens = format_count(job.derived.train_tokens)
+    if checkpoint is None:
+        return f"training {tokens} tokens from {job.config.model.init_from}"
+    return f"continuing at {progress.ledger.tokens:,} of {tokens} tokens from {checkpoint}"

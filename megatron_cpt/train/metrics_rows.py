@@ -1,0 +1,123 @@
+"""Turns the loop's results into rows of metrics.jsonl and lines on the console. Other ranks have a silent one."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.config.derive import Derived
+from megatron_cpt.train.clock import LapClock
+from megatron_cpt.train.metrics import ConsoleView, MetricsFile
+from megatron_cpt.train.position import Progress
+from megatron_cpt.train.step import StepResult
+from megatron_cpt.train.throughput import flops_per_token, peak_flops
+
+
+class Reporter:
+    """Rows and lines of rank 0; on other ranks without a file or a view, and then silent."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        derived: Derived,
+        seq_length: int,
+        source_names: list[str],
+        metrics: MetricsFile | None,
+        view: ConsoleView | None,
+    ) -> None:
+        self.derived = derived
+        self.source_names = source_names
+        self.metrics = metrics
+        self.view = view
+        self._flops = flops_per_token(arch, seq_length)
+        self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self._rate: float | None = None  # tokens per second, smoothed
+
+    def step(
+        self, progress: Progress, result: StepResult, lr: float, tokens: int, samples: int, clock: LapClock, show: bool
+    ) -> None:
+        step_seconds = clock.total
+        rate = tokens / step_seconds
+        self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
+        if self.metrics is None or not (show or result.skipped):
+            return
+        remaining = max(0, self.derived.train_tokens - progress.ledger.tokens)
+        row: dict[str, Any] = {
+            "iteration": progress.iteration,
+            "consumed_tokens": progress.ledger.tokens,
+            "loss": result.loss,
+            "loss_by_source": {
+                name: loss / tokens
+                for name, loss, tokens in zip(
+                    self.source_names, result.source_loss_sums, result.source_tokens, strict=True
+                )
+                if tokens
+            },
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "skipped": result.skipped,
+            "global_batch_size": samples,
+            "step_seconds": round(step_seconds, 4),
+            **{f"{part}_seconds": seconds for part, seconds in clock.rounded().items()},
+            "tokens_per_second": round(rate, 1),
+            "tokens_per_second_per_gpu": round(rate / self.derived.world_size, 1),
+            "mfu": self._mfu(rate),
+            "peak_memory_gib": round(peak_memory_gib(), 3),
+            "remaining_tokens": remaining,
+            "eta_seconds": round(remaining / self._rate, 1),
+        }
+        self.metrics.write(**row)
+        if self.view is not None:
+            self.view.step(row, self.derived.train_iters, self.derived.train_tokens)
+
+    def validation(self, progress: Progress, name: str, loss: float, tokens: int, seconds: float) -> None:
+        if self.metrics is None:
+            return
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        self.event(
+            "validation",
+            progress,
+            f"validation {name}: loss {loss:.4f}, perplexity {perplexity:,.3f} on {tokens:,} tokens",
+            name=name,
+            loss=loss,
+            perplexity=perplexity,
+            tokens=tokens,
+            seconds=round(seconds, 3),
+        )
+
+    def skipped(self, progress: Progress, text: str, samples: list[dict[str, Any]]) -> None:
+        """A step that was not applied, with the documents that its samples were cut from."""
+        self.event("skipped", progress, text, reason=text, samples=samples)
+
+    def event(self, event: str, progress: Progress, text: str, **fields: Any) -> None:
+        """Something that is not a step: a row with the name of the event, and a line if there is a `text`."""
+        if self.metrics is not None:
+            self.metrics.write(
+                event=event, iteration=progress.iteration, consumed_tokens=progress.ledger.tokens, **fields
+            )
+        if self.view is not None and text:
+            self.view.line(text)
+
+    def close(self) -> None:
+        if self.view is not None:
+            self.view.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self._peak is None:
+            return None
+        return round(tokens_per_second * self._flops / (self._peak * self.derived.world_size), 4)
+
+
+def peak_memory_gib() -> float:
+    """Largest memory so far of this rank: of its GPU, or resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
