@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +177,14 @@ def measure_saves(work: Path, data: Path, pairs: int) -> tuple[list[Save], list[
     usual = [timed(step) for _ in range(7)]
     usual_step, usual_cpu = (statistics.median(times) for times in zip(*usual, strict=True))
     training_mb = watch.peak
-    progress, found = Progress(), {True: [], False: []}
+    progress = Progress()
+    found: dict[bool, list[Any]] = {True: [], False: []}
     for number in range(2 * (pairs + 2)):
         synchronous = number % 2 == 0
         progress = replace(progress, iteration=number + 1)
         watch.reset()
         writers = writer_cpu()
-        held, held_cpu = timed(lambda s=synchronous, p=progress: manager.save(state, p, wait=s))
+        held, held_cpu = timed(partial(manager.save, state, progress, wait=synchronous))
         beside: list[tuple[float, float]] = []
         done = [synchronous]
 

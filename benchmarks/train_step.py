@@ -218,7 +218,7 @@ def timed_parts(state: TrainState, clock: Callable[[], float]) -> Iterator[PartC
     names = {"_update": "optimizer", "_on_this_rank": "data"}
     originals = {name: getattr(step_module, name) for name in names}
     finalize = state.model_config.finalize_model_grads_func
-    torch.distributed.Work.wait = parts.around(wait, "communication")
+    torch.distributed.Work.wait = parts.around(wait, "communication")  # type: ignore[method-assign]
     state.model_config.finalize_model_grads_func = parts.around(finalize, "gradient reduction")
     for name, part in names.items():
         setattr(step_module, name, parts.around(originals[name], part))
@@ -226,7 +226,7 @@ def timed_parts(state: TrainState, clock: Callable[[], float]) -> Iterator[PartC
         yield parts
         parts.enter("other")
     finally:
-        torch.distributed.Work.wait = wait
+        torch.distributed.Work.wait = wait  # type: ignore[method-assign]
         state.model_config.finalize_model_grads_func = finalize
         for name in names:
             setattr(step_module, name, originals[name])
@@ -256,7 +256,12 @@ def on_cpu(size: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     medians = interleave(
         {"megatron": ours, "transformers": transformers_step(theirs, batches, state.device)}, args.repeats
     )
-    result = {"size": size, "attention": resolve_attention(args.attention), "adam": state.adam, **medians}
+    result: dict[str, Any] = {
+        "size": size,
+        "attention": resolve_attention(args.attention),
+        "adam": state.adam,
+        **medians,
+    }
     for kind in ("cpu_seconds", "wall_seconds"):
         result[f"{kind}_ratio"] = medians["megatron"][kind] / medians["transformers"][kind]
     result["parts"] = shares(state, ours, time.thread_time)

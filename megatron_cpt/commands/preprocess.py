@@ -28,8 +28,8 @@ def parse_shard(_: click.Context, __: click.Parameter, value: str | None) -> tup
     """`K/N` as (K, N) with 0 <= K < N."""
     if value is None:
         return None
-    number, _, count = value.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+    number, slash, count = value.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise click.BadParameter(f"{value!r} is not K/N with K from 0 to N - 1")
     return int(number), int(count)
 

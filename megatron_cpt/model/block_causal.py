@@ -32,7 +32,7 @@ class BlockCausalAttention(SdpaAttention):
         grouped = q.reshape(samples * groups, heads // groups, queries, d)
         k, v = (tensor.reshape(samples * groups, keys, d) for tensor in (k, v))
         scale = d**-0.5 if self.softmax_scale is None else self.softmax_scale
-        context: Tensor = _BlockCausal.apply(grouped, k, v, scale)
+        context: Tensor = _BlockCausal.apply(grouped, k, v, scale)  # type: ignore[no-untyped-call]
         return context.view(samples, heads, queries, d)
 
 

@@ -150,7 +150,7 @@ def _build_chunk(
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=arch.rope_theta,  # type: ignore[arg-type]  # any number will do
+        rotary_base=arch.rope_theta,
         vp_stage=vp_stage,
     )
     model.true_vocab_size = arch.vocab_size

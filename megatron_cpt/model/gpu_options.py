@@ -30,7 +30,8 @@ def fp8_settings(config: RunConfig) -> dict[str, Any]:
 
 def optimizer_settings(config: RunConfig) -> dict[str, Any]:
     """For OptimizerConfig. ConfigError where a lever has no GPU or no TransformerEngine to work with."""
-    asked, settings = config.optimizer, {}
+    asked = config.optimizer
+    settings: dict[str, Any] = {}
     if asked.cpu_offload_ratio > 0.0:
         if not torch.cuda.is_available():
             raise ConfigError(

@@ -50,7 +50,7 @@ class SafetensorsSource:
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = model_dir
         self._files = {path: _open(path) for path in _weight_files(model_dir)}
-        self._file_of = {}
+        self._file_of: dict[str, Path] = {}
         for path, file in self._files.items():
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 if name in self._file_of:

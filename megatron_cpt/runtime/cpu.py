@@ -44,8 +44,8 @@ def adapt_megatron_core_to_cpu() -> bool:
     early = [name for name in sys.modules if _is_engine(name)]
     assert not early, f"{early[0]} was imported before it could be adapted to the CPU"
     sys.meta_path.insert(0, _EngineFinder())
-    torch.Tensor.cuda = _tensor_cuda(torch.Tensor.cuda)  # type: ignore[method-assign, assignment]
-    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = _tensor_cuda(torch.Tensor.cuda)  # type: ignore[method-assign]
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
     return True
 
 

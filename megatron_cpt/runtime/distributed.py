@@ -52,7 +52,7 @@ def init_runtime(config: RunConfig, *, timeout_minutes: float = 10.0) -> Runtime
     if all(name in os.environ for name in _TORCHRUN):
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
     init_parallel_groups(config, timeout_minutes=timeout_minutes)
     return Runtime(rank, world_size, local_rank, device, backend)
 

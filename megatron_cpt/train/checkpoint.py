@@ -237,7 +237,7 @@ class CheckpointManager:
             removed.append(set_aside(path))
         if removed:  # deleting gigabytes takes a while, and the loop need not wait for it
             self._finish_removal()
-            self._removal = threading.Thread(target=lambda: [shutil.rmtree(p, ignore_errors=True) for p in removed])
+            self._removal = threading.Thread(target=_remove_all, args=(removed,))
             self._removal.start()
 
     def _finish_removal(self) -> None:
@@ -470,3 +470,8 @@ class _named_failure:
                 f"cannot {self.doing} checkpoint {self.path}: {first}",
                 hint="the newest complete checkpoint is untouched; start again to continue from it",
             ) from error
+
+
+def _remove_all(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import (
@@ -54,8 +54,8 @@ class TrainState:
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The GPTModel within DistributedDataParallel and Float16Module; checkpoints are taken from it."""
     while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk  # type: ignore[return-value]
+        chunk = cast(torch.nn.Module, chunk.module)
+    return chunk
 
 
 def build_train_state(

@@ -70,7 +70,7 @@ class Watchdog:
         message = f"no progress in phase {phase!r} for {minutes:g} minutes: a rank is stuck or lost"
         sys.stderr.write(f"watchdog: {message}; stacks of all threads:\n")
         sys.stderr.flush()
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         self._leave_error(
             message,
             f"RUN/logs has the stacks of every rank; failure.{phase}_timeout_minutes sets the limit; starting again "
