@@ -29,7 +29,6 @@ from checkpoint_convert.checkpoint import (
 )
 from checkpoint_convert.hf import plan_hf, read_hf
 from checkpoint_convert.legacy import read_legacy
-from checkpoint_convert.progress import Progress
 from checkpoint_convert.resume import PartialFolder, partial_path
 from checkpoint_convert.rows import Files
 from checkpoint_convert.side_files import has_tokenizer, model_card, write_side_files
@@ -39,6 +38,7 @@ from checkpoint_convert.torch_dist import read_torch_dist
 from checkpoint_convert.torch_dist_writer import plan_torch_dist
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.tensors import check_ranks
+from megatron_cpt.console import ProgressBar
 from megatron_cpt.errors import ConversionError
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _stream(
     with (
         Files() as sources,
         Files(write=True) as targets,
-        Progress("convert", weights.nbytes + copied_bytes) as progress,
+        ProgressBar("convert", weights.nbytes + copied_bytes, "bytes") as progress,
     ):
         proven = _prove(Copier(targets, None, progress.advance), target, old, options.workers)
         if old:
@@ -301,7 +301,7 @@ def read_weights(kind: Format, folder: Path, arch: Architecture) -> Weights:
 def _read_back(target: Target, records: dict[str, TensorRecord], workers: int) -> None:
     """Hash the whole output from disk."""
     total = sum(tensor.nbytes for tensor in target.tensors.values())
-    with Files() as files, Progress("read back", total) as progress:
+    with Files() as files, ProgressBar("read back", total, "bytes") as progress:
         proven = _prove(Copier(files, None, progress.advance), target, records, workers)
     lost = sorted(records.keys() - proven.keys())
     if lost:

@@ -13,9 +13,9 @@ import torch
 
 from checkpoint_convert.checkpoint import ITEM_BYTES, Checkpoint, StoredTensor, check_names
 from checkpoint_convert.forward import StreamedModel
-from checkpoint_convert.progress import Progress
 from checkpoint_convert.rows import Files
 from checkpoint_convert.stream import Copier, compare_copies, run_parallel
+from megatron_cpt.console import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _compare_weights(a: Checkpoint, b: Checkpoint, workers: int) -> tuple[list[s
     """Names of tensors that differ, and how many agree only after a cast."""
     total = a.weights.nbytes + b.weights.nbytes
     total += 2 * sum(t.nbytes for t in (*a.weights.copies, *b.weights.copies))
-    with Files() as files, Progress("compare", total) as progress:
+    with Files() as files, ProgressBar("compare", total, "bytes") as progress:
         copier = Copier(files, None, progress.advance)
         for checkpoint in (a, b):
             compare_copies(copier, checkpoint.weights.tensors, checkpoint.weights.copies)

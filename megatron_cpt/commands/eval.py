@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from megatron_cpt.console import ProgressBar
 from megatron_cpt.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQ_LENGTH = 1024
-REPORT_SECONDS = 10.0
 
 
 @click.group()
@@ -53,7 +50,8 @@ def perplexity(
     score = load_scorer(found, length)
     results: list[dict[str, Any]] = []
     for stream in streams:
-        result = measure(score, stream, length, max_tokens, _progress(stream.name))
+        with ProgressBar(stream.name, 0, "tokens") as bar:
+            result = measure(score, stream, length, max_tokens, bar.update)
         results.append(
             {
                 "model": str(model),
@@ -81,25 +79,3 @@ def _seq_length(asked: int | None, limit: int, model: Path) -> int:
     if asked > limit:
         raise DataError(f"--seq-length {asked} is more than {model} attends to ({limit})", hint=f"at most {limit}")
     return asked
-
-
-def _progress(name: str) -> Any:
-    """A callback that shows tokens, rate and time left on stderr: one line redrawn on a terminal, few in a log."""
-    started = time.monotonic()
-    reported = started
-    terminal = sys.stderr.isatty()
-
-    def report(done: int, total: int) -> None:
-        nonlocal reported
-        now = time.monotonic()
-        if done < total and now - reported < (0.2 if terminal else REPORT_SECONDS):
-            return
-        reported = now
-        rate = done / max(now - started, 1e-9)
-        line = f"{name}: {done:,} of {total:,} tokens, {rate:,.0f} tokens/s, {math.ceil((total - done) / rate)} s left"
-        if terminal:
-            click.echo(f"\r\033[K  {line}", err=True, nl=done == total)
-        else:
-            logger.info(line)
-
-    return report

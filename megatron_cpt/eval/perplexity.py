@@ -17,12 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_cpt.console import OnTokens
 from megatron_cpt.errors import CptError, DataError
 
 # (inputs, labels), both int64 of shape (blocks, tokens) -> sum of negative log-likelihoods in nats
 BlockScorer = Callable[[torch.Tensor, torch.Tensor], float]
-# (tokens done, tokens in all)
-Progress = Callable[[int, int], None]
 
 TOKENS_PER_FORWARD = 1024  # short blocks are batched up to this; the result does not depend on it
 
@@ -55,7 +54,7 @@ def perplexity(
     stream: TokenStream,
     seq_length: int,
     max_tokens: int | None = None,
-    progress: Progress = lambda done, total: None,
+    on_tokens: OnTokens = lambda done, total: None,
 ) -> Perplexity:
     """Measure `score` on the first `max_tokens` predictions of `stream`; default: on all of it.
 
@@ -79,7 +78,7 @@ def perplexity(
             )
         nats += batch_nats
         done += labels.numel()
-        progress(done, predicted)
+        on_tokens(done, predicted)
     documents = int(np.searchsorted(stream.document_ends, predicted + 1, side="left")) + 1
     return Perplexity(nats / predicted, predicted, documents, seq_length)
 

@@ -82,7 +82,7 @@ def test_loss_above_twenty_is_not_capped() -> None:
 
 def test_progress_ends_at_the_total() -> None:
     reports: list[tuple[int, int]] = []
-    perplexity(lambda i, t: 0.0, _stream(2500), SEQ_LENGTH, progress=lambda d, n: reports.append((d, n)))
+    perplexity(lambda i, t: 0.0, _stream(2500), SEQ_LENGTH, on_tokens=lambda d, n: reports.append((d, n)))
     assert reports[-1] == (2499, 2499)
     assert len(reports) > 1
 
