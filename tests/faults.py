@@ -72,7 +72,7 @@ def full_disk_at_the_marker() -> None:
     flag, real = Path(os.environ["FULL_DISK"]), checkpoint_folder.write_atomically
 
     def write_atomically(path: Path, data: bytes) -> None:
-        if flag.exists() and path.name == checkpoint_folder.MARKER:
+        if flag.exists() and path.name == "complete.json":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, data)
 

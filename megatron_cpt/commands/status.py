@@ -41,6 +41,7 @@ def _text(found: RunStatus) -> str:
         rows.append(("last checkpoint", f"{saved['path']} at {saved['consumed_tokens']:,} tokens, {saved['created']}"))
     else:
         rows.append(("last checkpoint", "none"))
+    rows += [("not usable", problem) for problem in found.unusable_checkpoints]
     rows.append(("starts", f"{found.starts}, {found.steps_done_twice} steps done twice, {found.skipped_steps} skipped"))
     if found.last_error is not None:
         rows.append(("last error", found.last_error))

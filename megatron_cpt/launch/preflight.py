@@ -18,8 +18,9 @@ from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.model_dir import architecture_dir
-from megatron_cpt.runs.checkpoints import Marker, complete_checkpoints, faults, free_bytes, read_marker
+from megatron_cpt.runs.checkpoints import complete_checkpoints, faults, free_bytes
 from megatron_cpt.runs.folder import Change, RunFolder
+from megatron_cpt.runs.marker import Marker, read_marker
 from megatron_cpt.train.trackers import check_trackers
 
 logger = logging.getLogger(__name__)

@@ -1,10 +1,10 @@
-"""Checkpoints as they lie on disk: which are complete, sound, newest, best, and which may go. No torch.
+"""Checkpoints as they lie on disk: which are complete, sound, newest, best. No torch.
 
 RUN/checkpoints/iter_0000100/               a Megatron torch_dist checkpoint
     .metadata common.pt metadata.json __*.distcp
     resolved.yaml                           the config that wrote it
-    complete.json                           `Marker`, written last: without it the checkpoint does not count
-RUN/checkpoints/iter_0000100.partial-3/     being written by start number 3 of the run, or abandoned
+    complete.json                           the marker, written last: without it the checkpoint does not count
+RUN/checkpoints/iter_0000100.partial-3/     being written by attempt 3 of the run, or abandoned
 RUN/checkpoints/latest_checkpointed_iteration.txt    RUN/checkpoints/best.json
 """
 
@@ -16,14 +16,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_cpt.durable import sync, write_atomically
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.runs.marker import MARKER, Marker, read_marker
 
-MARKER = "complete.json"
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best.json"
 _SHARD_HASHES = "sha256_{writer}.json"  # {file name: sha256}, left by whoever wrote the files
@@ -32,32 +33,13 @@ _PARTIAL = re.compile(r"^iter_\d{7,}\.partial-\d+$")
 
 
 @dataclass(frozen=True)
-class Marker:
-    """complete.json: what the checkpoint holds and what its files must look like."""
+class SavedCheckpoint:
+    """One `iter_XXXXXXX` folder. Complete with a marker; with a problem its marker cannot be used."""
 
-    iteration: int
-    consumed_tokens: int
-    ledger: dict[str, Any]  # megatron_cpt.data.ledger.Ledger
-    layout: dict[str, int]  # tp, pp, cp, vpp, dp
-    optimizer_sharding: str  # "fully_reshardable", "dp_reshardable" or "replicated"
-    file_bytes: dict[str, int]
-    sha256: dict[str, str]  # of every file
-    start: int  # number of the start of the run that wrote it
-    created: str
-    versions: dict[str, str]
-    validation: dict[str, float] = field(default_factory=dict)  # loss per named set, as last measured
-    loop: dict[str, Any] = field(default_factory=dict)  # what the loop itself remembers
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.file_bytes.values())
-
-
-@dataclass(frozen=True)
-class Checkpoint:
     path: Path
     iteration: int
-    marker: Marker | None  # None: not complete
+    marker: Marker | None
+    problem: CheckpointError | None = None
 
     @property
     def complete(self) -> bool:
@@ -68,52 +50,57 @@ def checkpoint_path(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
-def list_checkpoints(root: Path) -> list[Checkpoint]:
-    """All checkpoints under `root`, oldest first; those without a readable marker count as incomplete."""
+def list_checkpoints(root: Path) -> list[SavedCheckpoint]:
+    """All checkpoints under `root`, oldest first: complete ones, unfinished ones, and those with a problem."""
     found = []
-    for path in sorted(root.glob("iter_*")) if root.is_dir() else []:
+    for path in root.glob("iter_*") if root.is_dir() else []:
         if (match := _NAME.match(path.name)) and path.is_dir():
-            found.append(Checkpoint(path, int(match.group(1)), read_marker(path)))
-    return sorted(found, key=lambda c: c.iteration)
+            iteration = int(match.group(1))
+            try:
+                found.append(SavedCheckpoint(path, iteration, read_marker(path)))
+            except CheckpointError as problem:
+                found.append(SavedCheckpoint(path, iteration, None, problem))
+    return sorted(found, key=lambda checkpoint: checkpoint.iteration)
 
 
 def complete_checkpoints(root: Path) -> list[tuple[Path, Marker]]:
-    """Complete checkpoints, newest first."""
-    return [(c.path, c.marker) for c in reversed(list_checkpoints(root)) if c.marker is not None]
+    """Complete checkpoints, newest first.
 
-
-def read_marker(path: Path) -> Marker | None:
-    try:
-        marker = Marker(**json.loads((path / MARKER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    counts = (marker.iteration, marker.consumed_tokens, *marker.file_bytes.values()) if _tables(marker) else (None,)
-    return marker if all(isinstance(count, int) for count in counts) else None
-
-
-def _tables(marker: Marker) -> bool:
-    return all(isinstance(table, dict) for table in (marker.file_bytes, marker.sha256, marker.ledger, marker.layout))
-
-
-def seal(path: Path, final: Path, resolved_config: str, marker_fields: Mapping[str, Any]) -> Marker:
-    """Make a fully written checkpoint count: hash, rename `path` to `final`, write the marker, then `latest`.
-
-    One process calls this, after every rank has flushed its files.
+    Raises:
+        CheckpointError: one has a marker that cannot be read or understood. A run must not go on without it: it would
+            train again what that checkpoint holds, and delete it later.
     """
-    write_atomically(path / "resolved.yaml", resolved_config.encode())
+    found = list_checkpoints(root)
+    for checkpoint in reversed(found):
+        if checkpoint.problem is not None:
+            raise checkpoint.problem
+    return [(c.path, c.marker) for c in reversed(found) if c.marker is not None]
+
+
+def seal(partial: Path, final: Path, resolved_config: str, marker: Marker) -> Marker:
+    """Make a fully written checkpoint count: hash, rename `partial` to `final`, write the marker, then `latest`.
+
+    One process calls this, after every rank has flushed its files. Return `marker` with the tables of the files.
+
+    Raises:
+        OSError: a file cannot be written; `partial` or `final` is left without a marker, or deleted.
+        CheckpointError: `final` holds a checkpoint whose marker cannot be understood.
+    """
+    read_marker(final)  # one that this version cannot read must not be overwritten
+    write_atomically(partial / "resolved.yaml", resolved_config.encode())
     for name in ("common.pt", "metadata.json"):  # the others are flushed by those who write them
-        if (path / name).is_file():
-            sync(path / name)
-    shard_hashes = _take_shard_hashes(path)
-    sizes = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
-    hashes = shard_hashes | {name: _sha256(path / name) for name in sizes if name not in shard_hashes}
-    marker = Marker(file_bytes=sizes, sha256=hashes, **marker_fields)
+        if (partial / name).is_file():
+            sync(partial / name)
+    shard_hashes = _take_shard_hashes(partial)
+    sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+    hashes = shard_hashes | {name: _sha256(partial / name) for name in sizes if name not in shard_hashes}
+    marker = replace(marker, file_bytes=sizes, sha256=hashes)
     if final.exists():  # an abandoned or damaged one of the same iteration
         shutil.rmtree(final)
-    path.replace(final)
+    partial.replace(final)
     sync(final.parent)
     try:
-        write_atomically(final / MARKER, (json.dumps(asdict(marker), indent=1) + "\n").encode())
+        write_atomically(final / MARKER, (json.dumps(marker.to_json(), indent=1) + "\n").encode())
     except OSError:
         shutil.rmtree(final, ignore_errors=True)  # of no use without, and the disk is full
         raise
@@ -182,25 +169,6 @@ def update_best(root: Path, name: str, marker: Marker) -> bool:
     return True
 
 
-def removable(
-    markers: list[tuple[Path, Marker]], keep_last: int, keep_every_tokens: int | None, best_iteration: int | None
-) -> list[Path]:
-    """Which complete checkpoints (newest first) retention lets go.
-
-    Kept: the newest `keep_last`, the first at or after each multiple of `keep_every_tokens`, the best one.
-    """
-    kept = {path for path, _ in markers[:keep_last]}
-    kept |= {path for path, marker in markers if marker.iteration == best_iteration}
-    if keep_every_tokens is not None:
-        seen: set[int] = set()
-        for path, marker in reversed(markers):  # oldest first
-            multiple = marker.consumed_tokens // keep_every_tokens
-            if multiple > 0 and multiple not in seen:
-                kept.add(path)
-            seen.add(multiple)
-    return [path for path, _ in markers if path not in kept]
-
-
 def remove_checkpoint(path: Path) -> None:
     """Delete one checkpoint, its marker first, so that a half-deleted one never counts as complete."""
     (path / MARKER).unlink(missing_ok=True)
@@ -210,7 +178,7 @@ def remove_checkpoint(path: Path) -> None:
 
 def set_aside(path: Path) -> Path:
     """Take one checkpoint out of the list at once, to be deleted; one left half deleted counts as abandoned."""
-    aside = path.with_name(f"{path.name}.partial-0")  # no start has this number
+    aside = path.with_name(f"{path.name}.partial-0")  # no attempt has this number
     if aside.exists():
         shutil.rmtree(aside)
     path.replace(aside)

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from megatron_cpt import __version__
+from megatron_cpt.config.load import build_config, read_yaml
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import CheckpointError
@@ -96,6 +97,20 @@ def resolved_dict(config: RunConfig) -> dict[str, Any]:
 def resolved_yaml(config: RunConfig) -> str:
     """The config with all defaults written out, as YAML."""
     return yaml.safe_dump(resolved_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_resolved(folder: RunFolder) -> RunConfig:
+    """The config in force of a run.
+
+    Raises:
+        CheckpointError: the folder is not that of a run.
+        ConfigError: its resolved.yaml is not a config of this version.
+    """
+    if not folder.resolved.is_file():
+        raise CheckpointError(
+            f"{folder.root} is not a run folder: it has no resolved.yaml", hint="give the run_dir of a run"
+        )
+    return build_config(read_yaml(folder.resolved), origin=str(folder.resolved))
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[Change]:

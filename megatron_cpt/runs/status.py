@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.config.derive import planned_steps
-from megatron_cpt.config.load import build_config, read_yaml
-from megatron_cpt.errors import CheckpointError
 from megatron_cpt.launch.local import read_rank_error
-from megatron_cpt.runs.checkpoints import complete_checkpoints
-from megatron_cpt.runs.folder import RunFolder
+from megatron_cpt.runs.checkpoints import list_checkpoints
+from megatron_cpt.runs.folder import RunFolder, read_resolved
 from megatron_cpt.runs.lease import HEARTBEAT_SECONDS, is_alive_here, read_lease
+from megatron_cpt.runs.views import checkpoint_json
 from megatron_cpt.train.metrics import read_metrics
 
 # the run's own last word in metrics.jsonl -> its state
@@ -34,6 +33,7 @@ class RunStatus:
     tokens_per_second: float | None
     eta_seconds: float | None
     last_checkpoint: dict[str, Any] | None  # path, iteration, consumed_tokens, created, bytes
+    unusable_checkpoints: list[str]  # why, of each whose marker cannot be understood
     starts: int
     steps_done_twice: int  # lost to restarts: done, not saved, done again
     skipped_steps: int
@@ -47,14 +47,13 @@ class RunStatus:
 def read_status(root: Path) -> RunStatus:
     """Raises CheckpointError when `root` is not a run folder."""
     folder = RunFolder(root)
-    if not folder.resolved.is_file():
-        raise CheckpointError(f"{root} is not a run folder: it has no resolved.yaml", hint="give the run_dir of a run")
-    config = build_config(read_yaml(folder.resolved), origin=str(folder.resolved))
+    config = read_resolved(folder)
     train_tokens = planned_steps(config)[1]
     rows = read_metrics(folder.metrics)
     steps = [row for row in rows if "event" not in row]
     events = sorted((row for row in rows if row.get("event") in _LAST_WORDS), key=lambda row: row["time"])
-    newest = complete_checkpoints(folder.checkpoints)
+    checkpoints = list_checkpoints(folder.checkpoints)
+    saved = [(checkpoint.path, checkpoint.marker) for checkpoint in checkpoints if checkpoint.marker is not None]
     last = max(steps, key=lambda row: (row["start"], row["iteration"]), default=None)
     error = _last_error(folder)
     last_time = max((row["time"] for row in rows), default=None)
@@ -69,23 +68,14 @@ def read_status(root: Path) -> RunStatus:
         validation_loss={row["name"]: _number(row["loss"]) for row in rows if row.get("event") == "validation"},
         tokens_per_second=last["tokens_per_second"] if last else None,
         eta_seconds=last["eta_seconds"] if last else None,
-        last_checkpoint=newest[0] and _checkpoint_json(*newest[0]) if newest else None,
+        last_checkpoint=checkpoint_json(*saved[-1]) if saved else None,
         starts=len(folder.history.read_text().splitlines()) if folder.history.exists() else 0,
+        unusable_checkpoints=[c.problem.message for c in checkpoints if c.problem is not None],
         steps_done_twice=_count_step_rows(folder) - len(steps),
         skipped_steps=sum(bool(row["skipped"]) for row in steps),
         last_error=error["message"] if error else None,
         last_row_seconds_ago=round(time.time() - last_time, 1) if last_time else None,
     )
-
-
-def _checkpoint_json(path: Path, marker: Any) -> dict[str, Any]:
-    return {
-        "path": str(path),
-        "iteration": marker.iteration,
-        "consumed_tokens": marker.consumed_tokens,
-        "created": marker.created,
-        "bytes": marker.total_bytes,
-    }
 
 
 def _state(

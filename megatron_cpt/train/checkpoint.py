@@ -5,7 +5,7 @@ rank's random states, and in complete.json the ledger, tokens, layout and versio
 
 A save is collective. With `async_save` the loop goes on while a writer of each rank works: a process that
 Megatron-Core forks, or on a CPU a thread with a copy of what is saved; `poll` finishes the save. What is planned for
-the first saves is reused by the later ones. The files go to a folder that only this start of the run writes to; when
+the first saves is reused by the later ones. The files go to a folder that only this attempt of the run writes to; when
 all ranks have flushed, rank 0 renames it and writes the marker, so a crash at any moment leaves the previous
 checkpoint the newest complete one.
 """
@@ -39,15 +39,14 @@ from megatron_cpt.budget import format_count
 from megatron_cpt.config.schema import RunConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runs.checkpoints import (
-    Marker,
     checkpoint_path,
     complete_checkpoints,
     faults,
     format_bytes,
     free_bytes,
     leave_shard_hashes,
+    list_checkpoints,
     read_best,
-    removable,
     remove_partials,
     seal,
     set_aside,
@@ -55,6 +54,8 @@ from megatron_cpt.runs.checkpoints import (
 )
 from megatron_cpt.runs.folder import RunFolder, resolved_yaml
 from megatron_cpt.runs.lease import Lease
+from megatron_cpt.runs.marker import Marker
+from megatron_cpt.runs.retention import Retention
 from megatron_cpt.runtime.distributed import failing_together
 from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
 from megatron_cpt.train.position import Progress
@@ -73,21 +74,24 @@ class SaveFailed(CheckpointError):
 
 @dataclass
 class _Pending:
-    """A save that is being written, and the fields of its marker."""
+    """A save that is being written, and its marker but for the tables of files."""
 
     partial: Path
-    fields: dict[str, Any]
+    marker: Marker
 
 
 class CheckpointManager:
-    """Owns RUN/checkpoints for this start of the run; every method is called on all ranks together."""
+    """Owns RUN/checkpoints for this attempt of the run; every method is called on all ranks together."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, start: int, lease: Lease | None, first_bytes: int) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, attempt: int, lease: Lease | None, first_bytes: int
+    ) -> None:
         self.config = config
         self.first_bytes = first_bytes  # predicted size of the first checkpoint
         self.lease = lease  # of rank 0
         self.root = folder.checkpoints
-        self.start = start
+        self.retention = Retention.from_config(config.checkpoint)
+        self.attempt = attempt
         self.last_saved = -1  # iteration
         self._staging = None if torch.cuda.is_available() else Staging()
         self._queue = AsyncCallsQueue() if self._staging is None else ThreadQueue()
@@ -97,7 +101,7 @@ class CheckpointManager:
         self._removal: threading.Thread | None = None
         self._pending: _Pending | None = None
         if dist.get_rank() == 0 and (abandoned := remove_partials(self.root)):
-            logger.info("removed %d unfinished checkpoint(s) of earlier starts", abandoned)
+            logger.info("removed %d unfinished checkpoint(s) of earlier attempts", abandoned)
 
     # -- save -----------------------------------------------------------------------------------------------------
 
@@ -115,7 +119,7 @@ class CheckpointManager:
                 hint="the events `skipped` of metrics.jsonl say why",
             )
         partial = checkpoint_path(self.root, progress.iteration)
-        partial = partial.with_name(f"{partial.name}.partial-{self.start}")
+        partial = partial.with_name(f"{partial.name}.partial-{self.attempt}")
         if dist.get_rank() == 0:
             self._finish_removal()
             self._make_room(partial)
@@ -125,7 +129,7 @@ class CheckpointManager:
                 f"cannot create {partial}: {self._why_no_room() or 'rank 0 did, this node does not see it'}",
                 hint="the run folder must be on storage that all nodes share, with space left",
             )
-        fields = self._marker_fields(state, progress)
+        marker = self._marker(state, progress)
         asynchronous = self.config.checkpoint.async_save and not wait
         with gathered_parameters(state), _named_failure(partial):
             saved = _saved_state(state)
@@ -145,7 +149,7 @@ class CheckpointManager:
                 self._queue.schedule_async_request(_hashing(request, partial, _WRITER_NICENESS))
             else:
                 _hashing(request, partial).execute_sync()
-        self._pending = _Pending(partial, fields)
+        self._pending = _Pending(partial, marker)
         if not asynchronous:
             self._seal()
             self._finish_removal()
@@ -183,7 +187,7 @@ class CheckpointManager:
         with failing_together():
             if dist.get_rank() == 0:
                 self._seal_files(pending)
-        self.last_saved = pending.fields["iteration"]
+        self.last_saved = pending.marker.iteration
 
     def _seal_files(self, pending: _Pending) -> None:
         if self.lease is not None and not self.lease.still_held():
@@ -191,9 +195,9 @@ class CheckpointManager:
                 f"{self.lease.path} was taken over by another job; this one stops without touching the folder",
                 hint="see megatron-cpt status; two jobs must not share a run folder",
             )
-        final = checkpoint_path(self.root, pending.fields["iteration"])
+        final = checkpoint_path(self.root, pending.marker.iteration)
         try:
-            marker = seal(pending.partial, final, resolved_yaml(self.config), pending.fields)
+            marker = seal(pending.partial, final, resolved_yaml(self.config), pending.marker)
         except OSError as error:
             raise _save_failed(pending.partial, f"rank 0: {error}") from error
         logger.info(
@@ -206,7 +210,7 @@ class CheckpointManager:
             if self.config.checkpoint.best_by is not None:
                 update_best(self.root, self.config.checkpoint.best_by, marker)
             self._retain()
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             logger.error("cannot tidy up %s: %s", self.root, error)
 
     def _make_room(self, partial: Path) -> None:
@@ -224,15 +228,13 @@ class CheckpointManager:
 
     def expected_bytes(self) -> int:
         """Size of the next checkpoint: that of the newest one, or predicted while there is none."""
-        newest = complete_checkpoints(self.root)
-        return newest[0][1].total_bytes if newest else self.first_bytes
+        markers = [checkpoint.marker for checkpoint in list_checkpoints(self.root) if checkpoint.marker is not None]
+        return markers[-1].total_bytes if markers else self.first_bytes
 
     def _retain(self) -> None:
-        kept = self.config.checkpoint
         best = read_best(self.root)
-        best_iteration = best["iteration"] if best is not None and kept.best_by is not None else None
         removed = []
-        for path in removable(complete_checkpoints(self.root), kept.keep_last, kept.keep_every, best_iteration):
+        for path in self.retention.removable(complete_checkpoints(self.root), best["iteration"] if best else None):
             logger.info("retention removes %s", path)
             removed.append(set_aside(path))
         if removed:  # deleting gigabytes takes a while, and the loop need not wait for it
@@ -245,23 +247,20 @@ class CheckpointManager:
             self._removal.join()
             self._removal = None
 
-    def _marker_fields(self, state: TrainState, progress: Progress) -> dict[str, Any]:
-        return {
-            "iteration": progress.iteration,
-            "consumed_tokens": progress.ledger.tokens,
-            "ledger": progress.ledger.to_json(),
-            "layout": layout(state.config),
-            "optimizer_sharding": _sharding(state.config),
-            "start": self.start,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": {
-                "megatron_cpt": __version__,
-                "torch": torch.__version__,
-                "megatron_core": megatron_core_version,
-            },
-            "validation": dict(progress.validation),
-            "loop": progress.loop_json(),
-        }
+    def _marker(self, state: TrainState, progress: Progress) -> Marker:
+        versions = {"megatron_cpt": __version__, "torch": torch.__version__, "megatron_core": megatron_core_version}
+        return Marker(
+            iteration=progress.iteration,
+            consumed_tokens=progress.ledger.tokens,
+            ledger=progress.ledger.to_json(),
+            layout=layout(state.config),
+            optimizer_sharding=_sharding(state.config),
+            attempt=self.attempt,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions,
+            validation=dict(progress.validation),
+            memory=progress.memory_json(),
+        )
 
     # -- load -----------------------------------------------------------------------------------------------------
 

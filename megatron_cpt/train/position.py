@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_cpt.config.schema import FailureConfig
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.runs.checkpoints import Marker
+from megatron_cpt.runs.marker import Marker
 from megatron_cpt.train.guard import Guard
 
 
@@ -24,11 +24,11 @@ class Progress:
             self, iteration=self.iteration + 1, ledger=ledger, guard=self.guard.after(failure, loss, skipped)
         )
 
-    def loop_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps for the loop beside the ledger."""
+    def memory_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the ledger, by component."""
         return {"guard": self.guard.to_json()}
 
     @classmethod
     def from_marker(cls, marker: Marker) -> Progress:
-        guard = Guard.from_json(marker.loop["guard"])
+        guard = Guard.from_json(marker.memory["guard"])
         return cls(marker.iteration, Ledger.from_json(marker.ledger), marker.validation, guard)

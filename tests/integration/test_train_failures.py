@@ -108,7 +108,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_left_alone(pool: RankPool, inputs
     assert job.train() == FINISHED
     ((path, marker),) = complete_checkpoints(job.run / "checkpoints")
     foreign = dataclasses.replace(marker, optimizer_sharding="fully_reshardable", sha256={})
-    (path / "complete.json").write_text(json.dumps(dataclasses.asdict(foreign)))
+    (path / "complete.json").write_text(json.dumps(foreign.to_json()))
     parallel = ["parallel.distributed_optimizer=true", "budget.train_tokens=2048"]
     (path / ".metadata").write_bytes((path / ".metadata").read_bytes().replace(b"exp_avg_sq", b"exp_avg_qs"))
     assert job.train(*parallel) == USER_ERROR
@@ -151,7 +151,7 @@ def test_switch_files_signals_and_the_wall_time_limit(pool: RankPool, inputs: Pa
     assert job.train("failure.wall_time_minutes=0.0001", ranks=2) == STOPPED
     second = complete_checkpoints(job.run / "checkpoints")[0][1]
     assert second.iteration == first.iteration + 1
-    assert second.start == first.start + 1
+    assert second.attempt == first.attempt + 1
     job.start(ranks=2)
     job.wait_for(lambda: len(job.steps()) > second.iteration + 1)
     (job.run / "KILL").touch()

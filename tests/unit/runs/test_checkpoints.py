@@ -1,26 +1,43 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runs.checkpoints import (
     LATEST,
-    MARKER,
     checkpoint_path,
     complete_checkpoints,
     faults,
     leave_shard_hashes,
     list_checkpoints,
     read_best,
-    removable,
     remove_checkpoint,
     remove_partials,
     seal,
     set_aside,
     update_best,
 )
+from megatron_cpt.runs.marker import MARKER, Marker
+
+
+def marker(iteration: int = 5, tokens: int = 500, validation: dict[str, float] | None = None) -> Marker:
+    return Marker(
+        iteration=iteration,
+        consumed_tokens=tokens,
+        ledger={},
+        layout={},
+        optimizer_sharding="fully_reshardable",
+        attempt=1,
+        created="",
+        versions={"megatron_cpt": "9.9"},
+        validation=validation or {},
+    )
 
 
 def write(root: Path, iteration: int, tokens: int = 0, validation: dict[str, float] | None = None) -> Path:
@@ -29,20 +46,8 @@ def write(root: Path, iteration: int, tokens: int = 0, validation: dict[str, flo
     for name in (".metadata", "common.pt", "metadata.json", "__0_0.distcp"):
         (partial / name).write_text(name * 10)
     leave_shard_hashes(partial, 0, ["__0_0.distcp", "__0_1.distcp"])
-    fields: dict[str, Any] = {
-        "iteration": iteration,
-        "consumed_tokens": tokens or 100 * iteration,
-        "ledger": {},
-        "layout": {},
-        "optimizer_sharding": "fully_reshardable",
-        "start": 1,
-        "created": "",
-        "versions": {},
-        "validation": validation or {},
-        "loop": {},
-    }
     final = checkpoint_path(root, iteration)
-    seal(partial, final, "job_name: t\n", fields)
+    seal(partial, final, "job_name: t\n", marker(iteration, tokens or 100 * iteration, validation))
     return final
 
 
@@ -64,50 +69,99 @@ def test_a_sealed_checkpoint_counts_and_is_latest(tmp_path: Path) -> None:
         write(tmp_path, iteration)
     assert [marker.iteration for _, marker in complete_checkpoints(tmp_path)] == [10, 5]
     assert (tmp_path / LATEST).read_text() == "10\n"
-    path, marker = complete_checkpoints(tmp_path)[0]
-    assert faults(path, marker) == []
-    assert set(marker.sha256) == {".metadata", "common.pt", "metadata.json", "resolved.yaml", "__0_0.distcp"}
-    assert marker.total_bytes == sum(f.stat().st_size for f in path.iterdir() if f.name != MARKER)
+    path, sealed = complete_checkpoints(tmp_path)[0]
+    assert faults(path, sealed) == []
+    assert set(sealed.sha256) == {".metadata", "common.pt", "metadata.json", "resolved.yaml", "__0_0.distcp"}
+    assert sealed.total_bytes == sum(f.stat().st_size for f in path.iterdir() if f.name != MARKER)
 
 
 def test_without_a_marker_it_does_not_count(tmp_path: Path) -> None:
     write(tmp_path, 5)
-    (write(tmp_path, 10) / MARKER).write_text('{"iteration": 10')  # cut short
+    (write(tmp_path, 10) / MARKER).unlink()
     (tmp_path / "iter_0000015.partial-2").mkdir()
     assert [(c.iteration, c.complete) for c in list_checkpoints(tmp_path)] == [(5, True), (10, False)]
     assert remove_partials(tmp_path) == 1
-    write(tmp_path, 10)  # takes the place of the damaged one
+    write(tmp_path, 10)  # takes the place of the unfinished one
     assert len(complete_checkpoints(tmp_path)) == 2
     assert complete_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_every_kind_of_damage_is_found(tmp_path: Path) -> None:
     path = write(tmp_path, 5)
-    marker = complete_checkpoints(tmp_path)[0][1]
+    sealed = complete_checkpoints(tmp_path)[0][1]
     (path / "__0_0.distcp").write_text("short")
     (path / "common.pt").write_text("common.px" * 10)
     (path / "metadata.json").unlink()
-    found = faults(path, marker)
+    found = faults(path, sealed)
     assert len(found) == 3
     assert any("__0_0.distcp has 5 bytes instead of 120" in fault for fault in found)
     assert any("common.pt has another sha256" in fault for fault in found)
     assert any("metadata.json is missing" in fault for fault in found)
 
 
-def test_retention(tmp_path: Path) -> None:
-    for iteration in range(1, 11):
-        write(tmp_path, iteration)
+NEWER = {"format": 2}
+UNKNOWN = {"adapters": {"rank": 8}}
 
-    def kept(**rule: Any) -> list[int]:
-        markers = complete_checkpoints(tmp_path)
-        gone = removable(markers, **({"keep_last": 2, "keep_every_tokens": None, "best_iteration": None} | rule))
-        return [marker.iteration for path, marker in reversed(markers) if path not in gone]
 
-    assert kept() == [9, 10]
-    assert kept(keep_last=3, best_iteration=4) == [4, 8, 9, 10]
-    assert kept(keep_every_tokens=300) == [3, 6, 9, 10]
-    assert kept(keep_every_tokens=250) == [3, 5, 8, 9, 10]  # the first at or after each multiple
-    assert kept(keep_last=99) == list(range(1, 11))
+def change(path: Path, changes: dict[str, Any]) -> None:
+    raw = json.loads((path / MARKER).read_text())
+    (path / MARKER).write_text(json.dumps(raw | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: change(path, NEWER), "format 2, and this version reads formats up to 1 (written by megatron-cpt"),
+        (lambda path: change(path, UNKNOWN), "keys that this version does not know: adapters"),
+        (lambda path: change(path, {"consumed_tokens": "many"}), "consumed_tokens is 'many'"),
+        (lambda path: change(path, {"file_bytes": {"a": "b"}}), "file_bytes"),
+        (lambda path: (path / MARKER).write_text('{"iteration": 10'), "Expecting"),
+        (lambda path: (path / MARKER).write_text("[]"), "not a JSON object"),
+        (lambda path: (path / MARKER).write_bytes(b"\xff\xfe"), "utf-8"),
+        (lambda path: (path / MARKER).write_text('{"iteration": 10}'), "it lacks attempt, consumed_tokens"),
+        (lambda path: ((path / MARKER).unlink(), (path / MARKER).mkdir()), "Is a directory"),
+    ],
+)
+def test_a_marker_that_cannot_be_understood_is_an_error_and_its_checkpoint_stays(
+    damage: Callable[[Path], object], says: str, tmp_path: Path
+) -> None:
+    write(tmp_path, 5)
+    path = write(tmp_path, 10)
+    damage(path)
+    with pytest.raises(CheckpointError) as caught:
+        complete_checkpoints(tmp_path)
+    assert says in caught.value.message and str(path / MARKER) in caught.value.message
+    assert "nothing was deleted" in str(caught.value.hint)
+    assert [(c.iteration, c.complete, c.problem is None) for c in list_checkpoints(tmp_path)] == [
+        (5, True, True),
+        (10, False, False),
+    ]
+    with pytest.raises(CheckpointError):
+        write(tmp_path, 10)  # a save of the same iteration does not overwrite it
+    assert (path / "common.pt").is_file()
+    remove_partials(tmp_path)
+    (path / MARKER).rmdir() if (path / MARKER).is_dir() else (path / MARKER).unlink()
+    write(tmp_path, 10)  # without a marker it is an unfinished save, and may be overwritten
+    assert len(complete_checkpoints(tmp_path)) == 2
+
+
+def test_a_marker_of_format_0_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, 10)
+    raw = json.loads((path / MARKER).read_text())
+    assert raw.pop("format") == 1
+    raw["start"], raw["loop"] = raw.pop("attempt"), {"guard": {"losses": []}}
+    del raw["memory"]
+    (path / MARKER).write_text(json.dumps(raw))
+    ((_, read),) = complete_checkpoints(tmp_path)
+    assert (read.attempt, read.memory) == (1, {"guard": {"losses": []}})
+    change(path, {"format": 1})  # negative control: the names of format 0 are unknown to format 1
+    with pytest.raises(CheckpointError, match="loop, start"):
+        complete_checkpoints(tmp_path)
+
+
+def test_a_marker_survives_the_round_trip() -> None:
+    written = replace(marker(), memory={"guard": {"losses": [1.5]}}, file_bytes={"a": 1}, sha256={"a": "b"})
+    assert Marker.from_json(json.loads(json.dumps(written.to_json()))) == written
 
 
 def test_removal_takes_the_marker_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from megatron_cpt.config.load import build_config
 from megatron_cpt.runs.checkpoints import checkpoint_path, seal
 from megatron_cpt.runs.folder import RunFolder, record_start, resolved_yaml
 from megatron_cpt.runs.lease import Lease, refuse_if_held
+from megatron_cpt.runs.marker import Marker
 from megatron_cpt.train.metrics import MetricsFile, read_metrics
 
 
@@ -58,19 +59,10 @@ def write_checkpoint(folder: RunFolder, iteration: int, loss: float = 1.0) -> Pa
     partial = folder.checkpoints / f"iter_{iteration:07d}.partial-1"
     partial.mkdir()
     (partial / "common.pt").write_text("x" * 1000)
-    fields: dict[str, Any] = {
-        "iteration": iteration,
-        "consumed_tokens": 1000 * iteration,
-        "ledger": {},
-        "layout": {"tp": 1},
-        "optimizer_sharding": "",
-        "start": 1,
-        "created": "now",
-        "versions": {},
-        "validation": {"held_out": loss},
-        "loop": {},
-    }
-    seal(partial, checkpoint_path(folder.checkpoints, iteration), "", fields)
+    marker = Marker(
+        iteration, 1000 * iteration, {}, {"tp": 1}, "fully_reshardable", 1, "now", {}, validation={"held_out": loss}
+    )
+    seal(partial, checkpoint_path(folder.checkpoints, iteration), "", marker)
     return checkpoint_path(folder.checkpoints, iteration)
 
 
@@ -165,6 +157,40 @@ def test_checkpoints_are_listed_verified_and_pruned(folder: RunFolder, capsys: p
     assert call(capsys, "checkpoints", str(folder.root), "--prune", "--keep-every", "x")[0] == 2
 
 
+def test_prune_keeps_what_the_runs_own_config_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = {"job_name": "job", "model": {"init_from": "m"}, "checkpoint": {"keep_last": 2, "keep_every": 2000}}
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    for n in range(1, 7):
+        write_checkpoint(folder, n)
+    code, out = call(capsys, "checkpoints", str(tmp_path), "--prune")
+    assert code == 2 and "it has no resolved.yaml" in out and len(list(folder.checkpoints.glob("iter_*"))) == 6
+    folder.resolved.write_text(resolved_yaml(build_config(raw)))
+    code, out = call(capsys, "checkpoints", str(tmp_path), "--prune", "--json")
+    found = json.loads(out)
+    assert [row["iteration"] for row in found["checkpoints"]] == [2, 4, 5, 6]
+    assert found["retention"] == {"keep_last": 2, "keep_every_tokens": 2000}
+    code, out = call(capsys, "checkpoints", str(tmp_path), "--prune", "--keep-every", "none")
+    assert code == 0 and "--keep-every instead of the run's config" in out
+    assert out.count("removed") == 2
+    code, out = call(capsys, "checkpoints", str(tmp_path), "--keep-last", "1")
+    assert code == 2 and "add --prune" in out
+
+
+def test_prune_refuses_while_a_marker_cannot_be_understood(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for n in (1, 2, 3, 4):
+        write_checkpoint(folder, n)
+    marker = folder.checkpoints / "iter_0000002" / "complete.json"
+    marker.write_text(marker.read_text().replace('"format": 1', '"format": 7'))
+    code, out = call(capsys, "checkpoints", str(folder.root), "--prune")
+    assert code == 2 and "format 7" in out and "hint:" in out
+    assert len(list(folder.checkpoints.glob("iter_*"))) == 4
+    code, out = call(capsys, "checkpoints", str(folder.root))
+    assert code == 1 and "iter_0000002  cannot be used and is kept" in out
+
+
 def test_a_running_job_is_not_pruned(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(folder, 1)
     lease = Lease(folder.lease)
@@ -195,6 +221,7 @@ def test_what_a_crash_left_half_written_does_not_hide_the_rest(
     text = capsys.readouterr().out
     assert not ended.value.code
     assert "loss              not finite" in text and "was cut short" in text
+    assert "consumed_tokens is 'many'" in text  # the checkpoint is not hidden
     with pytest.raises(SystemExit):
         run(cli, ["status", str(folder.root), "--json"])
     told = json.loads(capsys.readouterr().out)
