@@ -12,6 +12,7 @@ import yaml
 
 from megatron_cpt.cli import cli, run
 from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path
+from tests.configs import tiny_run
 from tests.synthetic_data import random_documents, write_dataset
 from tests.synthetic_model import write_model
 
@@ -26,14 +27,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         monkeypatch.delenv(name, raising=False)
     write_model(tmp_path / "model")
     write_dataset(tmp_path / "data", random_documents(60, 128, 1))
-    return {
-        "job_name": "bad",
-        "run_dir": str(tmp_path / "run"),
-        "model": {"init_from": str(tmp_path / "model"), "check_start": False},
-        "budget": {"train_tokens": 4096, "warmup_tokens": 0},
-        "batch": {"seq_length": 64, "global_batch_size": 8},
-        "data": {"train": [{"name": "data", "prefix": str(tmp_path / "data")}], "max_epochs": 9},
-    }
+    return tiny_run(tmp_path)
 
 
 def train(job: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

@@ -18,6 +18,7 @@ import yaml
 from megatron_cpt.runs.checkpoints import complete_checkpoints
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, HUNG, STOPPED, USER_ERROR
 from megatron_cpt.train.metrics import read_metrics
+from tests.configs import tiny_run
 from tests.rank_pool import RankPool
 
 
@@ -27,21 +28,17 @@ class Job:
     def __init__(self, pool: RankPool, inputs: Path, folder: Path, steps: int, **sections: Any) -> None:
         self.pool, self.run, self.log = pool, folder / "run", folder / "log"
         self.path = folder / "config.yaml"
-        self.raw: dict[str, Any] = {
-            "job_name": "fail",
-            "run_dir": str(self.run),
-            "model": {"init_from": str(inputs / "model"), "check_start": False},
-            "budget": {"train_tokens": 256 * steps, "warmup_tokens": 0},
-            "batch": {"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 4},
-            "optimizer": {"lr": 1e-3, "min_lr": 1e-4},
-            "precision": {"dtype": "fp32"},
-            "data": {
-                "train": [{"name": "data", "prefix": str(inputs / "data")}],
-                "validation": {"held_out": str(inputs / "held_out")},
-                "cache_dir": str(inputs / "index_cache"),
-            },
-            "checkpoint": {"save_every": "4 iters", "async_save": False, "keep_last": 3},
-        } | sections
+        data = {"validation": {"held_out": str(inputs / "held_out")}, "cache_dir": str(inputs / "index_cache")}
+        self.raw = tiny_run(
+            inputs,
+            run_dir=str(self.run),
+            budget={"train_tokens": 256 * steps},
+            batch={"micro_batch_size": 2, "global_batch_size": 4},
+            optimizer={"lr": 1e-3, "min_lr": 1e-4},
+            data=data,
+            checkpoint={"save_every": "4 iters", "async_save": False, "keep_last": 3},
+        )
+        self.raw |= sections
         self.path.write_text(yaml.safe_dump(self.raw))
 
     def start(self, *overrides: str, ranks: int = 1, faults: str = "", **env: str) -> list[int]:

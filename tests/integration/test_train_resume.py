@@ -20,6 +20,7 @@ import yaml
 
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults
 from megatron_cpt.train.metrics import read_metrics
+from tests.configs import tiny_run
 from tests.rank_pool import RankPool
 
 LAYOUTS = {"PP2": {"pp": 2}, "TP2": {"tp": 2}, "DP2": {}}
@@ -37,27 +38,24 @@ def work(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_config(work: Path, run: str, layout: dict[str, int], **changes: object) -> Path:
-    config = {
-        "job_name": "resume",
-        "run_dir": str(work / run),
-        "seed": 7,
-        "model": {"init_from": str(work / "model"), "check_start": False},
-        "budget": {"train_tokens": 512 * STEPS, "warmup_tokens": 1024},
-        "batch": {"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 8},
-        "optimizer": {"lr": 2e-3, "min_lr": 1e-4},
-        "precision": {"dtype": "fp32"},
-        "parallel": {"gpus_per_node": 2, **layout},
-        "data": {
-            "train": [
-                {"name": "domain", "prefix": str(work / "domain"), "weight": 3},
-                {"name": "general", "prefix": str(work / "general"), "weight": 1},
-            ],
-            "validation": {"held_out": str(work / "held_out")},
-            "cache_dir": str(work / "index_cache"),
-        },
-        "eval": {"every": "6 iters"},
-        "checkpoint": {"save_every": "3 iters"},
-    } | changes
+    train = [
+        {"name": "domain", "prefix": str(work / "domain"), "weight": 3},
+        {"name": "general", "prefix": str(work / "general"), "weight": 1},
+    ]
+    validation = {"held_out": str(work / "held_out")}
+    config = tiny_run(
+        work,
+        run_dir=str(work / run),
+        seed=7,
+        budget={"train_tokens": 512 * STEPS, "warmup_tokens": 1024},
+        batch={"micro_batch_size": 2},
+        optimizer={"lr": 2e-3, "min_lr": 1e-4},
+        parallel={"gpus_per_node": 2, **layout},
+        data={"train": train, "validation": validation, "cache_dir": str(work / "index_cache")},
+        eval={"every": "6 iters"},
+        checkpoint={"save_every": "3 iters"},
+    )
+    config |= changes
     path = work / f"{run}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
