@@ -142,7 +142,7 @@ _OS_HINTS = {
 
 
 def check_cover(tensor: StoredTensor) -> None:
-    """Raise MismatchError unless the extents cover the tensor, each element once. (Holes are silent in DCP.)"""
+    """Raise MismatchError unless the extents cover the tensor, each element once: DCP itself does not report holes."""
     covered = sum(e.rows * e.columns for e in tensor.extents)
     wanted = tensor.rows * tensor.columns
     if covered < wanted:

@@ -14,7 +14,7 @@ def megatron_args(
 ) -> argparse.Namespace:
     """Names of Megatron-LM's command line, so that `--use-checkpoint-args` builds this model."""
     dtype = next(iter(dtypes.values()))
-    args = argparse.Namespace(
+    return argparse.Namespace(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
@@ -44,7 +44,6 @@ def megatron_args(
         virtual_pipeline_model_parallel_size=vpp,
         iteration=iteration,
     )
-    return args
 
 
 def tensor_dtype(m: Mapping, dtypes: dict[str, str]) -> str:

@@ -59,12 +59,12 @@ def _section(field: pydantic.fields.FieldInfo) -> type[Section] | None:
 
 
 def _list_items(section: type[Section]) -> list[tuple[str, type[Section]]]:
-    found = []
-    for name, field in section.model_fields.items():
-        for arg in typing.get_args(field.annotation):
-            if isinstance(arg, type) and issubclass(arg, Section):
-                found.append((name, arg))
-    return found
+    return [
+        (name, arg)
+        for name, field in section.model_fields.items()
+        for arg in typing.get_args(field.annotation)
+        if isinstance(arg, type) and issubclass(arg, Section)
+    ]
 
 
 def _table(fields: dict[str, pydantic.fields.FieldInfo], prefix: str = "") -> list[str]:

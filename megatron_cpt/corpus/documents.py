@@ -20,8 +20,11 @@ EXCERPT_CHARS = 200
 
 @dataclass(slots=True)
 class Batch:
-    """Documents in input order. `places[i]` is the line (jsonl), row (parquet) or 1 (text file), from 1, in
-    `path`; for a byte range it counts from the start of the unit."""
+    """Documents in input order.
+
+    `places[i]` is the line (jsonl), row (parquet) or 1 (text file), from 1, in `path`; for a byte range it counts
+    from the start of the unit.
+    """
 
     path: str
     texts: list[str]

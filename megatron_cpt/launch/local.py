@@ -93,7 +93,7 @@ def run_ranks(folder: RunFolder, arguments: Sequence[str], world_size: int) -> i
 def _environment(world_size: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // world_size)
     return {
-        **{"OMP_NUM_THREADS": str(threads)},
+        "OMP_NUM_THREADS": str(threads),
         **os.environ,
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),

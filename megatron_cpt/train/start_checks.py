@@ -1,4 +1,4 @@
-"""Before the first step of a run: does the loaded model know language, and does it compute what transformers does?
+"""Check before the first step that the loaded model knows language and computes what transformers does.
 
 A conversion gone wrong trains on without complaint, from a loss near ln(vocabulary), that of a uniform guess. The
 comparison with transformers on the same samples finds subtler mistakes; rank 0 makes it, where transformers is

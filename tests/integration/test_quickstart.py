@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,10 @@ def _cpt(*words: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def first_run() -> Iterator[subprocess.CompletedProcess[str]]:
+def first_run() -> subprocess.CompletedProcess[str]:
     """A run from nothing, but for the downloads; what it made stays for the other tests."""
     shutil.rmtree(WORK, ignore_errors=True)
-    yield _quickstart()
+    return _quickstart()
 
 
 @pytest.fixture(scope="module")
