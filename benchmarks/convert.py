@@ -31,14 +31,15 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_convert.checkpoint import Checkpoint, StoredTensor, Weights
+from checkpoint_convert.checkpoint import IndexedCheckpoint, StoredTensor, Weights
 from checkpoint_convert.convert import Options, convert, plan
-from checkpoint_convert.hf import plan_hf, read_hf, tensor_shapes
+from checkpoint_convert.hf import plan_hf, read_hf
 from checkpoint_convert.open import open_checkpoint
 from checkpoint_convert.rows import Files, write_rows
 from checkpoint_convert.stream import Copier, run_parallel
 from checkpoint_convert.target import Target
 from megatron_cpt.architecture.families import FAMILIES, architecture_from_config
+from megatron_cpt.architecture.tensors import hf_tensor_shapes
 
 GB, GIB = 1e9, 2**30
 STREAM_FILE_BYTES = 4 * 10**9  # of part c
@@ -120,7 +121,7 @@ def write_random_hf(folder: Path, config: dict[str, Any], *, shard_bytes: int = 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     arch = architecture_from_config(config)
-    target = plan_hf(folder, arch, dict.fromkeys(tensor_shapes(arch), "bfloat16"), shard_bytes)
+    target = plan_hf(folder, arch, dict.fromkeys(hf_tensor_shapes(arch), "bfloat16"), shard_bytes)
     target.allocate()
     generator = np.random.default_rng(0)
     with Files(write=True) as files:
@@ -247,8 +248,8 @@ def stream_72b(work: Path, workers: int, layers: int) -> None:
     """Qwen2-72B from safetensors to torch_dist, file by file: made, converted, read back, deleted."""
     config = MODELS["72b"] | {"num_hidden_layers": layers}
     arch = architecture_from_config(config)
-    made = plan_hf(work / "hf", arch, dict.fromkeys(tensor_shapes(arch), "bfloat16"), STREAM_FILE_BYTES)
-    source = Checkpoint("hf", made.folder, arch, config, work, Weights(made.tensors))
+    made = plan_hf(work / "hf", arch, dict.fromkeys(hf_tensor_shapes(arch), "bfloat16"), STREAM_FILE_BYTES)
+    source = IndexedCheckpoint("hf", made.folder, arch, config, work, Weights(made.tensors))
     options = Options(to="torch_dist", tp=8, pp=4, workers=workers, max_shard_bytes=STREAM_FILE_BYTES)
     target = plan(source, work / "td", options)
     places = {name: {e.path for e in tensor.extents} for name, tensor in target.tensors.items()}

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-from checkpoint_convert.checkpoint import ITEM_BYTES, Record
+from checkpoint_convert.checkpoint import ITEM_BYTES, ChecksummedBytes
 from megatron_cpt.errors import ConversionError
 
 STORAGE_TYPES = {
@@ -70,7 +70,7 @@ class Window(io.RawIOBase):
         return count
 
 
-def zip_records(file: IO[bytes]) -> dict[str, Record]:
+def zip_records(file: IO[bytes]) -> dict[str, ChecksummedBytes]:
     """The records of an archive by name without its first folder (`data.pkl`, `data/0`); offsets in the file."""
     records = {}
     with zipfile.ZipFile(file) as archive:
@@ -81,7 +81,7 @@ def zip_records(file: IO[bytes]) -> dict[str, Record]:
                 raise zipfile.BadZipFile(f"record {info.filename} is damaged")
             name_bytes, extra_bytes = struct.unpack("<26x2H", header)
             start = info.header_offset + 30 + name_bytes + extra_bytes
-            records[info.filename.partition("/")[2]] = Record(start, info.file_size, info.CRC)
+            records[info.filename.partition("/")[2]] = ChecksummedBytes(start, info.file_size, info.CRC)
     return records
 
 
@@ -89,7 +89,7 @@ def zip_records(file: IO[bytes]) -> dict[str, Record]:
 class PlacedTensor:
     """A tensor of an archive; `offset` is where its first byte lies in the file."""
 
-    record: Record | None  # the one that holds it; None when it is planned, not read
+    record: ChecksummedBytes | None  # the one that holds it; None when it is planned, not read
     offset: int
     shape: tuple[int, ...]
     dtype: str
@@ -141,11 +141,11 @@ def locate_tensor(fd: int, offset: int, length: int, where: object) -> PlacedTen
     count = functools.reduce(lambda a, b: a * b, shape, item)
     if first * item + count > record.nbytes or record.offset + record.nbytes > length:
         raise ConversionError(f"{where}: damaged chunk: it ends too early", hint="the checkpoint is corrupt")
-    record = Record(offset + record.offset, record.nbytes, record.crc)
+    record = ChecksummedBytes(offset + record.offset, record.nbytes, record.crc)
     return PlacedTensor(record, record.offset + first * item, shape, dtype)
 
 
-def _content(fd: int, offset: int, record: Record) -> bytes:
+def _content(fd: int, offset: int, record: ChecksummedBytes) -> bytes:
     return os.pread(fd, record.nbytes, offset + record.offset)
 
 

@@ -34,7 +34,7 @@ class MismatchError(ConversionError):
 
 
 @dataclass(frozen=True)
-class Record:
+class ChecksummedBytes:
     """Bytes of a torch.save archive that one checksum covers; `crc` is 0 where it was not computed."""
 
     offset: int
@@ -56,7 +56,7 @@ class Extent:
     columns: int
     path: Path
     offset: int
-    record: Record | None = field(default=None, compare=False, repr=False)  # of the archive around it
+    record: ChecksummedBytes | None = field(default=None, compare=False, repr=False)  # of the archive around it
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class IndexedCheckpoint:
     """A checkpoint that was found, recognised and indexed; no weight has been read."""
 
     format: Format

@@ -19,9 +19,9 @@ from typing import Any
 
 import megatron_cpt
 from checkpoint_convert.checkpoint import (
-    Checkpoint,
     Extent,
     Format,
+    IndexedCheckpoint,
     MismatchError,
     StoredTensor,
     Weights,
@@ -63,7 +63,7 @@ class Options:
     overwrite: bool = False
 
 
-def plan(source: Checkpoint, folder: Path, options: Options) -> Target:
+def plan(source: IndexedCheckpoint, folder: Path, options: Options) -> Target:
     """Every file, byte range and tensor of the output, without writing anything."""
     dtypes = {name: options.dtype or tensor.dtype for name, tensor in source.weights.tensors.items()}
     iteration = source.iteration or 1  # Megatron-LM refuses iteration 0
@@ -103,7 +103,7 @@ def _warn_of_grid(arch: Architecture, tp: int) -> None:
         )
 
 
-def convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]:
+def convert(source: IndexedCheckpoint, final: Path, options: Options) -> dict[str, Any]:
     """Write the checkpoint to the folder `final` and return its receipt. Nothing appears there before the end.
 
     Raises MismatchError (exit 1) when weights do not match, ConversionError for all else that a user can mend.
@@ -112,7 +112,7 @@ def convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]
         return _convert(source, final, options)
 
 
-def _convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any]:
+def _convert(source: IndexedCheckpoint, final: Path, options: Options) -> dict[str, Any]:
     started = time.time()
     _check_places(source, final, options)
     target = plan(source, partial_path(final), options)
@@ -136,7 +136,7 @@ def _convert(source: Checkpoint, final: Path, options: Options) -> dict[str, Any
     return receipt
 
 
-def _check_places(source: Checkpoint, final: Path, options: Options) -> None:
+def _check_places(source: IndexedCheckpoint, final: Path, options: Options) -> None:
     if final.exists() and not options.overwrite and not (final.is_dir() and not any(final.iterdir())):
         raise ConversionError(f"{final} exists", hint="name another folder, or give --overwrite")
     if final.exists() and not final.is_dir():
@@ -148,7 +148,7 @@ def _check_places(source: Checkpoint, final: Path, options: Options) -> None:
         )
 
 
-def _plan_id(source: Checkpoint, target: Target, options: Options) -> str:
+def _plan_id(source: IndexedCheckpoint, target: Target, options: Options) -> str:
     """Identifies source files and planned bytes: the same plan may go on where a killed run stopped."""
     digest = hashlib.sha256(megatron_cpt.__version__.encode())
     digest.update(repr({k: v for k, v in asdict(options).items() if k not in ("workers", "read_back")}).encode())
@@ -173,7 +173,7 @@ def _check_space(target: Target, folder: Path) -> None:
 
 
 def _stream(
-    source: Checkpoint, target: Target, partial: PartialFolder, old: dict[str, TensorRecord], options: Options
+    source: IndexedCheckpoint, target: Target, partial: PartialFolder, old: dict[str, TensorRecord], options: Options
 ) -> tuple[dict[str, TensorRecord], int]:
     """Copy all tensors but those of `old` that are proven to be in place; their number is returned too."""
     weights = source.weights
@@ -208,7 +208,7 @@ def _prove(copier: Copier, target: Target, records: dict[str, TensorRecord], wor
     return {name: records[name] for name, sha in zip(names, hashes, strict=True) if sha == records[name].target_sha256}
 
 
-def _check_against_receipt(source: Checkpoint, records: dict[str, TensorRecord]) -> bool:
+def _check_against_receipt(source: IndexedCheckpoint, records: dict[str, TensorRecord]) -> bool:
     """A source that we wrote must still hold what its receipt says. Whether there is such a receipt."""
     path = (source.path.parent if source.format == "legacy" else source.path) / RECEIPT
     if not path.is_file():
@@ -228,7 +228,7 @@ def _check_against_receipt(source: Checkpoint, records: dict[str, TensorRecord])
     return bool(ours) and known.keys() == records.keys()
 
 
-def _integrity(source: Checkpoint, receipt: bool) -> str:
+def _integrity(source: IndexedCheckpoint, receipt: bool) -> str:
     """By what the source's bytes were found to be those that were saved."""
     if receipt:
         return f"sha256 of {RECEIPT}"
@@ -259,7 +259,7 @@ def _rows(record: TensorRecord) -> int:
     return record.shape[0] if len(record.shape) > 1 else 1
 
 
-def _write_small_files(source: Checkpoint, target: Target, options: Options) -> list[str]:
+def _write_small_files(source: IndexedCheckpoint, target: Target, options: Options) -> list[str]:
     for path, data in target.small_files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -315,7 +315,12 @@ def fingerprint(entries: list[tuple[StoredTensor, str]]) -> str:
 
 
 def _receipt(
-    source: Checkpoint, final: Path, target: Target, records: dict[str, TensorRecord], options: Options, started: float
+    source: IndexedCheckpoint,
+    final: Path,
+    target: Target,
+    records: dict[str, TensorRecord],
+    options: Options,
+    started: float,
 ) -> dict[str, Any]:
     weights, arch = source.weights, source.arch
     padded = arch.padded_vocab_size(options.tp) if options.to != "hf" else arch.vocab_size

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from checkpoint_convert.checkpoint import Checkpoint, StoredTensor
+from checkpoint_convert.checkpoint import IndexedCheckpoint, StoredTensor
 from checkpoint_convert.rows import Files, read_tensor
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.errors import ConversionError
@@ -35,7 +35,7 @@ def _blocks(files: Files, tensor: StoredTensor) -> Iterator[tuple[int, int, torc
 class StreamedModel:
     """A model whose weights stay on disk. Tensors: b batch, s sequence, h hidden, n heads, d head_dim."""
 
-    checkpoint: Checkpoint
+    checkpoint: IndexedCheckpoint
     files: Files
 
     def vector(self, name: str) -> torch.Tensor:

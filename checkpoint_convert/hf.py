@@ -15,9 +15,9 @@ from typing import Any
 
 from checkpoint_convert.checkpoint import (
     ITEM_BYTES,
+    ChecksummedBytes,
     Extent,
     MismatchError,
-    Record,
     StoredTensor,
     Weights,
     check_dtype,
@@ -26,7 +26,7 @@ from checkpoint_convert.checkpoint import (
 )
 from checkpoint_convert.target import Target
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.tensors import hf_shapes, mapping
+from megatron_cpt.architecture.tensors import hf_tensor_shapes
 from megatron_cpt.errors import ConversionError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -38,11 +38,6 @@ ROTARY_BUFFER = ".rotary_emb.inv_freq"  # saved by old Llama exports; computed f
 TIED_OUTPUT = "lm_head.weight"
 
 
-def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by Hugging Face name, in the order of the layers."""
-    return {name: shape for m in mapping(arch) for name, shape in hf_shapes(m, arch).items()}
-
-
 def is_hf(path: Path) -> bool:
     names = ("model.safetensors", SAFETENSORS_INDEX, "pytorch_model.bin", BIN_INDEX)
     return any((path / name).is_file() for name in names) or any(path.glob("*.safetensors"))
@@ -51,7 +46,7 @@ def is_hf(path: Path) -> bool:
 def read_hf(path: Path, arch: Architecture, *, trust_pickle: bool = False) -> Weights:
     """Index the weights of a Hugging Face folder; MismatchError when they are not the model of config.json."""
     stored = _read_all(path, trust_pickle)
-    wanted = tensor_shapes(arch)
+    wanted = hf_tensor_shapes(arch)
     buffers = [name for name in stored if name.endswith(ROTARY_BUFFER)]
     for name in buffers:
         del stored[name]
@@ -113,7 +108,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _whole(
-    name: str, shape: tuple[int, ...], dtype: str, path: Path, offset: int, record: Record | None = None
+    name: str, shape: tuple[int, ...], dtype: str, path: Path, offset: int, record: ChecksummedBytes | None = None
 ) -> StoredTensor:
     return StoredTensor(name, shape, dtype, (Extent(0, 0, shape[0], math.prod(shape[1:]), path, offset, record),))
 
@@ -162,7 +157,7 @@ def _read_bin(path: Path, trust_pickle: bool) -> dict[str, StoredTensor]:
 
 def plan_hf(folder: Path, arch: Architecture, dtypes: dict[str, str], max_shard_bytes: int) -> Target:
     """Where each tensor goes in a new Hugging Face folder, and the headers of its files."""
-    shapes = tensor_shapes(arch)
+    shapes = hf_tensor_shapes(arch)
     shards = list(_shards(shapes, dtypes, max_shard_bytes))
     target = Target(folder)
     weight_map: dict[str, str] = {}

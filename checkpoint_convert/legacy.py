@@ -29,10 +29,10 @@ from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.tensors import (
     LAYER_PREFIX,
     LOCAL_TO_TE,
-    Mapping,
+    MegatronTensor,
     hf_shapes,
-    mapping,
-    segments,
+    megatron_tensors,
+    row_spans,
     slice_shape,
 )
 from megatron_cpt.errors import ConversionError
@@ -77,15 +77,15 @@ def read_legacy(path: Path, arch: Architecture, *, trust_pickle: bool = False) -
     ranks = _find_ranks(path)
     tp = 1 + max(t for t, _ in ranks)
     slices, tied_output, ignored = _read_ranks(ranks, arch, trust_pickle)
-    wanted = {m.megatron: m for m in mapping(arch)}
+    wanted = {tensor.megatron: tensor for tensor in megatron_tensors(arch)}
     check_names(wanted, slices, path)
     padded = tp * next(iter(slices[EMBEDDING].values())).shape[0]
     if padded < arch.vocab_size:
         raise MismatchError(f"{path}: the embedding has {padded} rows, config.json asks for {arch.vocab_size}")
     tensors: dict[str, StoredTensor] = {}
     copies: list[StoredTensor] = []
-    for name, m in wanted.items():
-        found, more = _hf_tensors(m, arch, slices[name], tp, padded, path)
+    for name, tensor in wanted.items():
+        found, more = _hf_tensors(tensor, arch, slices[name], tp, padded, path)
         tensors |= found
         copies += more
     if tied_output:
@@ -194,21 +194,21 @@ def _global_name(name: str, first_layer: int) -> str:
 
 
 def _hf_tensors(
-    m: Mapping, arch: Architecture, slices: dict[int, RankSlice], tp: int, padded: int, where: Path
+    tensor: MegatronTensor, arch: Architecture, slices: dict[int, RankSlice], tp: int, padded: int, where: Path
 ) -> tuple[dict[str, StoredTensor], list[StoredTensor]]:
     """The Hugging Face tensors within one Megatron tensor, and the copies that other ranks hold."""
     if sorted(slices) != list(range(tp)):
-        raise MismatchError(f"{where}: {m.megatron} is on TP ranks {sorted(slices)} of {tp}")
-    shape, dtype = slice_shape(m, arch, tp, padded), slices[0].dtype
-    shapes = hf_shapes(m, arch)
+        raise MismatchError(f"{where}: {tensor.megatron} is on TP ranks {sorted(slices)} of {tp}")
+    shape, dtype = slice_shape(tensor, arch, tp, padded), slices[0].dtype
+    shapes = hf_shapes(tensor, arch)
     per_rank: dict[int, dict[str, list[Extent]]] = {}
     for rank, part in slices.items():
-        check_shape(m.megatron, part.shape, shape, part.path)
-        check_dtype(m.megatron, part.dtype, part.path)
+        check_shape(tensor.megatron, part.shape, shape, part.path)
+        check_dtype(tensor.megatron, part.dtype, part.path)
         if part.dtype != dtype:
-            raise MismatchError(f"{part.path}: {m.megatron} is {part.dtype}, on TP rank 0 it is {dtype}")
-        per_rank[rank] = slice_extents(m, arch, tp, rank, padded, shape, part)
-    if m.partition_dim is None:
+            raise MismatchError(f"{part.path}: {tensor.megatron} is {part.dtype}, on TP rank 0 it is {dtype}")
+        per_rank[rank] = slice_extents(tensor, arch, tp, rank, padded, shape, part)
+    if tensor.split_dim is None:
         every = [
             [StoredTensor(n, s, dtype, tuple(per_rank[r][n])) for n, s in shapes.items()] for r in sorted(per_rank)
         ]
@@ -222,13 +222,13 @@ def _hf_tensors(
 
 
 def slice_extents(
-    m: Mapping, arch: Architecture, tp: int, rank: int, padded: int, shape: tuple[int, ...], part: RankSlice
+    tensor: MegatronTensor, arch: Architecture, tp: int, rank: int, padded: int, shape: tuple[int, ...], part: RankSlice
 ) -> dict[str, list[Extent]]:
     width = shape[1] if len(shape) > 1 else 1
     row_bytes = width * ITEM_BYTES[part.dtype]
-    extents: dict[str, list[Extent]] = {name: [] for name in m.hf}
-    for s in segments(m, arch, tp, rank, padded):
-        offset = part.placed.offset + s.row * row_bytes
-        column, record = s.columns.start or 0, part.placed.record
-        extents[s.hf_name].append(Extent(s.hf_row, column, s.rows, width, part.path, offset, record))
+    extents: dict[str, list[Extent]] = {name: [] for name in tensor.hf}
+    for span in row_spans(tensor, arch, tp, rank, padded):
+        offset = part.placed.offset + span.row * row_bytes
+        column, record = span.columns.start or 0, part.placed.record
+        extents[span.hf_name].append(Extent(span.hf_row, column, span.rows, width, part.path, offset, record))
     return extents

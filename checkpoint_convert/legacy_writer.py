@@ -15,7 +15,14 @@ from checkpoint_convert.megatron_args import megatron_args, tensor_dtype
 from checkpoint_convert.state_file import fake_tensor, hollow_state
 from checkpoint_convert.target import Target
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.tensors import LAYER_PREFIX, LOCAL_TO_TE, Mapping, hf_shapes, mapping, slice_shape
+from megatron_cpt.architecture.tensors import (
+    LAYER_PREFIX,
+    LOCAL_TO_TE,
+    MegatronTensor,
+    hf_shapes,
+    megatron_tensors,
+    slice_shape,
+)
 from megatron_cpt.errors import ConversionError
 
 TE_TO_LOCAL = {te: local for local, te in LOCAL_TO_TE.items()}
@@ -53,35 +60,35 @@ def plan_legacy(
             target.add_file(path, size)
             target.skeleton += [(path, offset, data) for offset, data in skeleton]
             for name, maps in zip(names, owned, strict=True):
-                for local, m in maps.items():
-                    shape = slice_shape(m, arch, tp, padded)
+                for local, tensor in maps.items():
+                    shape = slice_shape(tensor, arch, tp, padded)
                     offset = offsets[name, _local_name(local, local_names)]
-                    dtype = tensor_dtype(m, dtypes)
+                    dtype = tensor_dtype(tensor, dtypes)
                     part = RankSlice(path, PlacedTensor(None, offset, shape, dtype))
-                    for hf_name, extents in slice_extents(m, arch, tp, t, padded, shape, part).items():
+                    for hf_name, extents in slice_extents(tensor, arch, tp, t, padded, shape, part).items():
                         places[hf_name] += extents
-    for m in mapping(arch):
-        for hf_name, hf_shape in hf_shapes(m, arch).items():
+    for tensor in megatron_tensors(arch):
+        for hf_name, hf_shape in hf_shapes(tensor, arch).items():
             target.tensors[hf_name] = StoredTensor(hf_name, hf_shape, dtypes[hf_name], tuple(places[hf_name]))
     target.small_files[folder / TRACKER] = str(iteration).encode()
     return target
 
 
-def _stage(arch: Architecture, p: int, pp: int, v: int, chunks: int) -> dict[str, Mapping]:
+def _stage(arch: Architecture, p: int, pp: int, v: int, chunks: int) -> dict[str, MegatronTensor]:
     """Name within the chunk -> mapping, for virtual chunk `v` of pipeline stage `p`."""
     per_chunk = arch.num_layers // (pp * chunks)
     first = (v * pp + p) * per_chunk
     is_first, is_last = v == p == 0, (v, p) == (chunks - 1, pp - 1)
-    owned: dict[str, Mapping] = {}
-    for m in mapping(arch):
-        if m.layer is not None and first <= m.layer < first + per_chunk:
-            owned[f"{LAYER_PREFIX}{m.layer - first}.{m.name_in_layer}"] = m
-        elif m.megatron == EMBEDDING and is_first:
-            owned[EMBEDDING] = m
-        if m.megatron == EMBEDDING and is_last and not is_first and arch.tie_word_embeddings:
-            owned[OUTPUT] = m  # the last stage computes logits with its own copy
-        elif m.layer is None and m.megatron != EMBEDDING and is_last:
-            owned[m.megatron] = m
+    owned: dict[str, MegatronTensor] = {}
+    for tensor in megatron_tensors(arch):
+        if tensor.layer is not None and first <= tensor.layer < first + per_chunk:
+            owned[f"{LAYER_PREFIX}{tensor.layer - first}.{tensor.name_in_layer}"] = tensor
+        elif tensor.megatron == EMBEDDING and is_first:
+            owned[EMBEDDING] = tensor
+        if tensor.megatron == EMBEDDING and is_last and not is_first and arch.tie_word_embeddings:
+            owned[OUTPUT] = tensor  # the last stage computes logits with its own copy
+        elif tensor.layer is None and tensor.megatron != EMBEDDING and is_last:
+            owned[tensor.megatron] = tensor
     return owned
 
 
@@ -93,13 +100,15 @@ def _local_name(name: str, local_names: bool) -> str:
 
 
 def _hollow_chunk(
-    maps: dict[str, Mapping], arch: Architecture, dtypes: dict[str, str], tp: int, padded: int, local_names: bool
+    maps: dict[str, MegatronTensor], arch: Architecture, dtypes: dict[str, str], tp: int, padded: int, local_names: bool
 ) -> dict[str, torch.Tensor | None]:
     """A `state_dict()` of fake tensors; the empty extra states are what Megatron's linears save."""
     chunk: dict[str, torch.Tensor | None] = {}
-    for name, m in maps.items():
-        chunk[_local_name(name, local_names)] = fake_tensor(slice_shape(m, arch, tp, padded), tensor_dtype(m, dtypes))
+    for name, tensor in maps.items():
+        chunk[_local_name(name, local_names)] = fake_tensor(
+            slice_shape(tensor, arch, tp, padded), tensor_dtype(tensor, dtypes)
+        )
         for module in EXTRA_STATE_MODULES:
-            if m.name_in_layer == f"{module}.weight":
+            if tensor.name_in_layer == f"{module}.weight":
                 chunk[name.removesuffix("weight") + "_extra_state"] = None
     return chunk

@@ -6,7 +6,7 @@ import argparse
 
 from checkpoint_convert.checkpoint import MismatchError
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.tensors import Mapping
+from megatron_cpt.architecture.tensors import MegatronTensor
 
 
 def megatron_args(
@@ -46,10 +46,10 @@ def megatron_args(
     )
 
 
-def tensor_dtype(m: Mapping, dtypes: dict[str, str]) -> str:
+def tensor_dtype(tensor: MegatronTensor, dtypes: dict[str, str]) -> str:
     """dtype of a Megatron tensor; the Hugging Face tensors that it joins must agree."""
-    found = {dtypes[name] for name in m.hf}
+    found = {dtypes[name] for name in tensor.hf}
     if len(found) != 1:
-        names = ", ".join(f"{name} {dtypes[name]}" for name in m.hf)
-        raise MismatchError(f"{m.megatron} joins tensors of different dtypes: {names}", hint="give --dtype")
+        names = ", ".join(f"{name} {dtypes[name]}" for name in tensor.hf)
+        raise MismatchError(f"{tensor.megatron} joins tensors of different dtypes: {names}", hint="give --dtype")
     return found.pop()

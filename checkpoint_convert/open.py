@@ -9,14 +9,15 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint_convert.checkpoint import Checkpoint, Format, StoredTensor, Weights, clear_os_errors
-from checkpoint_convert.hf import is_hf, read_hf, tensor_shapes
+from checkpoint_convert.checkpoint import Format, IndexedCheckpoint, StoredTensor, Weights, clear_os_errors
+from checkpoint_convert.hf import is_hf, read_hf
 from checkpoint_convert.legacy import TRACKER, is_legacy, read_legacy
 from checkpoint_convert.megatron_config import BRIDGE_CONFIG, HINT, check_facts, config_from_facts, stored_facts
 from checkpoint_convert.torch_dist import read_torch_dist
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import architecture_from_config, read_architecture, read_config
 from megatron_cpt.architecture.families.family import Config
+from megatron_cpt.architecture.tensors import hf_tensor_shapes
 from megatron_cpt.errors import ConversionError
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def open_checkpoint(
     best: bool = False,
     trust_pickle: bool = False,
     shapes_only: bool = False,
-) -> Checkpoint:
+) -> IndexedCheckpoint:
     """Recognise and index a checkpoint. No weight is read.
 
     path: a Hugging Face folder, an `iter_XXXXXXX` folder, a folder of them (its latest is meant), or a run folder
@@ -45,7 +46,7 @@ def open_checkpoint(
         return _open(path, hf_config, best, trust_pickle, shapes_only)
 
 
-def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, shapes_only: bool) -> Checkpoint:
+def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, shapes_only: bool) -> IndexedCheckpoint:
     if not path.is_dir():
         raise ConversionError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
     folder, kind = _find_weights(path, best, shapes_only)
@@ -66,7 +67,7 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
     weights = _read(kind, folder, arch, trust_pickle, shapes_only)
     dtype = Counter(tensor.dtype for tensor in weights.tensors.values()).most_common(1)[0][0]
     found = ITERATION.search(folder.name)
-    return Checkpoint(
+    return IndexedCheckpoint(
         kind,
         folder,
         replace(arch, dtype=dtype),
@@ -84,7 +85,7 @@ def _read(kind: Format, folder: Path, arch: Architecture, trust_pickle: bool, sh
     if kind == "legacy":
         return read_legacy(folder, arch, trust_pickle=trust_pickle)
     if shapes_only and not is_hf(folder):
-        shapes = tensor_shapes(arch)
+        shapes = hf_tensor_shapes(arch)
         return Weights({name: StoredTensor(name, shape, arch.dtype, ()) for name, shape in shapes.items()})
     return read_hf(folder, arch, trust_pickle=trust_pickle)
 

@@ -6,16 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.checkpoint import Checkpoint
+from checkpoint_convert.checkpoint import IndexedCheckpoint
 from checkpoint_convert.convert import Options
 from checkpoint_convert.stream import BLOCK_BYTES
 from checkpoint_convert.target import Target
-from megatron_cpt.architecture.tensors import mapping, slice_shape
+from megatron_cpt.architecture.tensors import megatron_tensors, slice_shape
 
 GIB = 2**30
 
 
-def plan_report(source: Checkpoint, target: Target, final: Path, options: Options) -> dict[str, Any]:
+def plan_report(source: IndexedCheckpoint, target: Target, final: Path, options: Options) -> dict[str, Any]:
     """What `convert --dry-run` tells: nothing was written and no weight was read."""
     arch = source.arch
     padded = arch.padded_vocab_size(options.tp) if options.to != "hf" else arch.vocab_size
@@ -38,25 +38,25 @@ def plan_report(source: Checkpoint, target: Target, final: Path, options: Option
         "files": [{"name": str(p.relative_to(target.folder)), "bytes": n} for p, n in target.file_bytes.items()],
         "mapping": [
             {
-                "megatron": m.megatron,
-                "kind": m.kind,
-                "hf": list(m.hf),
-                "shape": list(m.shape),
-                "slice_shape": list(slice_shape(m, arch, options.tp, padded, by_heads=options.to == "legacy")),
-                "dtype": target.tensors[m.hf[0]].dtype,
+                "megatron": tensor.megatron,
+                "kind": tensor.kind,
+                "hf": list(tensor.hf),
+                "shape": list(tensor.shape),
+                "slice_shape": list(slice_shape(tensor, arch, options.tp, padded, by_heads=options.to == "legacy")),
+                "dtype": target.tensors[tensor.hf[0]].dtype,
             }
-            for m in mapping(arch)
+            for tensor in megatron_tensors(arch)
         ],
     }
 
 
 def plan_lines(report: dict[str, Any]) -> list[str]:
     lines = []
-    for m in report["mapping"]:
-        shape = "x".join(map(str, m["shape"]))
-        slices = "x".join(map(str, m["slice_shape"]))
+    for row in report["mapping"]:
+        shape = "x".join(map(str, row["shape"]))
+        slices = "x".join(map(str, row["slice_shape"]))
         cut = "" if slices == shape else f" -> {slices}"
-        lines.append(f"{m['megatron']:<62} {m['dtype']} {shape}{cut}  <- {m['kind']} {', '.join(m['hf'])}")
+        lines.append(f"{row['megatron']:<62} {row['dtype']} {shape}{cut}  <- {row['kind']} {', '.join(row['hf'])}")
     lines += [f"{file['name']:<62} {file['bytes'] / 1e9:.3f} GB" for file in report["files"]]
     lines += [
         f"{report['family']}, {report['parameters']:,} parameters, "

@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from checkpoint_convert.checkpoint import ITEM_BYTES, Extent, Record, StoredTensor
+from checkpoint_convert.checkpoint import ITEM_BYTES, ChecksummedBytes, Extent, StoredTensor
 from megatron_cpt.errors import ConversionError
 
 CHECK_BYTES = 4 * 2**20
@@ -29,8 +29,8 @@ class Files:
         self._flags = os.O_RDWR if write else os.O_RDONLY
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
-        self._checks: dict[tuple[Path, Record], threading.Lock] = {}
-        self._checked: set[tuple[Path, Record]] = set()
+        self._checks: dict[tuple[Path, ChecksummedBytes], threading.Lock] = {}
+        self._checked: set[tuple[Path, ChecksummedBytes]] = set()
 
     def __enter__(self) -> Files:
         return self
@@ -64,7 +64,7 @@ class Files:
                     self._check(extent.path, extent.record, tensor.name)
                     self._checked.add(key)
 
-    def _check(self, path: Path, record: Record, name: str) -> None:
+    def _check(self, path: Path, record: ChecksummedBytes, name: str) -> None:
         buffer, crc = np.empty(min(CHECK_BYTES, record.nbytes), np.uint8), 0
         for start in range(0, record.nbytes, CHECK_BYTES):
             part = buffer[: record.nbytes - start]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from checkpoint_convert.checkpoint import Checkpoint
+from checkpoint_convert.checkpoint import IndexedCheckpoint
 from megatron_cpt.architecture.families.family import Config
 
 # By pattern and not "everything": other formats of the weights stay behind, and so does any code.
@@ -33,7 +33,7 @@ def target_config(config: Config, dtype: str, vocab_size: int) -> Config:
     return config | {key: dtype, "vocab_size": vocab_size}
 
 
-def write_side_files(source: Checkpoint, folder: Path, dtype: str) -> list[str]:
+def write_side_files(source: IndexedCheckpoint, folder: Path, dtype: str) -> list[str]:
     """Copy tokenizer and licences, and write config.json. Returns the names written."""
     folder.mkdir(parents=True, exist_ok=True)
     config = target_config(source.config, dtype, source.arch.vocab_size)
@@ -51,7 +51,7 @@ def has_tokenizer(names: list[str]) -> bool:
     return any(name in names for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 
 
-def model_card(source: Checkpoint, tool: str) -> str:
+def model_card(source: IndexedCheckpoint, tool: str) -> str:
     """README.md: a draft for people to finish, from the run's own config where there is one."""
     run = _run_config(source)
     base = str(run.get("model", {}).get("init_from", "")) if run else ""
@@ -74,7 +74,7 @@ def model_card(source: Checkpoint, tool: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run_config(source: Checkpoint) -> dict[str, Any]:
+def _run_config(source: IndexedCheckpoint) -> dict[str, Any]:
     if source.run_config is None:
         return {}
     loaded = yaml.safe_load(source.run_config.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint_convert.archive import PlacedTensor, zip_records
-from checkpoint_convert.checkpoint import Record
+from checkpoint_convert.checkpoint import ChecksummedBytes
 from megatron_cpt.errors import ConversionError
 
 # What Megatron-LM puts beside the weights, by qualified name. Stand-ins replace them, so that reading needs no
@@ -113,7 +113,9 @@ class Records:
 
     def place(self, tensor: torch.Tensor, where: object) -> PlacedTensor:
         offset = byte_offset(tensor, where)
-        record: Record | None = self._by_offset.get(offset - int(tensor.storage_offset()) * tensor.element_size())
+        record: ChecksummedBytes | None = self._by_offset.get(
+            offset - int(tensor.storage_offset()) * tensor.element_size()
+        )
         if record is None or offset + tensor.nbytes > record.offset + record.nbytes:
             raise ConversionError(f"{where}: no record of the file holds it", hint="the file is damaged")
         return PlacedTensor(record, offset, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))

@@ -30,7 +30,7 @@ from checkpoint_convert.checkpoint import (
 )
 from checkpoint_convert.dcp_index import ChunkStorageMetadata, Metadata, TensorStorageMetadata, read_index
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.tensors import LAYER_PREFIX, Mapping, hf_shapes, mapping, segments
+from megatron_cpt.architecture.tensors import LAYER_PREFIX, MegatronTensor, hf_shapes, megatron_tensors, row_spans
 from megatron_cpt.errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -51,9 +51,9 @@ def read_torch_dist(path: Path, arch: Architecture) -> Weights:
     """Index the model's weights; MismatchError for missing or unknown keys, wrong shapes and holes."""
     metadata = read_index(path)
     weights, ignored = _sort_keys(metadata, path)
-    wanted = {m.megatron: m for m in mapping(arch)}
+    wanted = {tensor.megatron: tensor for tensor in megatron_tensors(arch)}
     stacked = any(key.startswith(LAYER_PREFIX) and not key.split(".")[2].isdigit() for key in weights)
-    keys = {_key(m, stacked) for m in wanted.values()}
+    keys = {_key(tensor, stacked) for tensor in wanted.values()}
     tied_output = weights.pop(OUTPUT, None) if arch.tie_word_embeddings else None
     if tied_output is not None:
         ignored["output layer of a tied model"] = 1
@@ -61,21 +61,20 @@ def read_torch_dist(path: Path, arch: Architecture) -> Weights:
     tensors: dict[str, StoredTensor] = {}
     padding = 0
     with _Locator(path, metadata) as locator:
-        for m in wanted.values():
-            entry, name = weights[_key(m, stacked)]
-            padding = max(padding, _check_size(m, entry, stacked, arch, path))
-            dtype = check_dtype(m.megatron, entry.properties.dtype, path)
-            chunks = locator.chunks(name, entry, m.layer if stacked else None)
-            for tensor in _hf_tensors(
-                m, arch, chunks, dtype, int(entry.size[1 if stacked and m.layer is not None else 0])
-            ):
-                check_cover(tensor)
-                tensors[tensor.name] = tensor
+        for tensor in wanted.values():
+            entry, name = weights[_key(tensor, stacked)]
+            padding = max(padding, _check_size(tensor, entry, stacked, arch, path))
+            dtype = check_dtype(tensor.megatron, entry.properties.dtype, path)
+            chunks = locator.chunks(name, entry, tensor.layer if stacked else None)
+            rows = int(entry.size[1 if stacked and tensor.layer is not None else 0])
+            for stored in _hf_tensors(tensor, arch, chunks, dtype, rows):
+                check_cover(stored)
+                tensors[stored.name] = stored
     return Weights(tensors, (), dict(ignored), padding)
 
 
-def _key(m: Mapping, stacked: bool) -> str:
-    return LAYER_PREFIX + m.name_in_layer if stacked and m.layer is not None else m.megatron
+def _key(tensor: MegatronTensor, stacked: bool) -> str:
+    return LAYER_PREFIX + tensor.name_in_layer if stacked and tensor.layer is not None else tensor.megatron
 
 
 def _sort_keys(metadata: Metadata, path: Path) -> tuple[dict[str, tuple[TensorStorageMetadata, str]], Counter[str]]:
@@ -102,16 +101,20 @@ def _sort_keys(metadata: Metadata, path: Path) -> tuple[dict[str, tuple[TensorSt
     return weights, ignored
 
 
-def _check_size(m: Mapping, entry: TensorStorageMetadata, stacked: bool, arch: Architecture, path: Path) -> int:
+def _check_size(
+    tensor: MegatronTensor, entry: TensorStorageMetadata, stacked: bool, arch: Architecture, path: Path
+) -> int:
     """Compare a tensor's global size with the model's; returns the rows of vocabulary padding."""
     size = tuple(entry.size)
-    if stacked and m.layer is not None:
+    if stacked and tensor.layer is not None:
         if size[0] != arch.num_layers:
-            raise MismatchError(f"{path}: {m.name_in_layer} has {size[0]} layers, config.json says {arch.num_layers}")
+            raise MismatchError(
+                f"{path}: {tensor.name_in_layer} has {size[0]} layers, config.json says {arch.num_layers}"
+            )
         size = size[1:]
-    padding = size[0] - m.shape[0] if m.kind == "vocab" and size else 0
-    if padding < 0 or (size[0] - padding, *size[1:]) != m.shape:
-        raise MismatchError(f"{path}: {m.megatron} has shape {size}, config.json asks for {m.shape}")
+    padding = size[0] - tensor.shape[0] if tensor.kind == "vocab" and size else 0
+    if padding < 0 or (size[0] - padding, *size[1:]) != tensor.shape:
+        raise MismatchError(f"{path}: {tensor.megatron} has shape {size}, config.json asks for {tensor.shape}")
     return padding
 
 
@@ -190,17 +193,17 @@ class _Locator:
 
 
 def _hf_tensors(
-    m: Mapping, arch: Architecture, chunks: Iterator[Extent], dtype: str, rows: int
+    tensor: MegatronTensor, arch: Architecture, chunks: Iterator[Extent], dtype: str, rows: int
 ) -> Iterator[StoredTensor]:
     """The Hugging Face tensors within one global Megatron tensor of `rows` rows, as extents."""
     placed = list(chunks)
-    extents: dict[str, list[Extent]] = {name: [] for name in m.hf}
-    for s in segments(m, arch, padded_vocab=rows):
+    extents: dict[str, list[Extent]] = {name: [] for name in tensor.hf}
+    for span in row_spans(tensor, arch, padded_vocab=rows):
         for c in placed:
-            low, high = max(s.row, c.row), min(s.row + s.rows, c.row + c.rows)
+            low, high = max(span.row, c.row), min(span.row + span.rows, c.row + c.rows)
             if low < high:
                 start = c.offset + (low - c.row) * c.columns * ITEM_BYTES[dtype]
-                part = replace(c, row=s.hf_row + low - s.row, rows=high - low, offset=start)
-                extents[s.hf_name].append(part)
-    for name, shape in hf_shapes(m, arch).items():
+                part = replace(c, row=span.hf_row + low - span.row, rows=high - low, offset=start)
+                extents[span.hf_name].append(part)
+    for name, shape in hf_shapes(tensor, arch).items():
         yield StoredTensor(name, shape, dtype, tuple(extents[name]))

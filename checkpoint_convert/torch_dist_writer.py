@@ -29,7 +29,15 @@ from checkpoint_convert.dcp_index import (
 from checkpoint_convert.megatron_args import megatron_args, tensor_dtype
 from checkpoint_convert.target import Target
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.tensors import LAYER_PREFIX, Mapping, Segment, hf_shapes, mapping, segments, slice_shape
+from megatron_cpt.architecture.tensors import (
+    LAYER_PREFIX,
+    MegatronTensor,
+    RowSpan,
+    hf_shapes,
+    megatron_tensors,
+    row_spans,
+    slice_shape,
+)
 
 # Modules whose `_extra_state` Megatron-Core asks for at load; TransformerEngine's further ones may be there too.
 EXTRA_STATE_MODULES = (
@@ -43,14 +51,14 @@ EXTRA_STATE_MODULES = (
 
 @dataclass(frozen=True)
 class _Part:
-    """One chunk to write: its box in the global tensor and the segments that fill it."""
+    """One chunk to write: its box in the global tensor and the spans that fill it."""
 
     key: str
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: str
-    segments: tuple[Segment, ...]
+    spans: tuple[RowSpan, ...]
 
 
 def plan_torch_dist(
@@ -66,11 +74,11 @@ def plan_torch_dist(
         path, start = cursor.take(len(before) + count + len(after))
         target.skeleton += [(path, start, before), (path, start + len(before) + count, after)]
         _index(metadata, part, StorageInfo(path.name, start, len(before) + count + len(after)))
-        for s in part.segments:
+        for span in part.spans:
             width = part.shape[-1] if len(part.shape) - part.key.startswith(LAYER_PREFIX) > 1 else 1
-            data = start + len(before) + s.row * width * ITEM_BYTES[part.dtype]
-            extent = Extent(s.hf_row, s.columns.start or 0, s.rows, width, path, data)
-            places.setdefault(s.hf_name, []).append(extent)
+            data = start + len(before) + span.row * width * ITEM_BYTES[part.dtype]
+            extent = Extent(span.hf_row, span.columns.start or 0, span.rows, width, path, data)
+            places.setdefault(span.hf_name, []).append(extent)
     for key, blob in _extra_states(arch):
         path, start = cursor.take(len(blob))
         target.skeleton.append((path, start, blob))
@@ -79,8 +87,8 @@ def plan_torch_dist(
     metadata.planner_data = {key: (key,) for key in metadata.state_dict_metadata}
     for path, size in cursor.sizes.items():
         target.add_file(path, size)
-    for m in mapping(arch):
-        for name, shape in hf_shapes(m, arch).items():
+    for tensor in megatron_tensors(arch):
+        for name, shape in hf_shapes(tensor, arch).items():
             target.tensors[name] = StoredTensor(name, shape, dtypes[name], tuple(places[name]))
     target.small_files |= _small_files(folder, arch, metadata, dtypes, tp, pp, iteration)
     return target
@@ -104,31 +112,31 @@ class _Cursor:
 
 def _parts(arch: Architecture, dtypes: dict[str, str], tp: int) -> Iterator[_Part]:
     padded = arch.padded_vocab_size(tp)
-    for m in mapping(arch):
-        dtype = tensor_dtype(m, dtypes)
-        stack = () if m.layer is None else (m.layer,)
-        key = m.megatron if m.layer is None else LAYER_PREFIX + m.name_in_layer
-        whole = slice_shape(m, arch, 1, padded)
+    for tensor in megatron_tensors(arch):
+        dtype = tensor_dtype(tensor, dtypes)
+        stack = () if tensor.layer is None else (tensor.layer,)
+        key = tensor.megatron if tensor.layer is None else LAYER_PREFIX + tensor.name_in_layer
+        whole = slice_shape(tensor, arch, 1, padded)
         global_shape = (arch.num_layers, *whole) if stack else whole
-        for rank in range(tp if m.partition_dim is not None else 1):
-            shape = slice_shape(m, arch, tp, padded, by_heads=False)
-            for offset, box, parts in _boxes(m, arch, tp, rank, padded, shape):
+        for rank in range(tp if tensor.split_dim is not None else 1):
+            shape = slice_shape(tensor, arch, tp, padded, by_heads=False)
+            for offset, box, parts in _boxes(tensor, arch, tp, rank, padded, shape):
                 yield _Part(key, global_shape, stack + offset, (1,) * len(stack) + box, dtype, parts)
 
 
 def _boxes(
-    m: Mapping, arch: Architecture, tp: int, rank: int, padded: int, shape: tuple[int, ...]
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[Segment, ...]]]:
-    """Offset in the global tensor, shape and segments of the chunks of one TP rank: gate and up apart, else one."""
-    found = segments(m, arch, tp, rank, padded, by_heads=False)
-    if m.kind == "gated":
-        for i, s in enumerate(found):
-            moved = Segment(s.hf_name, s.hf_row, 0, s.rows, s.columns)
-            yield (i * arch.ffn_hidden_size + s.hf_row, 0), (s.rows, *shape[1:]), (moved,)
+    tensor: MegatronTensor, arch: Architecture, tp: int, rank: int, padded: int, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[RowSpan, ...]]]:
+    """Offset in the global tensor, shape and spans of the chunks of one TP rank: gate and up apart, else one."""
+    found = row_spans(tensor, arch, tp, rank, padded, by_heads=False)
+    if tensor.kind == "gated":
+        for i, span in enumerate(found):
+            moved = RowSpan(span.hf_name, span.hf_row, 0, span.rows, span.columns)
+            yield (i * arch.ffn_hidden_size + span.hf_row, 0), (span.rows, *shape[1:]), (moved,)
         return
     offset = [0] * len(shape)
-    if m.partition_dim is not None:
-        offset[m.partition_dim] = rank * shape[m.partition_dim]
+    if tensor.split_dim is not None:
+        offset[tensor.split_dim] = rank * shape[tensor.split_dim]
     yield tuple(offset), shape, tuple(found)
 
 

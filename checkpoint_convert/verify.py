@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_convert.checkpoint import ITEM_BYTES, Checkpoint, StoredTensor, check_names
+from checkpoint_convert.checkpoint import ITEM_BYTES, IndexedCheckpoint, StoredTensor, check_names
 from checkpoint_convert.forward import StreamedModel
 from checkpoint_convert.rows import Files
 from checkpoint_convert.stream import Copier, compare_copies, run_parallel
@@ -29,7 +29,7 @@ RANDOM_TOKENS = 64  # length of the text where there is no tokenizer.json
 
 
 def verify(
-    a: Checkpoint, b: Checkpoint, *, logits: bool = True, tolerance: float | None = None, workers: int = 2
+    a: IndexedCheckpoint, b: IndexedCheckpoint, *, logits: bool = True, tolerance: float | None = None, workers: int = 2
 ) -> dict[str, Any]:
     """Compare two checkpoints; `ok` in the result says whether they are the same model.
 
@@ -65,7 +65,7 @@ def verify(
     return result
 
 
-def _compare_weights(a: Checkpoint, b: Checkpoint, workers: int) -> tuple[list[str], int]:
+def _compare_weights(a: IndexedCheckpoint, b: IndexedCheckpoint, workers: int) -> tuple[list[str], int]:
     """Names of tensors that differ, and how many agree only after a cast."""
     total = a.weights.nbytes + b.weights.nbytes
     total += 2 * sum(t.nbytes for t in (*a.weights.copies, *b.weights.copies))
@@ -97,7 +97,7 @@ def _cast_sha256(copier: Copier, tensor: StoredTensor, dtype: str) -> str:
     return digest.hexdigest()
 
 
-def fixed_tokens(checkpoint: Checkpoint) -> torch.Tensor:
+def fixed_tokens(checkpoint: IndexedCheckpoint) -> torch.Tensor:
     """(1, s) token ids: the fixed text where there is a tokenizer.json, else a fixed random sequence."""
     path: Path = checkpoint.side_dir / "tokenizer.json"
     vocab_size = checkpoint.arch.vocab_size
@@ -113,7 +113,7 @@ def fixed_tokens(checkpoint: Checkpoint) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare_logits(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
+def compare_logits(a: IndexedCheckpoint, b: IndexedCheckpoint) -> dict[str, Any]:
     """Largest difference of the logits and both perplexities, a block of the vocabulary at a time."""
     tokens = fixed_tokens(a)
     with Files() as files:

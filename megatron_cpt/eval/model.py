@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from checkpoint_convert.checkpoint import Checkpoint
+from checkpoint_convert.checkpoint import IndexedCheckpoint
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.eval.perplexity import BlockScorer
 
 
-def load_scorer(found: Checkpoint, seq_length: int) -> BlockScorer:
+def load_scorer(found: IndexedCheckpoint, seq_length: int) -> BlockScorer:
     """Load the model: a Hugging Face directory into transformers, a torch_dist checkpoint into Megatron-Core.
 
     Raises:

@@ -24,7 +24,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.tensors import LOCAL_TO_TE, Mapping, hf_shapes, mapping, segments, slice_shape
+from megatron_cpt.architecture.tensors import (
+    LOCAL_TO_TE,
+    MegatronTensor,
+    hf_tensor_shapes,
+    megatron_tensors,
+    row_spans,
+    slice_shape,
+)
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.distributed import failing_together
 
@@ -83,7 +90,7 @@ class RandomSource:
     """
 
     def __init__(self, arch: Architecture, seed: int, std: float = 0.02) -> None:
-        self._shapes = expected_shapes(arch)
+        self._shapes = hf_tensor_shapes(arch)
         self._seed, self._std = seed, std
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
@@ -124,7 +131,7 @@ def random_weights(chunks: Iterable[GPTModel], arch: Architecture, seed: int) ->
 def load_weights(chunks: Iterable[GPTModel], source: WeightSource, arch: Architecture) -> None:
     """Set every parameter of the chunks from `source`; no collective operation."""
     check_names_and_shapes(source.shapes(), arch)
-    tensors = {m.megatron: m for m in mapping(arch)}
+    tensors = {tensor.megatron: tensor for tensor in megatron_tensors(arch)}
     if arch.tie_word_embeddings:  # the last pipeline stage holds its own copy
         tensors["output_layer.weight"] = tensors[_EMBEDDING]
     for chunk in chunks:
@@ -144,13 +151,13 @@ def global_name(chunk: GPTModel, name: str) -> str:
 
 
 @torch.no_grad()
-def _set(parameter: Tensor, tensor: Mapping, source: WeightSource, arch: Architecture) -> None:
+def _set(parameter: Tensor, tensor: MegatronTensor, source: WeightSource, arch: Architecture) -> None:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     assert tuple(parameter.shape) == slice_shape(tensor, arch, tp), (tensor.megatron, parameter.shape)
     parameter.fill_(float("nan"))
     next_row = 0
-    for segment in segments(tensor, arch, tp, rank):
+    for segment in row_spans(tensor, arch, tp, rank):
         assert segment.row == next_row, f"{tensor.megatron}: row {segment.row} is set twice or skipped"
         rows = slice(segment.hf_row, segment.hf_row + segment.rows)
         parameter[segment.row : segment.row + segment.rows].copy_(source.read(segment.hf_name, rows, segment.columns))
@@ -169,8 +176,8 @@ def _check_tied_copy(embedding: Tensor, source: WeightSource, arch: Architecture
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
     )
-    (tensor,) = (m for m in mapping(arch) if m.megatron == _EMBEDDING)
-    for segment in segments(tensor, arch, tp, rank):
+    (tensor,) = (tensor for tensor in megatron_tensors(arch) if tensor.megatron == _EMBEDDING)
+    for segment in row_spans(tensor, arch, tp, rank):
         copy = source.read("lm_head.weight", slice(segment.hf_row, segment.hf_row + segment.rows), segment.columns)
         if not torch.equal(copy.to(embedding.dtype), embedding[segment.row : segment.row + segment.rows].cpu()):
             raise CheckpointError(
@@ -180,14 +187,9 @@ def _check_tied_copy(embedding: Tensor, source: WeightSource, arch: Architecture
             )
 
 
-def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of the model and its shape."""
-    return {name: shape for m in mapping(arch) for name, shape in hf_shapes(m, arch).items()}
-
-
 def check_names_and_shapes(found: dict[str, tuple[int, ...]], arch: Architecture) -> None:
     """CheckpointError naming what is missing, surplus or misshapen."""
-    expected = expected_shapes(arch)
+    expected = hf_tensor_shapes(arch)
     ignored = {name for name in found if _IGNORED.search(name)}
     if arch.tie_word_embeddings:
         ignored.add("lm_head.weight")  # some tools store the tied copy

@@ -21,7 +21,7 @@ from checkpoint_convert.open import open_checkpoint
 from checkpoint_convert.rows import Files
 from checkpoint_convert.verify import compare_logits
 from megatron_cpt.architecture import tensors as mapping_module
-from megatron_cpt.architecture.tensors import Segment
+from megatron_cpt.architecture.tensors import RowSpan
 
 TOLERANCE = 1e-5
 NAMES = [name for name in MODELS if not name.startswith("deep")]
@@ -69,14 +69,14 @@ def _plain_qkv(m, arch, tp=1, rank=0, padded_vocab=None):  # type: ignore[no-unt
     """q, k, v one below the other: the mistake that a converter without interleaving makes."""
     row, out = 0, []
     for name, shape in mapping_module.hf_shapes(m, arch).items():
-        out.append(Segment(name, 0, row, shape[0], slice(None)))
+        out.append(RowSpan(name, 0, row, shape[0], slice(None)))
         row += shape[0]
     return out
 
 
 def _swapped_gate(m, arch, tp=1, rank=0, padded_vocab=None):  # type: ignore[no-untyped-def]
     half = m.shape[0] // 2
-    return [Segment(name, 0, i * half, half, slice(None)) for i, name in enumerate(reversed(m.hf))]
+    return [RowSpan(name, 0, i * half, half, slice(None)) for i, name in enumerate(reversed(m.hf))]
 
 
 @pytest.mark.parametrize(("kind", "mistake"), [("qkv", _plain_qkv), ("gated", _swapped_gate)])
@@ -86,14 +86,14 @@ def test_a_wrong_arrangement_is_noticed(
     """The writer makes the mistake, the reader does not: the logits must tell."""
     from checkpoint_convert import legacy
 
-    right = mapping_module.segments
+    right = mapping_module.row_spans
 
     def wrong(m, *args, **kwargs):  # type: ignore[no-untyped-def]
         return mistake(m, *args, **kwargs) if m.kind == kind else right(m, *args, **kwargs)  # type: ignore[operator]
 
     source = models / "qwen2"
     with monkeypatch.context() as context:
-        context.setattr(legacy, "segments", wrong)
+        context.setattr(legacy, "row_spans", wrong)
         convert(open_checkpoint(source), tmp_path / "wrong", Options(to="legacy"))
     assert (streamed(tmp_path / "wrong") - reference(source)).abs().max() > 100 * TOLERANCE
 

@@ -25,22 +25,22 @@ from checkpoint_convert import convert as convert_module
 from checkpoint_convert import torch_dist_writer
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.open import open_checkpoint
-from megatron_cpt.architecture.tensors import Mapping, Segment, segments
+from megatron_cpt.architecture.tensors import MegatronTensor, RowSpan, row_spans
 
 RIGHT = [row for row in ROWS if row[0] != SWAPPED]
 
 
 @contextlib.contextmanager
 def swapped_gate() -> Iterator[None]:
-    def wrong(m: Mapping, *args: Any, **kwargs: Any) -> list[Segment]:
-        found = segments(m, *args, **kwargs)
+    def wrong(m: MegatronTensor, *args: Any, **kwargs: Any) -> list[RowSpan]:
+        found = row_spans(m, *args, **kwargs)
         return (
             [dataclasses.replace(s, hf_name=n) for s, n in zip(found, m.hf[::-1], strict=True)]
             if m.kind == "gated"
             else found
         )
 
-    with mock.patch.object(torch_dist_writer, "segments", wrong), mock.patch.object(convert_module, "_check_readable"):
+    with mock.patch.object(torch_dist_writer, "row_spans", wrong), mock.patch.object(convert_module, "_check_readable"):
         yield
 
 

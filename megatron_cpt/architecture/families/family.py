@@ -1,6 +1,6 @@
 """A family is a config reader and a name table; everything else follows from these two.
 
-A `Row` of the table names one Megatron tensor, the Hugging Face tensors that it is made of, how they
+A `TensorRule` of the table names one Megatron tensor, the Hugging Face tensors that it is made of, how they
 are joined (`Kind`), its symbolic shape and the dimension that tensor parallelism splits. Layer tables
 are written without the layer prefix (`decoder.layers.{i}.` and `model.layers.{i}.`).
 """
@@ -8,27 +8,30 @@ are written without the layer prefix (`decoder.layers.{i}.` and `model.layers.{i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling
 from megatron_cpt.errors import ConversionError
 
 Kind = Literal["plain", "qkv", "gated", "vocab"]
+Split = Literal["rows", "columns"]
 Config = dict[str, Any]  # the content of a config.json
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One Megatron tensor. Shape symbols are the keys of `mapping.dimensions`."""
+class TensorRule:
+    """One Megatron tensor. Shape symbols are the keys of `tensors.dimensions`."""
 
     megatron: str
     kind: Kind
     hf: tuple[str, ...]
     shape: tuple[str, ...]
-    partition_dim: int | None = None  # 0: split by output rows, 1: by input columns, None: on every TP rank
+    _: KW_ONLY
+    split: Split | None = None  # what tensor parallelism divides: output rows, input columns, or nothing
+    by_heads: bool = False  # it can only be divided between whole attention heads
 
 
 @dataclass(frozen=True)
@@ -37,57 +40,66 @@ class Family:
 
     name: str  # also `model_type` in config.json
     hf_class: str  # the one entry of `architectures` in config.json
-    layer: tuple[Row, ...]
+    layer: tuple[TensorRule, ...]
     facts: Callable[[Config], dict[str, Any]]
-    model: tuple[Row, ...] = (
-        Row(
+    model: tuple[TensorRule, ...] = (
+        TensorRule(
             "embedding.word_embeddings.weight",
             "vocab",
             ("model.embed_tokens.weight",),
             ("vocab", "hidden"),
-            0,
+            split="rows",
         ),
-        Row("decoder.final_layernorm.weight", "plain", ("model.norm.weight",), ("hidden",)),
-        Row("output_layer.weight", "vocab", ("lm_head.weight",), ("vocab", "hidden"), 0),
+        TensorRule("decoder.final_layernorm.weight", "plain", ("model.norm.weight",), ("hidden",)),
+        TensorRule("output_layer.weight", "vocab", ("lm_head.weight",), ("vocab", "hidden"), split="rows"),
     )
 
 
 # Rows shared by every decoder of the Llama lineage. The norms carry TransformerEngine's names (fused into the
 # linear that follows); Megatron-Core's local spec writes the same names into a torch_dist checkpoint.
-LLAMA_LAYER: tuple[Row, ...] = (
-    Row("self_attention.linear_qkv.layer_norm_weight", "plain", ("input_layernorm.weight",), ("hidden",)),
-    Row(
+LLAMA_LAYER: tuple[TensorRule, ...] = (
+    TensorRule("self_attention.linear_qkv.layer_norm_weight", "plain", ("input_layernorm.weight",), ("hidden",)),
+    TensorRule(
         "self_attention.linear_qkv.weight",
         "qkv",
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
         ("qkv", "hidden"),
-        0,
+        split="rows",
+        by_heads=True,
     ),
-    Row("self_attention.linear_proj.weight", "plain", ("self_attn.o_proj.weight",), ("hidden", "q"), 1),
-    Row("mlp.linear_fc1.layer_norm_weight", "plain", ("post_attention_layernorm.weight",), ("hidden",)),
-    Row(
+    TensorRule(
+        "self_attention.linear_proj.weight",
+        "plain",
+        ("self_attn.o_proj.weight",),
+        ("hidden", "q"),
+        split="columns",
+        by_heads=True,
+    ),
+    TensorRule("mlp.linear_fc1.layer_norm_weight", "plain", ("post_attention_layernorm.weight",), ("hidden",)),
+    TensorRule(
         "mlp.linear_fc1.weight",
         "gated",
         ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
         ("gated_ffn", "hidden"),
-        0,
+        split="rows",
     ),
-    Row("mlp.linear_fc2.weight", "plain", ("mlp.down_proj.weight",), ("hidden", "ffn"), 1),
+    TensorRule("mlp.linear_fc2.weight", "plain", ("mlp.down_proj.weight",), ("hidden", "ffn"), split="columns"),
 )
 
-QKV_BIAS: tuple[Row, ...] = (
-    Row(
+QKV_BIAS: tuple[TensorRule, ...] = (
+    TensorRule(
         "self_attention.linear_qkv.bias",
         "qkv",
         ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
         ("qkv",),
-        0,
+        split="rows",
+        by_heads=True,
     ),
 )
 
-QK_NORM: tuple[Row, ...] = (
-    Row("self_attention.q_layernorm.weight", "plain", ("self_attn.q_norm.weight",), ("head_dim",)),
-    Row("self_attention.k_layernorm.weight", "plain", ("self_attn.k_norm.weight",), ("head_dim",)),
+QK_NORM: tuple[TensorRule, ...] = (
+    TensorRule("self_attention.q_layernorm.weight", "plain", ("self_attn.q_norm.weight",), ("head_dim",)),
+    TensorRule("self_attention.k_layernorm.weight", "plain", ("self_attn.k_norm.weight",), ("head_dim",)),
 )
 
 

@@ -20,7 +20,7 @@ from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.dcp_index import index_bytes, read_index
 from checkpoint_convert.open import open_checkpoint
 from megatron_cpt.errors import ConversionError
-from tests.unit.convert.test_foreign import megatron_tensors, stacked, write_legacy
+from tests.unit.convert.test_foreign import global_tensors, stacked, write_legacy
 from tests.unit.convert.tiny_checkpoints import assert_same_weights, write_hf
 
 SHAPES = [(1,), (300,), (70_000,), (3, 5), (1, 4, 2), (256, 255)]
@@ -99,7 +99,7 @@ def foreign(tmp_path: Path, kind: str, *, checksums: bool = True) -> tuple[Path,
     torch.serialization.set_crc32_options(checksums)
     try:
         if kind == "torch_dist":
-            dcp.save(dict(stacked(megatron_tensors(hf))), checkpoint_id=tmp_path / "ckpt", no_dist=True)
+            dcp.save(dict(stacked(global_tensors(hf))), checkpoint_id=tmp_path / "ckpt", no_dist=True)
         else:
             write_legacy(hf, tmp_path / "ckpt")
     finally:

@@ -19,7 +19,7 @@ from checkpoint_convert.megatron_args import megatron_args
 from checkpoint_convert.open import open_checkpoint
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.errors import ConversionError
-from tests.unit.convert.test_foreign import megatron_tensors, stacked, write_legacy
+from tests.unit.convert.test_foreign import global_tensors, stacked, write_legacy
 from tests.unit.convert.tiny_checkpoints import assert_same_weights, write_hf
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -67,7 +67,7 @@ def bridge_model(hf: Path) -> dict[str, Any]:
 def bridge_checkpoint(tmp_path: Path, family: str, *, nested: bool = False, **changes: Any) -> tuple[Path, Path]:
     hf = write_hf(tmp_path / "base", family, **MODELS[family])
     folder = tmp_path / "ckpt" / "iter_0000020"
-    dcp.save(dict(stacked(megatron_tensors(hf))), checkpoint_id=folder, no_dist=True)
+    dcp.save(dict(stacked(global_tensors(hf))), checkpoint_id=folder, no_dist=True)
     (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").write_text("20")
     torch.save({"content_metadata": {}}, folder / "common.pt")
     model = bridge_model(hf) | changes
@@ -144,7 +144,7 @@ def test_megatron_lm_args_need_no_hf_config(tmp_path: Path, kind: str, family: s
     if kind == "legacy":
         write_legacy(hf, tmp_path / "ckpt", {"args": args})
     else:
-        dcp.save(dict(stacked(megatron_tensors(hf))), checkpoint_id=tmp_path / "ckpt", no_dist=True)
+        dcp.save(dict(stacked(global_tensors(hf))), checkpoint_id=tmp_path / "ckpt", no_dist=True)
         torch.save({"args": args, "iteration": 7}, tmp_path / "ckpt" / "common.pt")
     opened = open_checkpoint(tmp_path / "ckpt")
     assert opened.arch == arch
@@ -168,7 +168,7 @@ def test_our_own_checkpoint_without_its_hf_folder(tmp_path: Path, caplog: pytest
 
 def test_nothing_says_which_model_it_is(tmp_path: Path) -> None:
     hf = write_hf(tmp_path / "base")
-    dcp.save(dict(stacked(megatron_tensors(hf))), checkpoint_id=tmp_path / "ckpt", no_dist=True)
+    dcp.save(dict(stacked(global_tensors(hf))), checkpoint_id=tmp_path / "ckpt", no_dist=True)
     with pytest.raises(ConversionError, match="does not say which model it is") as caught:
         open_checkpoint(tmp_path / "ckpt")
     assert "--hf-config" in str(caught.value.hint)

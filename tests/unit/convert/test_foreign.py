@@ -19,18 +19,18 @@ from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.dcp_index import TensorStorageMetadata, index_bytes, read_index
 from checkpoint_convert.open import open_checkpoint
 from megatron_cpt.architecture.families import read_architecture
-from megatron_cpt.architecture.tensors import LAYER_PREFIX, LOCAL_TO_TE, mapping, segments, slice_shape
+from megatron_cpt.architecture.tensors import LAYER_PREFIX, LOCAL_TO_TE, megatron_tensors, row_spans, slice_shape
 from megatron_cpt.errors import ConversionError
 from tests.unit.convert.tiny_checkpoints import assert_same_weights, hf_tensors, write_hf
 
 
-def megatron_tensors(hf: Path) -> dict[str, torch.Tensor]:
+def global_tensors(hf: Path) -> dict[str, torch.Tensor]:
     """Global Megatron tensors by per-layer names, built here apart from the writers under test."""
     arch, tensors = read_architecture(hf), hf_tensors(hf)
     out = {}
-    for m in mapping(arch):
+    for m in megatron_tensors(arch):
         out[m.megatron] = torch.zeros(slice_shape(m, arch), dtype=torch.bfloat16)
-        for s in segments(m, arch):
+        for s in row_spans(m, arch):
             out[m.megatron][s.row : s.row + s.rows] = tensors[s.hf_name][s.hf_row : s.hf_row + s.rows]
     return out
 
@@ -53,7 +53,7 @@ def to_hf(source: Path, **kwargs: Any) -> Path:
 @pytest.mark.parametrize("prefix", ["", "model.", "module."])
 def test_torch_dist_written_by_stock_pytorch(tmp_path: Path, layout: str, prefix: str) -> None:
     hf = write_hf(tmp_path / "hf")
-    tensors = megatron_tensors(hf)
+    tensors = global_tensors(hf)
     tensors = stacked(tensors) if layout == "stacked" else tensors
     state: dict[str, Any] = {prefix + name: t for name, t in tensors.items()}
     state |= {f"optimizer.state.exp_avg.{name}": t.float() for name, t in tensors.items()}
@@ -67,7 +67,7 @@ def test_torch_dist_written_by_stock_pytorch(tmp_path: Path, layout: str, prefix
 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     hf = write_hf(tmp_path / "hf")
-    tensors = stacked(megatron_tensors(hf)) | {"decoder.layers.mlp.router.weight": torch.ones(4, 2, 2)}
+    tensors = stacked(global_tensors(hf)) | {"decoder.layers.mlp.router.weight": torch.ones(4, 2, 2)}
     dcp.save(tensors, checkpoint_id=tmp_path / "ckpt", no_dist=True)
     with pytest.raises(MismatchError, match=r"not mapped: decoder.layers.mlp.router.weight"):
         open_checkpoint(tmp_path / "ckpt", hf_config=hf)
@@ -117,7 +117,7 @@ def write_legacy(hf: Path, folder: Path, extra: dict[str, Any] | None = None, *,
     """A legacy checkpoint of one rank, as Megatron-LM's torch.save would write it."""
     te_to_local = {te: name for name, te in LOCAL_TO_TE.items()}
     model: dict[str, Any] = {}
-    for name, tensor in megatron_tensors(hf).items():
+    for name, tensor in global_tensors(hf).items():
         rest = name.split(".", 3)[-1]
         if local and rest in te_to_local:
             name = name.removesuffix(rest) + te_to_local[rest]

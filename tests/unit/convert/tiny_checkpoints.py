@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_convert.hf import tensor_shapes
 from megatron_cpt.architecture.families import FAMILIES, architecture_from_config
+from megatron_cpt.architecture.tensors import hf_tensor_shapes
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -42,7 +42,7 @@ def write_hf(
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 128}')
     generator = torch.Generator().manual_seed(7)
-    shapes = tensor_shapes(architecture_from_config(settings))
+    shapes = hf_tensor_shapes(architecture_from_config(settings))
     tensors = {name: (scale * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder

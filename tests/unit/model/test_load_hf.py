@@ -132,13 +132,13 @@ def test_element_left_unset_is_found(model_dir: Path, monkeypatch: pytest.Monkey
     """The proof by NaN: a loader that forgets the last rows of a tensor does not get away with it."""
     from megatron_cpt.model import load_hf
 
-    original = load_hf.segments
+    original = load_hf.row_spans
 
     def short(tensor: object, *args: object) -> list[object]:
         *head, last = original(tensor, *args)
         return [*head, dataclasses.replace(last, rows=last.rows - 1)]
 
-    monkeypatch.setattr(load_hf, "segments", short)
+    monkeypatch.setattr(load_hf, "row_spans", short)
     with pytest.raises(AssertionError, match=r"set twice or skipped|left unset"):
         load(model_dir)
 

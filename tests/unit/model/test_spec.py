@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_cpt.architecture.families import read_architecture
-from megatron_cpt.architecture.tensors import mapping
+from megatron_cpt.architecture.tensors import megatron_tensors
 from megatron_cpt.model.build import build_model
 from megatron_cpt.model.spec import RMSNorm
 from tests.parity.tiny_models import save_tiny_model
@@ -21,7 +21,7 @@ def test_checkpoint_keys_are_those_of_the_mapping(tmp_path: Path, attention: str
     arch = read_architecture(save_tiny_model(name, tmp_path))
     model = build_model(make_config(model={"attention": attention}), arch)[0]
     keys = {tensor.key for key, tensor in model.sharded_state_dict().items() if not key.endswith("_extra_state")}
-    stacked = {m.megatron if m.layer is None else f"decoder.layers.{m.name_in_layer}" for m in mapping(arch)}
+    stacked = {m.megatron if m.layer is None else f"decoder.layers.{m.name_in_layer}" for m in megatron_tensors(arch)}
     assert keys == stacked
 
 
