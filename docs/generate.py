@@ -14,7 +14,8 @@ import pydantic
 
 from megatron_cpt.cli import COMMANDS, cli
 from megatron_cpt.config.load import ALIASES, WITHOUT_MEANING
-from megatron_cpt.config.schema import RunConfig, Section
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Section
 from megatron_cpt.corpus import schema as corpus_schema
 from megatron_cpt.corpus import schema_processing as processing
 

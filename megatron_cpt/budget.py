@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_cpt.errors import ConfigError
+Rounding = Literal["up", "exact"]
 
 _MULTIPLIER = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"^\s*(\d[\d_,]*(?:\.\d+)?)\s*([KMBT]?)\s*$", re.IGNORECASE)
@@ -96,82 +96,81 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """A token budget cut into optimizer steps."""
+class BatchSize:
+    """Samples of each optimizer step: `full` of them, or a ramp that grows to `full` in steps of `first`."""
 
-    requested_tokens: int
-    tokens_per_step: int
-    train_iters: int
+    full: int
+    first: int | None = None  # None: no ramp
+    rampup_tokens: int = 0  # from the start of the run to the full size
+
+    def at(self, consumed_tokens: int) -> int:
+        """Return the samples of the step that begins after `consumed_tokens`."""
+        if self.first is None or consumed_tokens >= self.rampup_tokens:
+            return self.full
+        return self.first * (1 + consumed_tokens * (self._levels - 1) // self.rampup_tokens)
+
+    def unchanged_until(self, consumed_tokens: int) -> int | None:
+        """Return the token from which `at` gives more than it does at `consumed_tokens`, None if it never does."""
+        size = self.at(consumed_tokens)
+        if self.first is None or size == self.full:
+            return None
+        rise = -(-self.rampup_tokens * (size // self.first) // max(1, self._levels - 1))
+        return max(consumed_tokens + 1, rise)
 
     @property
-    def train_tokens(self) -> int:
-        """What will really be trained: `train_iters` whole steps."""
-        return self.train_iters * self.tokens_per_step
+    def _levels(self) -> int:
+        assert self.first is not None
+        return max(1, self.full // self.first)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The whole optimizer steps that reach a token budget; `cut_budget` makes it."""
+
+    requested_tokens: int
+    consumed_tokens: int  # where the cut begins
+    train_iters: int  # steps from there
+    train_tokens: int  # where the last of them ends, counted from the start of the run
+    last_step_tokens: int
 
     @property
     def added_tokens(self) -> int:
-        """Tokens that rounding up to a whole step added to the request."""
+        """Tokens that rounding up to a whole step adds to the request."""
         return self.train_tokens - self.requested_tokens
 
+    def broken_rule(self, rounding: Rounding) -> tuple[str, str] | None:
+        """Return what is wrong with the budget as (rule, hint), None when nothing is."""
+        step = self.last_step_tokens
+        below = self.train_tokens - step
+        if self.consumed_tokens == 0 and self.requested_tokens < step and self.train_iters <= 1:
+            return (
+                f"is smaller than one step of {step:,} tokens (global_batch_size x seq_length)",
+                f"at least {step:,}, or lower batch.global_batch_size or batch.seq_length",
+            )
+        if self.train_iters and self.added_tokens and rounding == "exact":
+            return (
+                f"does not end with a whole step of {step:,} tokens: {self.requested_tokens - below:,} tokens are "
+                "left over",
+                f"{below:,} or {self.train_tokens:,}, or budget.rounding: up",
+            )
+        return None
 
-def ramped_batch_size(consumed_tokens: int, full: int, first: int | None, rampup_tokens: int) -> int:
-    """Samples of the step after `consumed_tokens`: `first`, raised by `first` at equal distances, `full` at the end."""
-    if first is None or consumed_tokens >= rampup_tokens:
-        return full
-    levels = full // first
-    return first * (1 + consumed_tokens * (levels - 1) // rampup_tokens)
 
+def cut_budget(requested_tokens: int, batch_size: BatchSize, seq_length: int, consumed_tokens: int = 0) -> Steps:
+    """Cut a budget into whole steps; the last one may end behind the budget.
 
-def plan_ramped_steps(
-    requested_tokens: int,
-    seq_length: int,
-    full: int,
-    first: int | None,
-    rampup_tokens: int,
-    consumed: int = 0,
-) -> tuple[int, int]:
-    """(steps from `consumed` tokens on, tokens at the end) of a run of whole steps until the budget is reached.
-
-    The batch has `full` samples, or grows to that from `first` over `rampup_tokens`.
+    Args:
+        requested_tokens: end of the run, counted from its start.
+        batch_size: samples per step, as a function of the position.
+        seq_length: tokens per sample.
+        consumed_tokens: where the run stands; the steps are counted from here. The end is the same from every
+            position that a run passes through, and moves only when the size of the batch was changed on the way.
     """
-    steps = 0
-    while consumed < requested_tokens:
-        size = ramped_batch_size(consumed, full, first, rampup_tokens)
-        until = requested_tokens
-        if size < full:  # to the next rise, not step by step
-            assert first is not None
-            rise = -(-rampup_tokens * (size // first) // (full // first - 1))
-            until = min(until, max(rise, consumed + 1))
-        more = -(-(until - consumed) // (size * seq_length))
-        steps, consumed = steps + more, consumed + more * size * seq_length
-    return steps, consumed
-
-
-Rounding = Literal["up", "exact"]
-
-
-def broken_rule(train_tokens: int, tokens_per_step: int, rounding: Rounding) -> tuple[str, str] | None:
-    """What is wrong with a budget as (rule, hint), None when nothing is."""
-    whole, remainder = divmod(train_tokens, tokens_per_step)
-    if not whole:
-        return (
-            f"is smaller than one step of {tokens_per_step:,} tokens (global_batch_size x seq_length)",
-            f"at least {tokens_per_step:,}, or lower batch.global_batch_size or batch.seq_length",
-        )
-    if remainder and rounding == "exact":
-        return (
-            f"is not a multiple of {tokens_per_step:,} tokens per step: {remainder:,} tokens are left over",
-            f"{whole * tokens_per_step:,} or {(whole + 1) * tokens_per_step:,}, or budget.rounding: up",
-        )
-    return None
-
-
-def plan_steps(train_tokens: int, tokens_per_step: int, rounding: Rounding = "up") -> Steps:
-    """Cut `train_tokens` into steps of `tokens_per_step` = global_batch_size * seq_length.
-
-    Raises:
-        ConfigError: the budget is smaller than one step, or `exact` is asked for and there is a remainder.
-    """
-    if broken := broken_rule(train_tokens, tokens_per_step, rounding):
-        raise ConfigError(f"budget.train_tokens = {train_tokens:,} {broken[0]}", hint=broken[1])
-    return Steps(train_tokens, tokens_per_step, -(-train_tokens // tokens_per_step))
+    iters, position = 0, consumed_tokens
+    step_tokens = batch_size.at(position) * seq_length
+    while position < requested_tokens:  # from one rise of the batch to the next, not step by step
+        step_tokens = batch_size.at(position) * seq_length
+        until = min(requested_tokens, batch_size.unchanged_until(position) or requested_tokens)
+        more = -(-(until - position) // step_tokens)
+        iters, position = iters + more, position + more * step_tokens
+    return Steps(requested_tokens, consumed_tokens, iters, position, step_tokens)

@@ -22,7 +22,7 @@ def index(config_path: Path, overrides: tuple[str, ...]) -> None:
     """
     job = check_job(config_path, overrides)
     ledger = standing_ledger(job)
-    plans = plan_sources(job.config, job.datasets, ledger, job.derived.train_tokens)
+    plans = plan_sources(job.config, job.datasets, ledger)
     adapt_megatron_core_to_cpu()
     from megatron_cpt.data.batches import open_batches
 

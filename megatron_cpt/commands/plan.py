@@ -13,7 +13,8 @@ from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.load import load_config
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.launch.model_dir import architecture_dir
 from megatron_cpt.train.schedule import draw_schedule, sample_schedule
 
@@ -47,7 +48,7 @@ def plan_json(config: RunConfig, arch: Architecture, derived: Derived) -> dict[s
         "notes": list(derived.notes),
         "architecture": dataclasses.asdict(arch),
         "learning_rates": [
-            {"consumed_tokens": tokens, "lr": lr} for tokens, lr in sample_schedule(config, derived.train_tokens, 21)
+            {"consumed_tokens": tokens, "lr": lr} for tokens, lr in sample_schedule(phase_at(config), 21)
         ],
         "config": config.model_dump(mode="json"),
     }
@@ -74,7 +75,7 @@ def _print_plan(config: RunConfig, arch: Architecture, derived: Derived) -> None
         ("budget", f"{derived.train_tokens:,} tokens = {derived.train_iters:,} iterations"),
         ("warm-up", f"{derived.warmup_tokens:,} tokens"),
         ("schedule", f"{config.schedule.kind}, lr {config.optimizer.lr:g} to {config.optimizer.min_lr:g}"),
-        ("", draw_schedule(config, derived.train_tokens)),
+        ("", draw_schedule(phase_at(config))),
         ("checkpoints", f"every {config.checkpoint.save_every}, and the last step"),
         ("run folder", config.folder),
     ]

@@ -55,13 +55,13 @@ def train(config_path: Path, overrides: tuple[str, ...], accept_changes: bool) -
     check_continues(job.config, accept_changes=accept_changes)
     refuse_if_held_here(folder.lease)
     ledger = standing_ledger(job)
-    if ledger.tokens >= job.derived.train_tokens:
+    if ledger.tokens >= job.config.budget.train_tokens:
         click.echo(
             f"{folder.root} is finished: {ledger.tokens:,} tokens trained, the last checkpoint is "
             f"{complete_checkpoints(folder.checkpoints)[0][0]}. Raise budget.train_tokens to go on."
         )
         return FINISHED
-    plans = plan_sources(job.config, job.datasets, ledger, job.derived.train_tokens)
+    plans = plan_sources(job.config, job.datasets, ledger)
     folder, changes = prepare_run_folder(job.config, job.model_dir, accept_changes=accept_changes)
     record_start(folder, job.config, changes)
     announce(job, plans, changes)

@@ -16,7 +16,7 @@ import pydantic
 import yaml
 
 from megatron_cpt.config.problems import Problem, raise_problems
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.blend import Blend
 from megatron_cpt.data.datasets import Datasets, SourcePlan, blend_of
 from megatron_cpt.data.epochs import EpochStream, build_indices
@@ -114,7 +115,7 @@ def open_batches(
     wanted = [(streams[plan.name], range(_last_epoch(plan) + 1)) for plan in plans]
     build_indices(wanted, cache_dir)
     document_end = datasets.train[0].eod_id if config.model.document_attention else None
-    return BatchStream(blend_of(config), streams, config.batch.seq_length, document_end)
+    return BatchStream(blend_of(phase_at(config, ledger.tokens)), streams, config.batch.seq_length, document_end)
 
 
 def _last_epoch(plan: SourcePlan) -> int:

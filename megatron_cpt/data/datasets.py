@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.budget import plan_ramped_steps
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.phase import Phase, phase_at
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest, manifest_hash, read_manifest
 from megatron_cpt.corpus.tokenizers.tokenizer import tokenizer_fingerprint
@@ -171,24 +171,20 @@ def _sequences_lie_in_order(reader: IndexedReader, chunk: int = 1 << 20) -> bool
     return True
 
 
-def blend_of(config: RunConfig) -> Blend:
-    return build_blend({source.name: source.weight for source in config.data.train}, config.seed)
+def blend_of(phase: Phase) -> Blend:
+    """Which source gives each sample of `phase`."""
+    return build_blend({source.name: source.weight for source in phase.sources}, phase.seed)
 
 
-def plan_sources(config: RunConfig, datasets: Datasets, ledger: Ledger, train_tokens: int) -> tuple[SourcePlan, ...]:
-    """What each source must give from `ledger` to `train_tokens`.
+def plan_sources(config: RunConfig, datasets: Datasets, ledger: Ledger) -> tuple[SourcePlan, ...]:
+    """What each source must give from `ledger` to the end of the budget.
 
     Raises:
         DataError: a source would be repeated more often than data.max_epochs allows.
     """
-    seq_length = config.batch.seq_length
-    batch = config.batch
-    # In whole steps from here: after a change of the batch size they may end behind the budget.
-    _, end_tokens = plan_ramped_steps(
-        train_tokens, seq_length, batch.global_batch_size, batch.rampup_from, batch.rampup_tokens, ledger.tokens
-    )
-    samples = (end_tokens - ledger.tokens) // seq_length
-    counts = blend_of(config).counts(ledger.samples, ledger.samples + samples)
+    phase, seq_length = phase_at(config, ledger.tokens), config.batch.seq_length
+    samples = (phase.end_tokens - ledger.tokens) // seq_length
+    counts = blend_of(phase).counts(ledger.samples, ledger.samples + samples)
     plans = []
     for dataset in datasets.train:
         position = ledger.sources[dataset.name]

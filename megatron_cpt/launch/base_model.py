@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
 
 _NAME = re.compile(r"(^|[-_./])(instruct|chat|it|dpo|rlhf)($|[-_./])", re.IGNORECASE)

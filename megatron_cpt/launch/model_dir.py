@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
 
 # a model directory, a converted checkpoint, a run folder: where each keeps the Hugging Face side files

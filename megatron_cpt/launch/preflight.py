@@ -12,7 +12,7 @@ from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.budget import format_count
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.load import load_config
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import Datasets, SourcePlan, check_datasets
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import CheckpointError

@@ -16,8 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.config.schema import RunConfig
-from megatron_cpt.errors import ConfigError
+from megatron_cpt.config.problems import raise_problems
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.sections.batch import sliding_window_problems
 from megatron_cpt.model.gpu_options import fp8_settings
 from megatron_cpt.model.spec import layer_spec, resolve_attention
 
@@ -41,12 +42,6 @@ class CptModel(GPTModel):
             with torch.no_grad():  # the softmax of -inf is 0, and so is its gradient: nothing to record
                 logits[..., max(real, 0) :].fill_(float("-inf"))
         return super().compute_language_model_loss(labels, logits)
-
-
-def sequence_parallel(config: RunConfig) -> bool:
-    """On with tensor parallelism unless switched off; never without it."""
-    parallel = config.parallel
-    return parallel.tp > 1 and parallel.sequence_parallel is not False
 
 
 def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConfig:
@@ -77,7 +72,7 @@ def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConf
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.cp,
-        sequence_parallel=sequence_parallel(config),
+        sequence_parallel=parallel.uses_sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -126,7 +121,7 @@ def build_model(config: RunConfig, arch: Architecture) -> list[GPTModel]:
 
     Needs `init_runtime` before. Raises ConfigError for what the model's config asks for and this layout lacks.
     """
-    _refuse_sliding_window(config, arch)
+    raise_problems(list(sliding_window_problems(config.batch.seq_length, arch)), "the model's config")
     engine_config = transformer_config(config, arch)
     if (vpp := _vpp(config)) is None:
         return [_build_chunk(config, arch, engine_config, None)]
@@ -163,13 +158,3 @@ def _build_chunk(
             original_max_position_embeddings=scaling.original_max_position_embeddings,
         )
     return model if not torch.cuda.is_available() else model.cuda()
-
-
-def _refuse_sliding_window(config: RunConfig, arch: Architecture) -> None:
-    window, length = arch.sliding_window, config.batch.seq_length
-    if window is not None and length > window:
-        raise ConfigError(
-            f"the model attends within a sliding window of {window} tokens, and batch.seq_length = {length} "
-            "is longer; full attention would not be what the model computes",
-            hint=f"set batch.seq_length to at most {window}",
-        )

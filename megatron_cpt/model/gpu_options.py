@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.model.spec import resolve_attention, transformer_engine_is_usable
 

@@ -23,7 +23,7 @@ import yaml
 
 from megatron_cpt import __version__
 from megatron_cpt.config.load import build_config, read_yaml
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import CheckpointError
 

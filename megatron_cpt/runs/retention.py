@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.config.schema import CheckpointConfig
+from megatron_cpt.config.sections.checkpoint import CheckpointConfig
 from megatron_cpt.runs.marker import Marker
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.config.derive import planned_steps
 from megatron_cpt.launch.local import read_rank_error
 from megatron_cpt.runs.checkpoints import list_checkpoints
 from megatron_cpt.runs.folder import RunFolder, read_resolved
@@ -48,7 +47,6 @@ def read_status(root: Path) -> RunStatus:
     """Raises CheckpointError when `root` is not a run folder."""
     folder = RunFolder(root)
     config = read_resolved(folder)
-    train_tokens = planned_steps(config)[1]
     rows = read_metrics(folder.metrics)
     steps = [row for row in rows if "event" not in row]
     events = sorted((row for row in rows if row.get("event") in _LAST_WORDS), key=lambda row: row["time"])
@@ -63,7 +61,7 @@ def read_status(root: Path) -> RunStatus:
         state=_state(folder, events, error, last_time),
         iteration=last["iteration"] if last else 0,
         consumed_tokens=last["consumed_tokens"] if last else 0,
-        train_tokens=train_tokens,
+        train_tokens=config.steps(last["consumed_tokens"] if last else 0).train_tokens,
         loss=_number(last["loss"]) if last else None,
         validation_loss={row["name"]: _number(row["loss"]) for row in rows if row.get("event") == "validation"},
         tokens_per_second=last["tokens_per_second"] if last else None,

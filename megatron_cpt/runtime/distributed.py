@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
@@ -35,7 +35,7 @@ def init_runtime(config: RunConfig, *, timeout_minutes: float = 10.0) -> Runtime
     Raises:
         LaunchError: the number of processes contradicts the config, or there are fewer GPUs than processes.
     """
-    expected = config.parallel.nodes * config.parallel.gpus_per_node
+    expected = config.parallel.world_size
     rank, world_size, local_rank = _place(expected)
     adapt_megatron_core_to_cpu()
     if torch.cuda.is_available():

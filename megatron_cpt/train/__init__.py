@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_cpt.config.schema import RunConfig
+    from megatron_cpt.config.run_config import RunConfig
 
 
 class _CallablePackage(ModuleType):

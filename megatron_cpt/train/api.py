@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 
 
 def train_config(config: RunConfig, overrides: Sequence[str] = (), *, accept_changes: bool = False) -> int:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_cpt.budget import format_count
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.validation import ValidationSet

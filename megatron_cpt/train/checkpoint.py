@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt import __version__
 from megatron_cpt.budget import format_count
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runs.checkpoints import (
     checkpoint_path,
@@ -334,13 +334,12 @@ class CheckpointManager:
 
 def layout(config: RunConfig) -> dict[str, int]:
     parallel = config.parallel
-    ranks = parallel.nodes * parallel.gpus_per_node
     return {
         "tp": parallel.tp,
         "pp": parallel.pp,
         "cp": parallel.cp,
         "vpp": parallel.vpp or 1,
-        "dp": ranks // (parallel.tp * parallel.pp * parallel.cp),
+        "dp": parallel.data_parallel_size,
         **{name: n for name in ("first_stage_layers", "last_stage_layers") if (n := getattr(parallel, name))},
     }
 

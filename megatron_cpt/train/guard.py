@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_cpt.config.schema import FailureConfig
+from megatron_cpt.config.sections.failure import FailureConfig
 
 _FIRST_JUDGED = 20  # accepted steps before a loss can be called a spike
 

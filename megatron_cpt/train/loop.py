@@ -10,16 +10,17 @@ from functools import partial
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.config.derive import Derived
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.validation import ValidationSet
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
-from megatron_cpt.train.checkpoint import CheckpointManager, SaveFailed, layout
+from megatron_cpt.train.checkpoint import CheckpointManager, SaveFailed
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.control import Control
 from megatron_cpt.train.metrics_rows import Reporter
 from megatron_cpt.train.position import Progress
-from megatron_cpt.train.schedule import batch_size, learning_rate
+from megatron_cpt.train.schedule import learning_rate
 from megatron_cpt.train.start_checks import check_start
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.train.step import evaluate_step, train_step
@@ -49,18 +50,19 @@ def train(run: Run, progress: Progress) -> int:
     config, derived, state, failure = run.config, run.derived, run.state, run.config.failure
     micro, dp = config.batch.micro_batch_size, derived.data_parallel_size
     if progress.iteration == 0:
-        first = run.batches.plan_step(progress.ledger, batch_size(config, 0))
+        first = run.batches.plan_step(progress.ledger, phase_at(config).batch_size.at(0))
         check_start(state, next(run.batches.micro_batches(first, micro, run.dp_rank, dp)))
         progress = evaluate(run, progress)
-    while progress.ledger.tokens < derived.train_tokens:
+    while progress.ledger.tokens < config.budget.train_tokens:  # whole steps from where the run stands
         run.watchdog.enter("step")
         clock = LapClock()
         before = progress.ledger.tokens
-        plan = run.batches.plan_step(progress.ledger, batch_size(config, before))
+        phase = phase_at(config, before)
+        plan = run.batches.plan_step(progress.ledger, phase.batch_size.at(before))
         batches = list(run.batches.micro_batches(plan, micro, run.dp_rank, dp))
         clock.lap("data")
 
-        lr = learning_rate(config, derived.train_tokens, (before + plan.ledger.tokens) / 2)
+        lr = learning_rate(phase, (before + plan.ledger.tokens) / 2)
         set_rates(state.optimizer, lr, config.optimizer.weight_decay)
         guard, sources = progress.guard, len(run.batches.streams)
         accept = partial(guard.accepts, failure)
@@ -70,7 +72,7 @@ def train(run: Run, progress: Progress) -> int:
 
         after = progress.ledger.tokens
         position = {"before_tokens": before, "after_tokens": after, "iteration": progress.iteration}
-        last = after >= derived.train_tokens
+        last = after >= config.budget.train_tokens
         request = run.control.agree()
         finish_save(run, progress)
         clock.lap("other")
@@ -148,7 +150,7 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
 
 def evaluate(run: Run, progress: Progress) -> Progress:
     """Exact token-weighted loss on every validation set; the progress with the losses."""
-    micro, dp = run.config.batch.micro_batch_size, layout(run.config)["dp"]
+    micro, dp = run.config.batch.micro_batch_size, run.derived.data_parallel_size
     losses = dict(progress.validation)
     for held_out in run.validation:
         run.watchdog.enter("eval")

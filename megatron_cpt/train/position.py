@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_cpt.config.schema import FailureConfig
+from megatron_cpt.config.sections.failure import FailureConfig
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.runs.marker import Marker
 from megatron_cpt.train.guard import Guard

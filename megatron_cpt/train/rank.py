@@ -59,7 +59,7 @@ def run_rank(job: Job, clock: LapClock, accept_changes: bool = False) -> int:
         lease = Lease(folder.lease)
         lease.acquire()
     ledger = standing_ledger(job)
-    plans = plan_sources(config, job.datasets, ledger, job.derived.train_tokens)
+    plans = plan_sources(config, job.datasets, ledger)
     if rank == 0 and CONSOLE_FD not in os.environ:
         announce(job, plans, changes)
     batches = open_batches(config, job.datasets, ledger, plans, index_cache_dir(config))

@@ -1,4 +1,4 @@
-"""The learning rate and the batch size as pure functions of consumed tokens; no state, standard library only.
+"""The learning rate as a pure function of consumed tokens: no state, no torch.
 
 A step is given the rate at its middle token, so the first step is not wasted on 0 and the last not on the end.
 
@@ -16,11 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from megatron_cpt.budget import ramped_batch_size
-from megatron_cpt.config.derive import decay_tokens
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.phase import Phase
 
-# share of the way that is left after the share x of a decay, from 1 at x = 0 to 0 at x = 1
+# fraction of the decay still ahead once a fraction x is done: 1 at x = 0, 0 at x = 1
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
@@ -28,22 +26,16 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def batch_size(config: RunConfig, consumed_tokens: int) -> int:
-    """Samples of the step after `consumed_tokens`."""
-    batch = config.batch
-    return ramped_batch_size(consumed_tokens, batch.global_batch_size, batch.rampup_from, batch.rampup_tokens)
-
-
-def learning_rate(config: RunConfig, train_tokens: int, consumed_tokens: float) -> float:
-    """The rate at `consumed_tokens` of a run that ends at `train_tokens`."""
-    schedule, optimizer = config.schedule, config.optimizer
-    peak, floor, warmup = optimizer.lr, optimizer.min_lr, config.budget.warmup_tokens
+def learning_rate(phase: Phase, consumed_tokens: float) -> float:
+    """Return the rate at `consumed_tokens`, counted from the start of the run."""
+    schedule, warmup = phase.schedule, phase.warmup_tokens
+    peak, floor = phase.optimizer.lr, phase.optimizer.min_lr
     t = consumed_tokens - schedule.start_tokens
     if t < warmup:
         return schedule.warmup_from_lr + (peak - schedule.warmup_from_lr) * max(0.0, t) / warmup
-    end = train_tokens - schedule.start_tokens
+    end = phase.end_tokens - schedule.start_tokens
     left = end - t  # tokens until the end; below 0 only past it
-    decay = decay_tokens(config, train_tokens)
+    decay = phase.decay_tokens
     match schedule.kind:
         case "constant":
             return peak
@@ -61,16 +53,16 @@ def learning_rate(config: RunConfig, train_tokens: int, consumed_tokens: float) 
             return _between(peak, schedule.constant_lr, cooled, SHAPES["cosine"])
 
 
-def sample_schedule(config: RunConfig, train_tokens: int, points: int) -> list[tuple[int, float]]:
-    """(consumed tokens, rate) at equal distances over the budget, both ends included."""
-    positions = [train_tokens * i // (points - 1) for i in range(points)]
-    return [(tokens, learning_rate(config, train_tokens, tokens)) for tokens in positions]
+def sample_schedule(phase: Phase, points: int) -> list[tuple[int, float]]:
+    """Return (consumed tokens, rate) at equal distances up to the end of the phase, both ends included."""
+    positions = [phase.end_tokens * i // (points - 1) for i in range(points)]
+    return [(tokens, learning_rate(phase, tokens)) for tokens in positions]
 
 
-def draw_schedule(config: RunConfig, train_tokens: int, columns: int = 60) -> str:
-    """The schedule as one line of bars, as high as the rate is of the peak."""
+def draw_schedule(phase: Phase, columns: int = 60) -> str:
+    """Draw the schedule as one line of bars, as high as the rate is of the peak."""
     bars = " ▁▂▃▄▅▆▇█"
-    rates = [rate / config.optimizer.lr for _, rate in sample_schedule(config, train_tokens, columns)]
+    rates = [rate / phase.optimizer.lr for _, rate in sample_schedule(phase, columns)]
     return "".join(bars[round(min(1.0, rate) * (len(bars) - 1))] for rate in rates)
 
 

@@ -25,7 +25,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.model.build import DTYPES, build_model
 from megatron_cpt.model.gpu_options import optimizer_settings
 from megatron_cpt.model.load_hf import load_hf_weights, random_weights

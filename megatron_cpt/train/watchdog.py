@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron_cpt.config.schema import FailureConfig
+from megatron_cpt.config.sections.failure import FailureConfig
 from megatron_cpt.runs.exit_codes import HUNG
 
 logger = logging.getLogger(__name__)

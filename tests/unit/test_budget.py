@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.budget import Interval, format_count, parse_count, plan_steps
-from megatron_cpt.errors import ConfigError
+from megatron_cpt.budget import BatchSize, Interval, cut_budget, format_count, parse_count
 
 
 @pytest.mark.parametrize(
@@ -66,22 +67,68 @@ def _positions(steps: list[int]) -> list[int]:
     return out
 
 
+def stepwise(requested: int, size: BatchSize, seq_length: int, position: int) -> tuple[int, int]:
+    """The same count by taking every step: (steps, tokens at the end)."""
+    steps = 0
+    while position < requested:
+        steps, position = steps + 1, position + size.at(position) * seq_length
+    return steps, position
+
+
+SIZES = st.one_of(
+    st.builds(BatchSize, st.integers(1, 40)),
+    st.builds(lambda first, levels, tokens: BatchSize(first * levels, first, tokens), st.integers(1, 6),
+              st.integers(1, 9), st.integers(1, 20_000)),
+    st.builds(BatchSize, st.integers(1, 40), st.integers(1, 60), st.integers(0, 20_000)),  # also ramps that are refused
+)  # fmt: skip
+
+
+@given(st.integers(1, 30_000), SIZES, st.integers(1, 16), st.integers(0, 30_000))
+def test_the_cut_equals_taking_every_step(requested: int, size: BatchSize, seq_length: int, consumed: int) -> None:
+    steps = cut_budget(requested, size, seq_length, consumed)
+    assert (steps.train_iters, steps.train_tokens) == stepwise(requested, size, seq_length, consumed)
+    if steps.train_iters:
+        assert 0 <= steps.added_tokens < steps.last_step_tokens
+
+
+@given(st.integers(1, 30_000), SIZES, st.integers(1, 16), st.integers(0, 20))
+def test_the_end_is_the_same_from_every_position_of_the_run(
+    requested: int, size: BatchSize, seq_length: int, steps_done: int
+) -> None:
+    position = 0
+    for _ in range(steps_done):
+        if position < requested:
+            position += size.at(position) * seq_length
+    whole, rest = cut_budget(requested, size, seq_length), cut_budget(requested, size, seq_length, position)
+    assert rest.train_tokens == whole.train_tokens
+
+
 def test_the_recipe_table_is_fifty_iterations() -> None:
-    assert plan_steps(1_638_400, 32 * 1024).train_iters == 50
+    assert cut_budget(1_638_400, BatchSize(32), 1024).train_iters == 50
 
 
-@given(st.integers(1, 10**13), st.integers(1, 10**8))
-def test_steps_cover_the_budget_with_less_than_one_step_to_spare(train_tokens: int, tokens_per_step: int) -> None:
-    if train_tokens < tokens_per_step:
-        with pytest.raises(ConfigError, match="smaller than one step"):
-            plan_steps(train_tokens, tokens_per_step)
-        return
-    steps = plan_steps(train_tokens, tokens_per_step)
-    assert 0 <= steps.added_tokens < tokens_per_step
-    assert steps.train_tokens == steps.train_iters * tokens_per_step
+@pytest.mark.parametrize("size", [BatchSize(3), BatchSize(12, 3, 2000)], ids=["constant", "ramp"])
+def test_exact_rounding_names_both_neighbours_and_accepts_them(size: BatchSize) -> None:
+    steps = cut_budget(4_321, size, 100)
+    assert steps.broken_rule("up") is None
+    broken = steps.broken_rule("exact")
+    assert broken is not None
+    below, above = (int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", broken[1])[:2])
+    assert below < 4_321 < above == steps.train_tokens
+    for legal in (below, above):
+        assert cut_budget(legal, size, 100).broken_rule("exact") is None
 
 
-def test_exact_rounding_names_both_neighbours() -> None:
-    with pytest.raises(ConfigError) as error:
-        plan_steps(1000, 300, "exact")
-    assert "900 or 1,200" in (error.value.hint or "")
+@pytest.mark.parametrize("size", [BatchSize(3), BatchSize(12, 3, 2000)], ids=["constant", "ramp"])
+def test_a_budget_below_the_first_step_is_refused_and_one_of_a_step_is_not(size: BatchSize) -> None:
+    for too_small in (0, 1, 299):
+        broken = cut_budget(too_small, size, 100).broken_rule("up")
+        assert broken is not None
+        assert "smaller than one step of 300" in broken[0]
+    assert cut_budget(300, size, 100).broken_rule("exact") is None
+
+
+def test_after_a_change_of_the_batch_the_run_ends_with_the_first_whole_step_behind_the_budget() -> None:
+    """1,792 tokens in steps of 256, then steps of 384 to a budget of 2,048: one step, not those from token 0."""
+    assert cut_budget(2_048, BatchSize(6), 64, consumed_tokens=1_792).train_tokens == 2_176
+    assert cut_budget(2_048, BatchSize(6), 64, consumed_tokens=2_304).train_iters == 0

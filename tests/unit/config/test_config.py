@@ -12,7 +12,8 @@ import yaml
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import derive
 from megatron_cpt.config.load import build_config, known_paths, load_config
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Section
 from megatron_cpt.errors import ConfigError
 
 REPO = Path(__file__).resolve().parents[3]
@@ -148,6 +149,27 @@ def test_each_cross_field_rule(overrides: list[str], part: str) -> None:
         derive(config_of(*overrides), read_architecture(REPO / "examples/qwen2_72b"))
     assert part in str(error.value)
     assert "hint:" in str(error.value)
+
+
+RAMP = ["global_batch_size=4", "seq_length=10", "batch.rampup_from=1", "batch.rampup_tokens=900", "warmup_tokens=0"]
+
+
+def test_exact_rounding_holds_with_a_batch_ramp_too() -> None:
+    with pytest.raises(ConfigError, match="does not end with a whole step of 40 tokens") as error:
+        derive(config_of(*RAMP, "budget.rounding=exact", "train_tokens=1001"))
+    below = int((error.value.hint or "").split(" or ")[0].replace(",", ""))
+    derived = derive(config_of(*RAMP, "budget.rounding=exact", f"train_tokens={below}"))
+    assert (derived.train_tokens, derived.added_tokens) == (below, 0)
+    rounded = derive(config_of(*RAMP, "train_tokens=1001"))
+    assert rounded.train_tokens == below + 40
+    assert f"{below + 40 - 1001} tokens are added so that the last step is whole" in rounded.notes[0]
+
+
+def test_every_section_is_asked_for_its_rules() -> None:
+    config = config_of()
+    keys = [name for name in RunConfig.model_fields if isinstance(getattr(config, name), Section)]
+    assert len(keys) == 13
+    assert [type(section) for section in config.sections] == [type(getattr(config, key)) for key in keys]
 
 
 def test_the_resolved_config_round_trips_through_yaml() -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.derive import derive
-from megatron_cpt.config.layout import stage_layers
 from megatron_cpt.config.load import build_config
-from megatron_cpt.config.schema import ParallelConfig, RunConfig
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.sections.parallel import ParallelConfig
 from megatron_cpt.errors import ConfigError
 
 ARCH = Architecture(
@@ -139,12 +139,12 @@ UNEVEN = [
 
 @pytest.mark.parametrize(("num_layers", "parallel", "stages"), UNEVEN)
 def test_layers_of_each_stage(num_layers: int, parallel: dict[str, int], stages: tuple[int, ...] | None) -> None:
-    assert stage_layers(ParallelConfig(gpus_per_node=8, **parallel), num_layers) == stages
+    assert ParallelConfig(gpus_per_node=8, **parallel).layers_per_stage(num_layers) == stages
     assert stages is None or sum(stages) == num_layers
 
 
 def test_every_legal_last_stage_is_accepted_and_no_other() -> None:
-    legal = [n for n in range(1, 31) if stage_layers(ParallelConfig(pp=4, last_stage_layers=n), 30)]
+    legal = [n for n in range(1, 31) if ParallelConfig(pp=4, last_stage_layers=n).layers_per_stage(30)]
     assert legal == [3, 6, 9, 12, 15, 18, 21, 24, 27]
     uneven = ["parallel.gpus_per_node=4", "parallel.pp=4", "num_layers_in_last_pipeline_stage=6"]
     assert derive(config(uneven), ARCH).layers_per_stage == (8, 8, 8, 6)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.config.load import build_config
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.corpus.dataset.manifest import bin_path, manifest_hash, read_manifest
 from megatron_cpt.data.datasets import Dataset, Datasets, plan_sources
 from megatron_cpt.data.ledger import Ledger
@@ -52,7 +52,7 @@ def datasets_of(config: RunConfig) -> Datasets:
 def open_run(config: RunConfig, folder: Path, ledger: Ledger | None = None) -> tuple[BatchStream, Ledger]:
     datasets = datasets_of(config)
     ledger = (ledger or Ledger()).with_sources(datasets.manifests(), config.batch.seq_length)
-    plans = plan_sources(config, datasets, ledger, config.budget.train_tokens)
+    plans = plan_sources(config, datasets, ledger)
     return open_batches(config, datasets, ledger, plans, folder / "cache"), ledger
 
 
@@ -203,7 +203,7 @@ def test_the_plan_covers_the_last_step_after_a_change_of_the_batch_size(data: Pa
     stream, ledger = open_run(config, data)
     _, ledger = consume(stream, ledger, [8, 8, 8])
     changed = config.model_copy(update={"batch": config.batch.model_copy(update={"global_batch_size": 32})})
-    (plan,) = plan_sources(changed, datasets_of(changed), ledger, SEQ * 40)
+    (plan,) = plan_sources(changed, datasets_of(changed), ledger)
     assert plan.needed_tokens == SEQ * 32
 
 

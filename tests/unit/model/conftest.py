@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_cpt.config.load import build_config
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_cpt.config.load import build_config
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runs.folder import config_changes, prepare_run_folder, record_start, resolved_dict
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.config.schema import FailureConfig
+from megatron_cpt.config.sections.failure import FailureConfig
 from megatron_cpt.train.guard import Guard, robust_zscore
 
 CONFIG = FailureConfig()

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from megatron_cpt.config.derive import derive
 from megatron_cpt.config.load import build_config
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.train.schedule import batch_size, draw_schedule, learning_rate, sample_schedule
+from megatron_cpt.train.schedule import draw_schedule, learning_rate, sample_schedule
 
 TOTAL, WARMUP, LR, MIN = 1024 * 1000, 1024 * 100, 1e-4, 1e-5
 
@@ -44,10 +45,10 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "extra"), KINDS)
-def test_shape(kind: str, extra: dict[str, Any]) -> None:
+def test_each_kind_warms_up_peaks_once_and_ends_at_its_own_rate(kind: str, extra: dict[str, Any]) -> None:
     run = config(kind, **extra)
     derive(run)
-    rates = [learning_rate(run, TOTAL, t) for t in range(0, TOTAL + 1, TOTAL // 1000)]
+    rates = [learning_rate(phase_at(run), t) for t in range(0, TOTAL + 1, TOTAL // 1000)]
     assert rates[0] == 0
     assert rates[50] == pytest.approx(LR / 2)
     assert max(rates) == pytest.approx(LR)
@@ -57,33 +58,32 @@ def test_shape(kind: str, extra: dict[str, Any]) -> None:
     assert rates[-1] == pytest.approx(end)
 
 
-def test_known_points() -> None:
+def test_the_rate_is_right_at_points_computed_by_hand() -> None:
     middle = WARMUP + (TOTAL - WARMUP) // 2
-    assert learning_rate(config("cosine"), TOTAL, middle) == pytest.approx((LR + MIN) / 2)
-    assert learning_rate(config("linear"), TOTAL, middle) == pytest.approx((LR + MIN) / 2)
+    assert learning_rate(phase_at(config("cosine")), middle) == pytest.approx((LR + MIN) / 2)
+    assert learning_rate(phase_at(config("linear")), middle) == pytest.approx((LR + MIN) / 2)
     wsd = config("wsd", decay_shape="1-sqrt", decay_tokens=TOTAL // 4)
-    assert learning_rate(wsd, TOTAL, TOTAL * 0.75) == LR
-    assert learning_rate(wsd, TOTAL, TOTAL * 0.8125) == pytest.approx(MIN + (LR - MIN) * 0.5)
+    assert learning_rate(phase_at(wsd), TOTAL * 0.75) == LR
+    assert learning_rate(phase_at(wsd), TOTAL * 0.8125) == pytest.approx(MIN + (LR - MIN) * 0.5)
     infinite = config("infinite", **INFINITE)
-    assert learning_rate(infinite, TOTAL, TOTAL // 2) == pytest.approx(4e-5)
-    assert learning_rate(infinite, TOTAL, TOTAL * 0.95) == pytest.approx(math.sqrt(4e-5 * MIN))
-    assert learning_rate(config("constant", warmup=0), TOTAL, 0) == LR
+    assert learning_rate(phase_at(infinite), TOTAL // 2) == pytest.approx(4e-5)
+    assert learning_rate(phase_at(infinite), TOTAL * 0.95) == pytest.approx(math.sqrt(4e-5 * MIN))
+    assert learning_rate(phase_at(config("constant", warmup=0)), 0) == LR
 
 
 def test_re_warm_starts_the_schedule_anew_at_its_start() -> None:
     start = TOTAL // 2
     run = config("cosine", start_tokens=start, warmup_from_lr=MIN)
-    assert learning_rate(run, TOTAL, start) == pytest.approx(MIN)
-    assert learning_rate(run, TOTAL, start + WARMUP) == pytest.approx(LR)
-    assert learning_rate(run, TOTAL, TOTAL) == pytest.approx(MIN)
+    assert learning_rate(phase_at(run), start) == pytest.approx(MIN)
+    assert learning_rate(phase_at(run), start + WARMUP) == pytest.approx(LR)
+    assert learning_rate(phase_at(run), TOTAL) == pytest.approx(MIN)
 
 
 @given(st.integers(0, TOTAL), st.sampled_from(KINDS))
-def test_only_the_token_counts(consumed: int, kind: tuple[str, dict[str, Any]]) -> None:
-    """Layout, seed and batch size do not enter."""
+def test_layout_seed_and_batch_size_do_not_enter_the_rate(consumed: int, kind: tuple[str, dict[str, Any]]) -> None:
     run = config(kind[0], **kind[1])
-    other = run.model_copy(update={"seed": 99, "batch": run.batch.model_copy(update={"global_batch_size": 64})})
-    assert learning_rate(run, TOTAL, consumed) == learning_rate(other, TOTAL, consumed)
+    other = run.model_copy(update={"seed": 99, "batch": run.batch.model_copy(update={"global_batch_size": 8})})
+    assert learning_rate(phase_at(run), consumed) == learning_rate(phase_at(other), consumed)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_the_batch_ramps_up_and_the_plan_counts_its_steps(
     derived = derive(run)
     consumed, seen = 0, []
     while consumed < budget:
-        seen.append(batch_size(run, consumed))
+        seen.append(phase_at(run, consumed).batch_size.at(consumed))
         consumed += seen[-1] * 10
     assert (len(seen), consumed) == (derived.train_iters, derived.train_tokens)
     assert seen == sorted(seen)
@@ -141,7 +141,7 @@ def test_the_batch_ramps_up_and_the_plan_counts_its_steps(
 
 def test_the_ramp_rises_at_equal_distances() -> None:
     run = ramped(8, 9_000)
-    assert [batch_size(run, t) for t in (0, 2_999, 3_000, 5_999, 6_000, 8_999, 9_000, 50_000)] == [
+    assert [run.batch.size.at(t) for t in (0, 2_999, 3_000, 5_999, 6_000, 8_999, 9_000, 50_000)] == [
         8,
         8,
         16,
@@ -168,6 +168,6 @@ def test_impossible_ramps_are_refused(first: int | None, tokens: int, parallel: 
 
 
 def test_the_drawing_shows_the_shape() -> None:
-    drawn = draw_schedule(config("wsd", decay_tokens=TOTAL // 2), TOTAL, columns=11)
+    drawn = draw_schedule(phase_at(config("wsd", decay_tokens=TOTAL // 2)), columns=11)
     assert drawn == " █████▇▅▄▂▁"
-    assert sample_schedule(config("constant", warmup=0), TOTAL, 3) == [(0, LR), (TOTAL // 2, LR), (TOTAL, LR)]
+    assert sample_schedule(phase_at(config("constant", warmup=0)), 3) == [(0, LR), (TOTAL // 2, LR), (TOTAL, LR)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_cpt.config.load import build_config
-from megatron_cpt.config.schema import RunConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.train import trackers

@@ -1,0 +1,62 @@
+"""One YAML is one run: its frozen config, put together from the sections.
+
+Each field is checked alone here, with its unit in its description; `derive` asks every section for the rules that
+go across. docs/config.md is generated from these classes.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from megatron_cpt.budget import Steps, cut_budget
+from megatron_cpt.config.section import Section
+from megatron_cpt.config.sections.batch import BatchConfig
+from megatron_cpt.config.sections.budget import BudgetConfig
+from megatron_cpt.config.sections.checkpoint import CheckpointConfig
+from megatron_cpt.config.sections.data import DataConfig
+from megatron_cpt.config.sections.evaluation import EvalConfig
+from megatron_cpt.config.sections.failure import FailureConfig
+from megatron_cpt.config.sections.log import LogConfig
+from megatron_cpt.config.sections.model import ModelConfig
+from megatron_cpt.config.sections.optimizer import OptimizerConfig
+from megatron_cpt.config.sections.parallel import ParallelConfig
+from megatron_cpt.config.sections.precision import PrecisionConfig
+from megatron_cpt.config.sections.recompute import RecomputeConfig
+from megatron_cpt.config.sections.schedule import ScheduleConfig
+
+
+class RunConfig(Section):
+    """One run. Relative paths are relative to the directory the command is started in."""
+
+    job_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run.")
+    run_dir: str | None = Field(None, description="Folder of the run; default runs/<job_name>.")
+    seed: int = Field(
+        1234, ge=0, le=4_000_000_000, description="Seed of data order, dropout and random initialisation."
+    )
+    model: ModelConfig
+    budget: BudgetConfig = BudgetConfig()
+    batch: BatchConfig = BatchConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    data: DataConfig = DataConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    failure: FailureConfig = FailureConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def folder(self) -> str:
+        return self.run_dir or f"runs/{self.job_name}"
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """Every section, in the order of the schema."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return tuple(value for value in values if isinstance(value, Section))
+
+    def steps(self, consumed_tokens: int = 0) -> Steps:
+        """Cut the budget into whole steps from `consumed_tokens` on, where the run stands."""
+        return cut_budget(self.budget.train_tokens, self.batch.size, self.batch.seq_length, consumed_tokens)

@@ -1,0 +1,31 @@
+"""`budget`: how many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from megatron_cpt.budget import Rounding
+from megatron_cpt.config.problems import Problem
+from megatron_cpt.config.section import Section, Tokens
+
+if TYPE_CHECKING:
+    from megatron_cpt.architecture.facts import Architecture
+    from megatron_cpt.config.run_config import RunConfig
+
+
+class BudgetConfig(Section):
+    """How many tokens the run sees. Iterations and samples are derived, never typed."""
+
+    train_tokens: Tokens = Field(1_638_400, description="Tokens to train on, counted from the start of the run.")
+    warmup_tokens: Tokens = Field(163_840, description="Tokens over which the learning rate rises from 0 to lr.")
+    rounding: Rounding = Field(
+        "up",
+        description="`up`: a last partial step is made whole, and that is printed; `exact`: a remainder is an error.",
+    )
+
+    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
+        if broken := config.steps().broken_rule(self.rounding):
+            yield Problem("budget.train_tokens", self.train_tokens, *broken)
