@@ -44,7 +44,8 @@ def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "c
     Raises:
         ConfigError: all broken rules at once.
     """
-    raise_problems([problem for section in config.sections for problem in section.problems(config, arch)], origin)
+    run = config.sections
+    raise_problems([problem for section in run for problem in section.problems(run, arch)], origin)
     parallel, batch, steps = config.parallel, config.batch, config.steps()
     return Derived(
         world_size=parallel.world_size,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from megatron_cpt.budget import Steps, cut_budget
-from megatron_cpt.config.section import Section
+from megatron_cpt.budget import Steps
+from megatron_cpt.config.section import Section, Sections
 from megatron_cpt.config.sections.batch import BatchConfig
 from megatron_cpt.config.sections.budget import BudgetConfig
 from megatron_cpt.config.sections.checkpoint import CheckpointConfig
@@ -52,11 +52,11 @@ class RunConfig(Section):
         return self.run_dir or f"runs/{self.job_name}"
 
     @property
-    def sections(self) -> tuple[Section, ...]:
+    def sections(self) -> Sections:
         """Every section, in the order of the schema."""
         values = (getattr(self, name) for name in type(self).model_fields)
-        return tuple(value for value in values if isinstance(value, Section))
+        return Sections(value for value in values if isinstance(value, Section))
 
     def steps(self, consumed_tokens: int = 0) -> Steps:
         """Cut the budget into whole steps from `consumed_tokens` on, where the run stands."""
-        return cut_budget(self.budget.train_tokens, self.batch.size, self.batch.seq_length, consumed_tokens)
+        return self.budget.steps(self.batch, consumed_tokens)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.budget import Interval, parse_count
-
-if TYPE_CHECKING:
-    from megatron_cpt.architecture.facts import Architecture
-    from megatron_cpt.config.problems import Problem
-    from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.problems import Problem
 
 
 def _count(value: Any) -> Any:
@@ -33,11 +30,33 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
-        """Yield every rule that this section breaks together with the rest of `config`.
+    def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
+        """Yield every rule that this section breaks together with the others.
 
         Args:
-            config: the whole run; `self` is one of its sections.
+            run: the sections of the whole run; `self` is one of them.
             arch: the model, None while it is unknown: rules that need it are then left out.
         """
         return iter(())
+
+
+S = TypeVar("S", bound=Section)
+
+
+class Sections:
+    """The sections of one run, each found by its class: `run[BatchConfig]`.
+
+    A section names the classes that its rules look at, so the files of the sections import one another in one
+    direction only, and none imports the whole.
+    """
+
+    def __init__(self, sections: Iterable[Section]) -> None:
+        self._by_class = {type(section): section for section in sections}
+
+    def __getitem__(self, kind: type[S]) -> S:
+        section = self._by_class[kind]
+        assert isinstance(section, kind)
+        return section
+
+    def __iter__(self) -> Iterator[Section]:
+        return iter(self._by_class.values())

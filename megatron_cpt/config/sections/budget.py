@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from megatron_cpt.budget import Rounding
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.budget import Rounding, Steps, cut_budget
 from megatron_cpt.config.problems import Problem
-from megatron_cpt.config.section import Section, Tokens
-
-if TYPE_CHECKING:
-    from megatron_cpt.architecture.facts import Architecture
-    from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Section, Sections, Tokens
+from megatron_cpt.config.sections.batch import BatchConfig
 
 
 class BudgetConfig(Section):
@@ -26,6 +23,10 @@ class BudgetConfig(Section):
         description="`up`: a last partial step is made whole, and that is printed; `exact`: a remainder is an error.",
     )
 
-    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
-        if broken := config.steps().broken_rule(self.rounding):
+    def steps(self, batch: BatchConfig, consumed_tokens: int = 0) -> Steps:
+        """Cut the budget into whole steps from `consumed_tokens` on, where the run stands."""
+        return cut_budget(self.train_tokens, batch.size, batch.seq_length, consumed_tokens)
+
+    def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
+        if broken := self.steps(run[BatchConfig]).broken_rule(self.rounding):
             yield Problem("budget.train_tokens", self.train_tokens, *broken)

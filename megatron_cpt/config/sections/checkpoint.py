@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.budget import Interval
 from megatron_cpt.config.problems import Problem
-from megatron_cpt.config.section import Every, Positive, Section
-
-if TYPE_CHECKING:
-    from megatron_cpt.architecture.facts import Architecture
-    from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Every, Positive, Section, Sections
+from megatron_cpt.config.sections.data import DataConfig
 
 
 class CheckpointConfig(Section):
@@ -42,8 +40,8 @@ class CheckpointConfig(Section):
         "bytes per parameter of a model-parallel rank in host memory while it loads; dp_reshardable fixes tp and pp.",
     )
 
-    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
-        known = list(config.data.validation)
+    def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
+        known = list(run[DataConfig].validation)
         if self.best_by is not None and self.best_by not in known:
             yield Problem(
                 "checkpoint.best_by",

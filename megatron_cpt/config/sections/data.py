@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.problems import Problem
-from megatron_cpt.config.section import Section
-
-if TYPE_CHECKING:
-    from megatron_cpt.architecture.facts import Architecture
-    from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Section, Sections
 
 
 class DataSource(Section):
@@ -33,7 +29,7 @@ class DataConfig(Section):
     max_epochs: float = Field(4.0, gt=0, description="More repeats than this of any source is an error.")
     cache_dir: str | None = Field(None, description="Folder of index caches; default <run_dir>/index_cache.")
 
-    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
+    def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
         names = [source.name for source in self.train]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield Problem("data.train", None, f"two sources are named {name!r}", "give each source its own name")

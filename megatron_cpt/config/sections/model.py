@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.problems import Problem
-from megatron_cpt.config.section import Section
-
-if TYPE_CHECKING:
-    from megatron_cpt.architecture.facts import Architecture
-    from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Section, Sections
+from megatron_cpt.config.sections.parallel import ParallelConfig
 
 
 class ModelConfig(Section):
@@ -46,8 +44,8 @@ class ModelConfig(Section):
         0.0, ge=0, lt=1, description="Dropout of attention and residuals; large models are trained without."
     )
 
-    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
-        if config.parallel.cp > 1 and self.attention == "unfused":
+    def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
+        if run[ParallelConfig].cp > 1 and self.attention == "unfused":
             yield Problem(
                 "model.attention",
                 "unfused",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.problems import Problem
-from megatron_cpt.config.section import Section
-
-if TYPE_CHECKING:
-    from megatron_cpt.architecture.facts import Architecture
-    from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Section, Sections
+from megatron_cpt.config.sections.parallel import ParallelConfig
 
 
 class OptimizerConfig(Section):
@@ -32,10 +30,10 @@ class OptimizerConfig(Section):
         "fp32", description="Storage of AdamW's moments; below fp32 needs TransformerEngine's optimizer."
     )
 
-    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
+    def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
         if self.min_lr > self.lr:
             yield Problem("optimizer.min_lr", self.min_lr, f"is above optimizer.lr = {self.lr}", f"at most {self.lr}")
-        if self.moments_dtype != "fp32" and not config.parallel.distributed_optimizer:
+        if self.moments_dtype != "fp32" and not run[ParallelConfig].distributed_optimizer:
             yield Problem(
                 "optimizer.moments_dtype",
                 self.moments_dtype,

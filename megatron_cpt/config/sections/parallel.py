@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.problems import Problem, divisors
-from megatron_cpt.config.section import Positive, Section
-
-if TYPE_CHECKING:
-    from megatron_cpt.architecture.facts import Architecture
-    from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Positive, Section, Sections
 
 
 class ParallelConfig(Section):
@@ -55,8 +51,13 @@ class ParallelConfig(Section):
         return self.tp * self.pp * self.cp
 
     @property
+    def divides_ranks(self) -> bool:
+        """Whether the ranks make whole replicas of the model."""
+        return self.world_size % self.model_parallel_size == 0
+
+    @property
     def data_parallel_size(self) -> int:
-        """Replicas of the model; whole only in a legal layout."""
+        """Replicas of the model, where `divides_ranks`."""
         return self.world_size // self.model_parallel_size
 
     @property
@@ -80,10 +81,9 @@ class ParallelConfig(Section):
         stages = (*(() if first is None else (first,)), *between, *(() if last is None else (last,)))
         return stages if all(layers % chunks == 0 for layers in stages) else None
 
-    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
-        yield from _rank_problems(config)
+    def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
+        yield from _rank_problems(self)
         yield from _stage_problems(self)
-        yield from _sequence_problems(config)
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             yield Problem(
                 "parallel.overlap_param_gather",
@@ -96,10 +96,8 @@ class ParallelConfig(Section):
             yield from _depth_problems(self, arch.num_layers)
 
 
-def _rank_problems(config: RunConfig) -> Iterator[Problem]:
-    """How the ranks divide among tp, pp, cp and dp, and the batch among them."""
-    parallel, batch = config.parallel, config.batch
-    world_size, model_ranks = parallel.world_size, parallel.model_parallel_size
+def _rank_problems(parallel: ParallelConfig) -> Iterator[Problem]:
+    """How the ranks divide among tp, pp, cp and dp."""
     if parallel.gpus_per_node % parallel.tp:
         yield Problem(
             "parallel.tp",
@@ -108,33 +106,16 @@ def _rank_problems(config: RunConfig) -> Iterator[Problem]:
             "across nodes is bound by the network",
             f"one of {divisors(parallel.gpus_per_node)}",
         )
-    if world_size % model_ranks:
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield Problem("parallel.sequence_parallel", True, "needs tp > 1", "leave it out")
+    if not parallel.divides_ranks:
+        world_size, model_ranks = parallel.world_size, parallel.model_parallel_size
         yield Problem(
             "parallel",
             None,
             f"tp x pp x cp = {parallel.tp} x {parallel.pp} x {parallel.cp} = {model_ranks} must divide "
             f"nodes x gpus_per_node = {parallel.nodes} x {parallel.gpus_per_node} = {world_size}",
             f"choose a product among {divisors(world_size, world_size)}",
-        )
-        return
-    dp = parallel.data_parallel_size
-    per_round = batch.micro_batch_size * dp
-    if batch.global_batch_size % per_round:
-        low = batch.global_batch_size // per_round * per_round
-        yield Problem(
-            "batch.global_batch_size",
-            batch.global_batch_size,
-            f"must be a multiple of micro_batch_size x dp = {batch.micro_batch_size} x {dp} = {per_round}",
-            f"{low} or {low + per_round}" if low else str(per_round),
-        )
-    elif parallel.vpp and (batch.global_batch_size // per_round) % parallel.pp:
-        accumulation = batch.global_batch_size // per_round
-        yield Problem(
-            "batch.global_batch_size",
-            batch.global_batch_size,
-            "the interleaved schedule needs micro-batches per step "
-            f"({accumulation}) to be a multiple of pp = {parallel.pp}",
-            f"a multiple of {per_round * parallel.pp}",
         )
 
 
@@ -155,27 +136,6 @@ def _stage_problems(parallel: ParallelConfig) -> Iterator[Problem]:
                 f"must divide into vpp = {parallel.vpp} chunks",
                 f"a multiple of {parallel.vpp}",
             )
-
-
-def _sequence_problems(config: RunConfig) -> Iterator[Problem]:
-    """How a sequence is cut by context and sequence parallelism."""
-    parallel, batch = config.parallel, config.batch
-    if parallel.cp > 1 and batch.seq_length % (2 * parallel.cp):
-        yield Problem(
-            "batch.seq_length",
-            batch.seq_length,
-            f"context parallelism cuts a sequence into 2 x cp = {2 * parallel.cp} chunks",
-            f"a multiple of {2 * parallel.cp}",
-        )
-    if parallel.sequence_parallel and parallel.tp == 1:
-        yield Problem("parallel.sequence_parallel", True, "needs tp > 1", "leave it out")
-    if parallel.uses_sequence_parallel and batch.seq_length % (parallel.tp * parallel.cp):
-        yield Problem(
-            "batch.seq_length",
-            batch.seq_length,
-            f"sequence parallelism splits each sequence over tp x cp = {parallel.tp * parallel.cp}",
-            f"a multiple of {parallel.tp * parallel.cp}, or parallel.sequence_parallel: false",
-        )
 
 
 def _width_problems(parallel: ParallelConfig, arch: Architecture) -> Iterator[Problem]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.problems import Problem
-from megatron_cpt.config.section import Section
-
-if TYPE_CHECKING:
-    from megatron_cpt.architecture.facts import Architecture
-    from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Section, Sections
+from megatron_cpt.config.sections.model import ModelConfig
 
 
 class PrecisionConfig(Section):
@@ -25,8 +23,8 @@ class PrecisionConfig(Section):
         None, description="fp8 matrix products of TransformerEngine, with per-tensor current scaling; CUDA only."
     )
 
-    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
-        if self.fp8 is not None and (config.model.attention not in ("auto", "te") or self.dtype != "bf16"):
+    def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
+        if self.fp8 is not None and (run[ModelConfig].attention not in ("auto", "te") or self.dtype != "bf16"):
             yield Problem(
                 "precision.fp8",
                 self.fp8,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.problems import Problem
-from megatron_cpt.config.section import Section, Tokens
-
-if TYPE_CHECKING:
-    from megatron_cpt.architecture.facts import Architecture
-    from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.section import Section, Sections, Tokens
+from megatron_cpt.config.sections.batch import BatchConfig
+from megatron_cpt.config.sections.budget import BudgetConfig
+from megatron_cpt.config.sections.optimizer import OptimizerConfig
 
 
 class ScheduleConfig(Section):
@@ -47,21 +47,22 @@ class ScheduleConfig(Section):
             return 0
         return train_tokens - self.start_tokens - warmup_tokens
 
-    def problems(self, config: RunConfig, arch: Architecture | None) -> Iterator[Problem]:
-        yield from self._kind_problems(config)
-        if self.warmup_from_lr > config.optimizer.lr:
+    def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
+        yield from self._kind_problems(run[OptimizerConfig])
+        if self.warmup_from_lr > run[OptimizerConfig].lr:
             yield Problem(
                 "schedule.warmup_from_lr",
                 self.warmup_from_lr,
-                f"is above optimizer.lr = {config.optimizer.lr}",
+                f"is above optimizer.lr = {run[OptimizerConfig].lr}",
                 "a lower rate",
             )
-        if not any(config.budget.problems(config, arch)):  # else the run has no known end
-            yield from self._length_problems(config, config.steps().train_tokens)
+        budget = run[BudgetConfig]
+        if not any(budget.problems(run, arch)):  # else the run has no known end
+            yield from self._length_problems(budget.steps(run[BatchConfig]).train_tokens, budget.warmup_tokens)
 
-    def _length_problems(self, config: RunConfig, train_tokens: int) -> Iterator[Problem]:
+    def _length_problems(self, train_tokens: int, warmup_tokens: int) -> Iterator[Problem]:
         """Whether start, warm-up, cool-down and decay fit into the budget."""
-        warmup_tokens, room = config.budget.warmup_tokens, train_tokens - self.start_tokens
+        room = train_tokens - self.start_tokens
         if room <= 0:
             yield Problem(
                 "schedule.start_tokens",
@@ -96,9 +97,8 @@ class ScheduleConfig(Section):
                 f"at most {max(0, room):,}",
             )
 
-    def _kind_problems(self, config: RunConfig) -> Iterator[Problem]:
+    def _kind_problems(self, optimizer: OptimizerConfig) -> Iterator[Problem]:
         """Which keys mean something to which kind."""
-        optimizer = config.optimizer
         if self.kind not in ("wsd", "infinite") and self.decay_tokens is not None:
             yield self._means_nothing("decay_tokens", self.decay_tokens, "schedule.kind: wsd")
         if self.kind == "infinite":
