@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -35,6 +35,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.synthetic_data import random_documents, write_dataset
+
+if TYPE_CHECKING:
+    from megatron_cpt.data.micro_batch import MicroBatch
 
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
          "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
@@ -155,7 +158,7 @@ def measure_saves(work: Path, data: Path, pairs: int) -> tuple[list[Save], list[
     from megatron_cpt.runs.folder import prepare_run_folder
     from megatron_cpt.runtime.distributed import init_runtime
     from megatron_cpt.train.checkpoint import CheckpointManager
-    from megatron_cpt.train.position import Progress
+    from megatron_cpt.train.position import Position
     from megatron_cpt.train.state import build_train_state
     from megatron_cpt.train.step import train_step
 
@@ -169,7 +172,7 @@ def measure_saves(work: Path, data: Path, pairs: int) -> tuple[list[Save], list[
     manager = CheckpointManager(job.config, folder, 1, None, 0)
 
     def step() -> None:
-        train_step(state, iter([random_batch(256, SMALL["vocab_size"]) for _ in range(2)]), 2)
+        train_step(state, [random_batch(256, SMALL["vocab_size"]) for _ in range(2)])
 
     for _ in range(3):
         step()
@@ -177,7 +180,7 @@ def measure_saves(work: Path, data: Path, pairs: int) -> tuple[list[Save], list[
     usual = [timed(step) for _ in range(7)]
     usual_step, usual_cpu = (statistics.median(times) for times in zip(*usual, strict=True))
     training_mb = watch.peak
-    progress = Progress()
+    progress = Position()
     found: dict[bool, list[Any]] = {True: [], False: []}
     for number in range(2 * (pairs + 2)):
         synchronous = number % 2 == 0
@@ -210,7 +213,7 @@ def measure_saves(work: Path, data: Path, pairs: int) -> tuple[list[Save], list[
     return found[True], found[False], usual_step, training_mb, size
 
 
-def random_batch(length: int, vocabulary: int) -> dict[str, Any]:
+def random_batch(length: int, vocabulary: int) -> MicroBatch:
     import torch
 
     tokens = torch.randint(1, vocabulary, (1, length + 1))

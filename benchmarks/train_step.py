@@ -40,6 +40,7 @@ adapt_megatron_core_to_cpu()
 
 from megatron_cpt.architecture.families import read_architecture  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
+from megatron_cpt.data.micro_batch import MicroBatch  # noqa: E402
 from megatron_cpt.model.spec import resolve_attention  # noqa: E402
 from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402
 from megatron_cpt.train import step as step_module  # noqa: E402
@@ -48,7 +49,7 @@ from megatron_cpt.train.step import train_step  # noqa: E402
 from megatron_cpt.train.throughput import flops_per_token, peak_flops  # noqa: E402
 
 Step = Callable[[], float]
-Batches = list[dict[str, torch.Tensor]]
+Batches = list[MicroBatch]
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden": 256, "layers": 4, "heads": 8, "kv": 4, "ffn": 704, "vocab": 4096},
@@ -103,7 +104,7 @@ def run_config(model_dir: Path, args: argparse.Namespace, ranks: int = 1, **chan
 def microbatches(vocab_size: int, args: argparse.Namespace, ranks: int = 1) -> Batches:
     generator = torch.Generator().manual_seed(0)
     shape = (args.micro_batch_size, args.seq_length + 1)
-    made = []
+    made: Batches = []
     for _ in range(args.global_batch_size // args.micro_batch_size // ranks):
         tokens = torch.randint(0, vocab_size, shape, generator=generator)
         made.append(
@@ -118,7 +119,7 @@ def microbatches(vocab_size: int, args: argparse.Namespace, ranks: int = 1) -> B
 
 
 def megatron_step(state: TrainState, batches: Batches) -> Step:
-    return lambda: train_step(state, iter(batches), len(batches)).loss
+    return lambda: train_step(state, batches).loss
 
 
 def transformers_step(model: Any, batches: Batches, device: torch.device) -> Step:

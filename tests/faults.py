@@ -20,14 +20,14 @@ def nan_gradients() -> None:
 
     bad, done, real = _steps("NAN_STEPS"), [0], step._update
 
-    def update(state: Any, accept: Any) -> Any:
+    def update(state: Any, *args: Any) -> Any:
         done[0] += 1
         if done[0] not in bad:
-            return real(state, accept)
+            return real(state, *args)
         norm = state.optimizer.get_grad_norm
         state.optimizer.get_grad_norm = lambda: math.nan
         try:
-            return real(state, accept)
+            return real(state, *args)
         finally:
             state.optimizer.get_grad_norm = norm
 
@@ -44,7 +44,7 @@ def loss_spikes() -> None:
         sums = real(*args, forward_only=forward_only)
         done[0] += not forward_only
         if done[0] in bad and not forward_only:
-            sums[0] *= 10
+            sums.loss *= 10
         return sums
 
     step._run_schedule = run_schedule

@@ -21,10 +21,7 @@ from megatron_cpt.data.blend import Blend
 from megatron_cpt.data.datasets import Datasets, SourcePlan, blend_of
 from megatron_cpt.data.epochs import EpochStream, build_indices
 from megatron_cpt.data.ledger import Ledger
-
-# tokens, labels [b, s] int64; loss_mask [b, s] float32; position_ids [b, s] int64; source [b] int64;
-# document_ids [b, s] int64 where documents are kept apart
-MicroBatch = dict[str, torch.Tensor]
+from megatron_cpt.data.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Sample:
 
     number: int  # over the whole run
     source: str
-    position: int  # tokens of the source before it
+    offset_tokens: int  # from the start of the source's token stream
 
 
 @dataclass(frozen=True)
@@ -72,17 +69,19 @@ class BatchStream:
             yield self._read(plan.samples[start : start + micro_batch_size])
 
     def _read(self, samples: tuple[Sample, ...]) -> MicroBatch:
-        pairs = [self.streams[s.source].read(s.position, self.seq_length) for s in samples]
+        pairs = [self.streams[s.source].read(s.offset_tokens, self.seq_length) for s in samples]
         tokens = torch.stack([tokens for tokens, _ in pairs])
         names = list(self.streams)
-        documents = {} if self.document_end is None else {"document_ids": document_ids(tokens, self.document_end)}
-        return documents | {
+        batch: MicroBatch = {
             "tokens": tokens,
             "labels": torch.stack([labels for _, labels in pairs]),
             "loss_mask": torch.ones(tokens.shape, dtype=torch.float32),
             "position_ids": torch.arange(self.seq_length).expand(len(samples), -1).contiguous(),
             "source": torch.tensor([names.index(sample.source) for sample in samples]),
         }
+        if self.document_end is not None:
+            batch["document_ids"] = document_ids(tokens, self.document_end)
+        return batch
 
     def documents(self, plan: StepPlan) -> list[dict[str, Any]]:
         """Which documents the step's samples were cut from, for the log of a skipped batch."""
@@ -90,8 +89,8 @@ class BatchStream:
             {
                 "sample": sample.number,
                 "source": sample.source,
-                "position_tokens": sample.position,
-                "documents": self.streams[sample.source].documents(sample.position, self.seq_length),
+                "position_tokens": sample.offset_tokens,
+                "documents": self.streams[sample.source].documents(sample.offset_tokens, self.seq_length),
             }
             for sample in plan.samples
         ]

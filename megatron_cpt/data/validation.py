@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from megatron_cpt.corpus.dataset.indexed import open_indexed
-from megatron_cpt.data.batches import MicroBatch, document_ids
+from megatron_cpt.data.batches import document_ids
 from megatron_cpt.data.datasets import Dataset
+from megatron_cpt.data.micro_batch import MicroBatch
 
 
 class ValidationSet:
@@ -48,10 +49,12 @@ class ValidationSet:
             if count:
                 tokens[row, :count], labels[row, :count], mask[row, :count] = window[:-1], window[1:], 1.0
         inputs = torch.from_numpy(tokens)
-        documents = {} if self.document_end is None else {"document_ids": document_ids(inputs, self.document_end)}
-        return documents | {
+        batch: MicroBatch = {
             "tokens": inputs,
             "labels": torch.from_numpy(labels),
             "loss_mask": torch.from_numpy(mask),
             "position_ids": torch.arange(self.seq_length).expand(len(blocks), -1).contiguous(),
         }
+        if self.document_end is not None:
+            batch["document_ids"] = document_ids(inputs, self.document_end)
+        return batch

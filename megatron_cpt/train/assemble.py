@@ -24,10 +24,10 @@ from megatron_cpt.runtime.distributed import Runtime
 from megatron_cpt.train.checkpoint import CheckpointManager
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.control import Control
-from megatron_cpt.train.loop import Run, train
+from megatron_cpt.train.loop import LoopContext, train
 from megatron_cpt.train.metrics import ConsoleHandler, ConsoleView, MetricsFile, open_console
-from megatron_cpt.train.metrics_rows import Reporter
-from megatron_cpt.train.position import Progress
+from megatron_cpt.train.metrics_rows import StepReporter
+from megatron_cpt.train.position import Position
 from megatron_cpt.train.state import build_train_state
 from megatron_cpt.train.trackers import open_trackers
 from megatron_cpt.train.watchdog import Watchdog
@@ -55,20 +55,20 @@ def train_job(
     # A checkpoint sets every weight: then the base model's are not read at all.
     state = build_train_state(resolve_init_from(job), job.arch, set_weights=None if chosen is None else _leave_unset)
     clock.lap("model")
-    progress = Progress() if chosen is None else checkpoints.load(state, *chosen)
+    position = Position() if chosen is None else checkpoints.load(state, *chosen)
     clock.lap("checkpoint")
-    ledger = progress.ledger.with_sources(job.datasets.manifests(), config.batch.seq_length)
-    progress = dataclasses.replace(progress, ledger=ledger)
-    report = _open_reporter(job, folder, start, progress.ledger)
+    ledger = position.ledger.with_sources(job.datasets.manifests(), config.batch.seq_length)
+    position = dataclasses.replace(position, ledger=ledger)
+    report = _open_reporter(job, folder, start, position.ledger)
     report.event(
         "start",
-        progress,
-        _first_line(job, progress, chosen and chosen[0]),
+        position,
+        _first_line(job, position, chosen and chosen[0]),
         world_size=runtime.world_size,
         setup_seconds=clock.rounded(),
     )
     minutes = config.failure.wall_time_minutes
-    run = Run(
+    run = LoopContext(
         config,
         job.derived,
         parallel_state.get_data_parallel_rank(),
@@ -86,7 +86,7 @@ def train_job(
         report,
     )
     try:
-        return train(run, progress)
+        return train(run, position)
     finally:
         report.close()
 
@@ -111,20 +111,20 @@ def _shared_start_number(folder: RunFolder) -> int:
     return numbers[0]
 
 
-def _open_reporter(job: Job, folder: RunFolder, start: int, ledger: Ledger) -> Reporter:
+def _open_reporter(job: Job, folder: RunFolder, start: int, ledger: Ledger) -> StepReporter:
     names = [dataset.name for dataset in job.datasets.train]
     seq_length = job.config.batch.seq_length
     if dist.get_rank() != 0:
-        return Reporter(job.arch, job.derived, seq_length, names, None, None)
+        return StepReporter(job.arch, job.derived, seq_length, names, None, None)
     metrics = MetricsFile(folder.metrics, start, open_trackers(job.config, folder))
     view = ConsoleView(open_console(), job.derived.train_tokens, ledger.tokens)
     if view.stream is not sys.stderr:  # else the log goes there anyhow
         logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(view))
-    return Reporter(job.arch, job.derived, seq_length, names, metrics, view)
+    return StepReporter(job.arch, job.derived, seq_length, names, metrics, view)
 
 
-def _first_line(job: Job, progress: Progress, checkpoint: Path | None) -> str:
+def _first_line(job: Job, position: Position, checkpoint: Path | None) -> str:
     tokens = format_count(job.derived.train_tokens)
     if checkpoint is None:
         return f"training {tokens} tokens from {job.config.model.init_from}"
-    return f"continuing at {progress.ledger.tokens:,} of {tokens} tokens from {checkpoint}"
+    return f"continuing at {position.ledger.tokens:,} of {tokens} tokens from {checkpoint}"

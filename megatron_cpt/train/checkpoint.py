@@ -58,7 +58,7 @@ from megatron_cpt.runs.marker import Marker
 from megatron_cpt.runs.retention import Retention
 from megatron_cpt.runtime.distributed import failing_together
 from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
-from megatron_cpt.train.position import Progress
+from megatron_cpt.train.position import Position
 from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
 from megatron_cpt.train.thread_writer import Staging, ThreadQueue, in_thread
 
@@ -105,7 +105,7 @@ class CheckpointManager:
 
     # -- save -----------------------------------------------------------------------------------------------------
 
-    def save(self, state: TrainState, progress: Progress, *, wait: bool = False) -> None:
+    def save(self, state: TrainState, position: Position, *, wait: bool = False) -> None:
         """Begin to save; `wait` (and `checkpoint.async_save: false`) returns when it is complete.
 
         Raises:
@@ -113,12 +113,12 @@ class CheckpointManager:
             CheckpointError: a failure of this rank alone; the job must end.
         """
         assert self._pending is None, "finish the save before this one first: poll(wait=True)"
-        if progress.guard.skips_in_row >= progress.iteration:  # then the optimizer has no state either
+        if position.guard.skips_in_row >= position.iteration:  # then the optimizer has no state either
             raise SaveFailed(
-                f"no checkpoint at iteration {progress.iteration}: every step so far was skipped",
+                f"no checkpoint at iteration {position.iteration}: every step so far was skipped",
                 hint="the events `skipped` of metrics.jsonl say why",
             )
-        partial = checkpoint_path(self.root, progress.iteration)
+        partial = checkpoint_path(self.root, position.iteration)
         partial = partial.with_name(f"{partial.name}.partial-{self.attempt}")
         if dist.get_rank() == 0:
             self._finish_removal()
@@ -129,7 +129,7 @@ class CheckpointManager:
                 f"cannot create {partial}: {self._why_no_room() or 'rank 0 did, this node does not see it'}",
                 hint="the run folder must be on storage that all nodes share, with space left",
             )
-        marker = self._marker(state, progress)
+        marker = self._marker(state, position)
         asynchronous = self.config.checkpoint.async_save and not wait
         with gathered_parameters(state), _named_failure(partial):
             saved = _saved_state(state)
@@ -247,19 +247,19 @@ class CheckpointManager:
             self._removal.join()
             self._removal = None
 
-    def _marker(self, state: TrainState, progress: Progress) -> Marker:
+    def _marker(self, state: TrainState, position: Position) -> Marker:
         versions = {"megatron_cpt": __version__, "torch": torch.__version__, "megatron_core": megatron_core_version}
         return Marker(
-            iteration=progress.iteration,
-            consumed_tokens=progress.ledger.tokens,
-            ledger=progress.ledger.to_json(),
+            iteration=position.iteration,
+            consumed_tokens=position.ledger.tokens,
+            ledger=position.ledger.to_json(),
             layout=layout(state.config),
             optimizer_sharding=_sharding(state.config),
             attempt=self.attempt,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             versions=versions,
-            validation=dict(progress.validation),
-            memory=progress.memory_json(),
+            validation=dict(position.validation),
+            memory=position.memory_json(),
         )
 
     # -- load -----------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ class CheckpointManager:
                 logger.error("%s is damaged (%s): falling back to the one before it", path, shown)
         return None
 
-    def load(self, state: TrainState, path: Path, marker: Marker) -> Progress:
+    def load(self, state: TrainState, path: Path, marker: Marker) -> Position:
         """Put the checkpoint at `path` into `state`; returns where the run stands.
 
         Raises:
@@ -329,7 +329,7 @@ class CheckpointManager:
         else:
             logger.info("the layout changed since the checkpoint: random states start anew from the seed")
         self.last_saved = marker.iteration
-        return Progress.from_marker(marker)
+        return Position.from_marker(marker)
 
 
 def layout(config: RunConfig) -> dict[str, int]:

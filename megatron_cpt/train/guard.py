@@ -1,4 +1,6 @@
-"""Which steps are too bad to apply: not finite, or a spike of the loss by a robust z-score. Pure and torch-free.
+"""Which steps are too bad to apply: a spike of the loss by a robust z-score. Pure and torch-free.
+
+The step itself refuses what is not finite.
 
 The z-score of a loss is its distance above the median of recent accepted losses, in units of 1.4826 * MAD (the
 median absolute deviation, scaled to a standard deviation; Iglewicz and Hoaglin 1993). The unit is at least 1 % of
@@ -7,7 +9,6 @@ the median: losses that hardly vary must not make a small change look large.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,18 +28,13 @@ class Guard:
     rollbacks: int = 0
 
     def verdict(self, config: FailureConfig, loss: float, grad_norm: float) -> str | None:
-        """Why a step must not be applied, None when it may."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return f"not finite: loss {loss}, gradient norm {grad_norm}"
+        """Return why a step of finite loss and gradient must not be applied, None when it may."""
         if config.spike_zscore is None or len(self.losses) < _FIRST_JUDGED:
             return None
         score = robust_zscore(loss, self.losses)
         if score > config.spike_zscore:
             return f"loss spike: {loss:.4f} is {score:.1f} robust deviations above the recent median"
         return None
-
-    def accepts(self, config: FailureConfig, loss: float, grad_norm: float) -> bool:
-        return self.verdict(config, loss, grad_norm) is None
 
     def after(self, config: FailureConfig, loss: float, refused: bool) -> Guard:
         if refused:

@@ -18,19 +18,20 @@ from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
 from megatron_cpt.train.checkpoint import CheckpointManager, SaveFailed
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.control import Control
-from megatron_cpt.train.metrics_rows import Reporter
-from megatron_cpt.train.position import Progress
+from megatron_cpt.train.metrics_rows import StepRecord, StepReporter
+from megatron_cpt.train.position import Position
 from megatron_cpt.train.schedule import learning_rate
 from megatron_cpt.train.start_checks import check_start
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.train.step import evaluate_step, train_step
+from megatron_cpt.train.terms import LossTerm
 from megatron_cpt.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Run:
+class LoopContext:
     """Everything the loop works with, on this rank."""
 
     config: RunConfig
@@ -42,128 +43,127 @@ class Run:
     checkpoints: CheckpointManager
     control: Control
     watchdog: Watchdog
-    report: Reporter
+    report: StepReporter
+    terms: tuple[LossTerm, ...] = ()
 
 
-def train(run: Run, progress: Progress) -> int:
-    """Train from `progress` to the end of the budget, or until asked to stop; the exit code."""
+def train(run: LoopContext, position: Position) -> int:
+    """Train from `position` to the end of the budget, or until asked to stop. Return the exit code."""
     config, derived, state, failure = run.config, run.derived, run.state, run.config.failure
     micro, dp = config.batch.micro_batch_size, derived.data_parallel_size
-    if progress.iteration == 0:
-        first = run.batches.plan_step(progress.ledger, phase_at(config).batch_size.at(0))
+    if position.iteration == 0:
+        first = run.batches.plan_step(position.ledger, phase_at(config).batch_size.at(0))
         check_start(state, next(run.batches.micro_batches(first, micro, run.dp_rank, dp)))
-        progress = evaluate(run, progress)
-    while progress.ledger.tokens < config.budget.train_tokens:  # whole steps from where the run stands
+        position = evaluate(run, position)
+    while position.ledger.tokens < config.budget.train_tokens:  # whole steps from where the run stands
         run.watchdog.enter("step")
         clock = LapClock()
-        before = progress.ledger.tokens
+        before = position.ledger.tokens
         phase = phase_at(config, before)
-        plan = run.batches.plan_step(progress.ledger, phase.batch_size.at(before))
-        batches = list(run.batches.micro_batches(plan, micro, run.dp_rank, dp))
+        plan = run.batches.plan_step(position.ledger, phase.batch_size.at(before))
+        micro_batches = list(run.batches.micro_batches(plan, micro, run.dp_rank, dp))
         clock.lap("data")
 
         lr = learning_rate(phase, (before + plan.ledger.tokens) / 2)
         set_rates(state.optimizer, lr, config.optimizer.weight_decay)
-        guard, sources = progress.guard, len(run.batches.streams)
-        accept = partial(guard.accepts, failure)
-        result = train_step(state, iter(batches), len(batches), num_sources=sources, accept=accept)
-        progress = progress.after_step(plan.ledger, result.loss, result.skipped, failure)
+        refuse, sources = partial(position.guard.verdict, failure), len(run.batches.streams)
+        result = train_step(state, micro_batches, num_sources=sources, terms=run.terms, refuse=refuse)
+        position = position.after_step(plan.ledger, result.loss, result.refused is not None, failure)
         clock.lap("compute")
 
-        after = progress.ledger.tokens
-        position = {"before_tokens": before, "after_tokens": after, "iteration": progress.iteration}
+        after = position.ledger.tokens
+        passed = {"before_tokens": before, "after_tokens": after, "iteration": position.iteration}
         last = after >= config.budget.train_tokens
         request = run.control.agree()
-        finish_save(run, progress)
+        finish_save(run, position)
         clock.lap("other")
 
-        show = last or config.log.every.due(**position)
-        run.report.step(progress, result, lr, after - before, len(plan.samples), clock, show)
-        if result.skipped:
-            why = guard.verdict(failure, result.loss, result.grad_norm)
-            run.report.skipped(progress, f"step skipped: {why}", run.batches.documents(plan))
-        if progress.guard.must_roll_back(failure):
-            rolled_back = roll_back(run, progress)
+        show = last or config.log.every.due(**passed)
+        run.report.step(StepRecord(position, result, lr, after - before, len(plan.samples), clock, show))
+        if result.refused is not None:
+            run.report.skipped(position, f"step skipped: {result.refused}", run.batches.documents(plan))
+        if position.guard.must_roll_back(failure):
+            rolled_back = roll_back(run, position)
             if rolled_back is None:
                 return DO_NOT_RESTART
-            progress = rolled_back
+            position = rolled_back
         if request.kill:
-            run.report.event("killed", progress, f"stopping without saving: {request.reason}")
+            run.report.event("killed", position, f"stopping without saving: {request.reason}")
             return DO_NOT_RESTART
-        if last or (config.eval.every is not None and config.eval.every.due(**position)):
-            progress = evaluate(run, progress)
-        save_due = config.checkpoint.save_every is not None and config.checkpoint.save_every.due(**position)
+        if last or (config.eval.every is not None and config.eval.every.due(**passed)):
+            position = evaluate(run, position)
+        save_due = config.checkpoint.save_every is not None and config.checkpoint.save_every.due(**passed)
         if last or save_due or request.save or request.stop:
-            save(run, progress, wait=last or request.stop)
+            save(run, position, wait=last or request.stop)
         if request.stop and not last:
-            run.report.event("stopped", progress, f"stopping after {request.reason}; start again to continue")
+            run.report.event("stopped", position, f"stopping after {request.reason}; start again to continue")
             return STOPPED
-    run.report.event("finished", progress, f"finished: {progress.ledger.tokens:,} tokens trained")
+    run.report.event("finished", position, f"finished: {position.ledger.tokens:,} tokens trained")
     return FINISHED
 
 
-def save(run: Run, progress: Progress, *, wait: bool) -> None:
-    """Save; a failure is fatal only for the save that the run's end waits for."""
+def save(run: LoopContext, position: Position, *, wait: bool) -> None:
+    """Save; a failure is fatal only for the save that the end of the run waits for."""
     with run.watchdog.during("save"):
-        finish_save(run, progress, wait=True)
+        finish_save(run, position, wait=True)
         started = time.perf_counter()
         try:
-            run.checkpoints.save(run.state, progress, wait=wait)
-            run.report.event("save", progress, "", blocked_seconds=round(time.perf_counter() - started, 4))
+            run.checkpoints.save(run.state, position, wait=wait)
+            run.report.event("save", position, "", blocked_seconds=round(time.perf_counter() - started, 4))
         except SaveFailed as error:
             if wait:
                 raise
-            run.report.event("save_failed", progress, f"{error}; training goes on", reason=error.message)
+            run.report.event("save_failed", position, f"{error}; training goes on", reason=error.message)
 
 
-def finish_save(run: Run, progress: Progress, *, wait: bool = False) -> None:
-    """Make the save that is being written count once all ranks have written it; report what became of it."""
+def finish_save(run: LoopContext, position: Position, *, wait: bool = False) -> None:
+    """Complete the save that is being written once all ranks have written it, and report how it ended."""
     try:
         if run.checkpoints.poll(wait=wait):
-            run.report.event("saved", progress, "", checkpoint_iteration=run.checkpoints.last_saved)
+            run.report.event("saved", position, "", checkpoint_iteration=run.checkpoints.last_saved)
     except SaveFailed as error:
-        run.report.event("save_failed", progress, f"{error}; training goes on", reason=error.message)
+        run.report.event("save_failed", position, f"{error}; training goes on", reason=error.message)
 
 
-def roll_back(run: Run, progress: Progress) -> Progress | None:
-    """Weights and optimizer of the last checkpoint before the skipped steps; the data goes on behind them.
+def roll_back(run: LoopContext, position: Position) -> Position | None:
+    """Load weights and optimizer of the last checkpoint before the skipped steps; the data goes on after them.
 
-    None when there is no such checkpoint or the run has rolled back too often: a person must look.
+    Return None when there is no such checkpoint or the run has rolled back too often: a person must look.
     """
-    failure, guard = run.config.failure, progress.guard
+    failure, guard = run.config.failure, position.guard
     with run.watchdog.during("save"):
-        finish_save(run, progress, wait=True)
-        chosen = run.checkpoints.newest_before(progress.iteration - guard.skips_in_row)
+        finish_save(run, position, wait=True)
+        chosen = run.checkpoints.newest_before(position.iteration - guard.skips_in_row)
         if chosen is None or guard.rollbacks >= failure.max_rollbacks:
             why = "no checkpoint to go back to" if chosen is None else f"rolled back {guard.rollbacks} times already"
-            run.report.event("diverged", progress, f"{guard.skips_in_row} steps in a row skipped, {why}: stopping")
+            run.report.event("diverged", position, f"{guard.skips_in_row} steps in a row skipped, {why}: stopping")
             return None
         earlier = run.checkpoints.load(run.state, *chosen)
     run.report.event(
         "rolled_back",
-        progress,
+        position,
         f"{guard.skips_in_row} steps in a row skipped: back to the weights of {chosen[0]}",
         checkpoint_iteration=earlier.iteration,
     )
-    return replace(progress, guard=guard.rolled_back_to(earlier.guard))
+    return position.remembering(guard=guard.rolled_back_to(earlier.guard))
 
 
-def evaluate(run: Run, progress: Progress) -> Progress:
-    """Exact token-weighted loss on every validation set; the progress with the losses."""
+def evaluate(run: LoopContext, position: Position) -> Position:
+    """Measure the token-weighted loss of every validation set. Return the position with the losses."""
     micro, dp = run.config.batch.micro_batch_size, run.derived.data_parallel_size
-    losses = dict(progress.validation)
+    losses = dict(position.validation)
     for held_out in run.validation:
         run.watchdog.enter("eval")
         started = time.perf_counter()
         loss_sum, tokens = evaluate_step(run.state, held_out.micro_batches(micro, run.dp_rank, dp))
         assert tokens == held_out.predicted_tokens, (held_out.name, tokens, held_out.predicted_tokens)
         losses[held_out.name] = loss_sum / tokens
-        run.report.validation(progress, held_out.name, losses[held_out.name], tokens, time.perf_counter() - started)
-    return replace(progress, validation=losses)
+        run.report.validation(position, held_out.name, losses[held_out.name], tokens, time.perf_counter() - started)
+    return replace(position, validation=losses)
 
 
 def set_rates(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
-    """Rates of this step; norms and biases have multipliers that keep them from decaying."""
+    """Set the rates of this step; norms and biases have multipliers that keep them from decaying."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

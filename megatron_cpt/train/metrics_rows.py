@@ -1,10 +1,11 @@
-"""Turns the loop's results into rows of metrics.jsonl and lines on the console. Other ranks have a silent one."""
+"""Turns the loop's results into rows of metrics.jsonl and lines on the console; silent on ranks other than 0."""
 
 from __future__ import annotations
 
 import math
 import resource
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,25 @@ from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.derive import Derived
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.metrics import ConsoleView, MetricsFile
-from megatron_cpt.train.position import Progress
-from megatron_cpt.train.step import StepResult
+from megatron_cpt.train.position import Position
+from megatron_cpt.train.step_sums import StepResult
 from megatron_cpt.train.throughput import flops_per_token, peak_flops
 
 
-class Reporter:
+@dataclass(frozen=True)
+class StepRecord:
+    """One step as the loop hands it to the reporter."""
+
+    position: Position  # after the step
+    result: StepResult
+    lr: float
+    tokens: int
+    samples: int
+    clock: LapClock
+    show: bool  # whether its row is due; a skipped step is always shown
+
+
+class StepReporter:
     """Rows and lines of rank 0; on other ranks without a file or a view, and then silent."""
 
     def __init__(
@@ -38,18 +52,17 @@ class Reporter:
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._rate: float | None = None  # tokens per second, smoothed
 
-    def step(
-        self, progress: Progress, result: StepResult, lr: float, tokens: int, samples: int, clock: LapClock, show: bool
-    ) -> None:
-        step_seconds = clock.total
-        rate = tokens / step_seconds
+    def step(self, record: StepRecord) -> None:
+        result, position = record.result, record.position
+        step_seconds = record.clock.total
+        rate = record.tokens / step_seconds
         self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
-        if self.metrics is None or not (show or result.skipped):
+        if self.metrics is None or not (record.show or result.refused is not None):
             return
-        remaining = max(0, self.derived.train_tokens - progress.ledger.tokens)
+        remaining = max(0, self.derived.train_tokens - position.ledger.tokens)
         row: dict[str, Any] = {
-            "iteration": progress.iteration,
-            "consumed_tokens": progress.ledger.tokens,
+            "iteration": position.iteration,
+            "consumed_tokens": position.ledger.tokens,
             "loss": result.loss,
             "loss_by_source": {
                 name: loss / tokens
@@ -58,12 +71,13 @@ class Reporter:
                 )
                 if tokens
             },
-            "lr": lr,
+            **({"loss_terms": result.terms} if result.terms else {}),
+            "lr": record.lr,
             "grad_norm": result.grad_norm,
-            "skipped": result.skipped,
-            "global_batch_size": samples,
+            "skipped": result.refused is not None,
+            "global_batch_size": record.samples,
             "step_seconds": round(step_seconds, 4),
-            **{f"{part}_seconds": seconds for part, seconds in clock.rounded().items()},
+            **{f"{part}_seconds": seconds for part, seconds in record.clock.rounded().items()},
             "tokens_per_second": round(rate, 1),
             "tokens_per_second_per_gpu": round(rate / self.derived.world_size, 1),
             "mfu": self._mfu(rate),
@@ -75,13 +89,13 @@ class Reporter:
         if self.view is not None:
             self.view.step(row, self.derived.train_iters, self.derived.train_tokens)
 
-    def validation(self, progress: Progress, name: str, loss: float, tokens: int, seconds: float) -> None:
+    def validation(self, position: Position, name: str, loss: float, tokens: int, seconds: float) -> None:
         if self.metrics is None:
             return
         perplexity = math.exp(loss) if loss < 700 else math.inf
         self.event(
             "validation",
-            progress,
+            position,
             f"validation {name}: loss {loss:.4f}, perplexity {perplexity:,.3f} on {tokens:,} tokens",
             name=name,
             loss=loss,
@@ -90,15 +104,15 @@ class Reporter:
             seconds=round(seconds, 3),
         )
 
-    def skipped(self, progress: Progress, text: str, samples: list[dict[str, Any]]) -> None:
+    def skipped(self, position: Position, text: str, samples: list[dict[str, Any]]) -> None:
         """A step that was not applied, with the documents that its samples were cut from."""
-        self.event("skipped", progress, text, reason=text, samples=samples)
+        self.event("skipped", position, text, reason=text, samples=samples)
 
-    def event(self, event: str, progress: Progress, text: str, **fields: Any) -> None:
+    def event(self, event: str, position: Position, text: str, **fields: Any) -> None:
         """Something that is not a step: a row with the name of the event, and a line if there is a `text`."""
         if self.metrics is not None:
             self.metrics.write(
-                event=event, iteration=progress.iteration, consumed_tokens=progress.ledger.tokens, **fields
+                event=event, iteration=position.iteration, consumed_tokens=position.ledger.tokens, **fields
             )
         if self.view is not None and text:
             self.view.line(text)

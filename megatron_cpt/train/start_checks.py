@@ -18,11 +18,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
+from megatron_cpt.data.micro_batch import MicroBatch
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.model.build import DTYPES
 from megatron_cpt.runtime.distributed import failing_together
 from megatron_cpt.train.state import TrainState
-from megatron_cpt.train.step import MicroBatch, evaluate_step
+from megatron_cpt.train.step import evaluate_step
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def check_start(state: TrainState, batch: MicroBatch) -> None:
     config = state.config
     if config.model.init_from == "random" or not config.model.check_start:
         return
-    apart = {name: tensor for name, tensor in batch.items() if name != "document_ids"}  # as transformers sees it
+    apart = batch.copy()
+    apart.pop("document_ids", None)  # as transformers sees it
     loss_sum, tokens = evaluate_step(state, [apart] if parallel_state.get_data_parallel_rank() == 0 else [])
     loss, uniform = loss_sum / max(1, tokens), math.log(state.arch.vocab_size)
     if not loss <= NEAR_UNIFORM_RATIO * uniform:
@@ -83,7 +85,7 @@ def _why_not(model_dir: Path, weight_bytes: int, parameters: int) -> str | None:
         return "the model is too large to compute on one CPU"
     free_bytes = psutil.virtual_memory().available
     if free_bytes < weight_bytes * (1 + _MEMORY_FACTOR):
-        return f"{free_bytes / 2**30:.1f} GiB of free memory are too few"
+        return f"only {free_bytes / 2**30:.1f} GiB of memory are free"
     return None
 
 

@@ -31,6 +31,7 @@ from megatron_cpt.model.gpu_options import optimizer_settings
 from megatron_cpt.model.load_hf import load_hf_weights, random_weights
 from megatron_cpt.model.load_megatron import is_megatron_checkpoint, load_megatron_weights
 from megatron_cpt.runtime.adamw import select_adam
+from megatron_cpt.train.terms import Penalty
 
 SetWeights = Callable[[list[GPTModel]], None]
 
@@ -45,6 +46,7 @@ class TrainState:
     chunks: list[DistributedDataParallel]  # one per virtual pipeline chunk
     optimizer: MegatronOptimizer
     adam: str  # whose kernel: "te", "apex" or "torch"
+    penalties: tuple[Penalty, ...] = ()  # added to the gradients of every step
 
     @property
     def device(self) -> torch.device:

@@ -26,6 +26,8 @@ class TrainRow:
     grad_norm_bound: float = GRAD_NORM_BOUND
     sabotage: str | None = None
     documents: bool = False  # whether the samples carry document ids
+    term_weight: float = 0.0  # of a second cross entropy, a loss term; 0: without it
+    l2: float = 0.0  # strength of an L2 penalty
     bucket_elements: int | None = None
 
 
@@ -41,6 +43,7 @@ SDPA = {"model.attention": "sdpa"}
 DROPOUT = {"model.dropout": 0.1}
 DOCUMENTS = {"model.document_attention": True}
 SELECTIVE = {"recompute.granularity": "selective", "recompute.modules": ["core_attn", "mlp"]}
+NO_DECAY = {"optimizer.weight_decay": 0.0}
 OVERLAP = parallel(overlap_grad_reduce=True, overlap_param_gather=True)
 
 # fmt: off
@@ -71,6 +74,10 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("dropout", 1, DROPOUT, baseline="dropout"),
     TrainRow("dropout_again", 1, DROPOUT, baseline="dropout", loss_bound=0.0, grad_norm_bound=0.0),
     TrainRow("dropout_recompute", 1, DROPOUT | {"recompute.granularity": "full"}, baseline="dropout"),
+    # a loss term and a penalty; `test_terms.py` compares these two with transformers
+    TrainRow("term", 1, NO_DECAY, term_weight=0.5),
+    TrainRow("l2", 1, NO_DECAY, l2=0.05),
+    TrainRow("term_without_weight", 1, term_weight=1e-30),
     # two ranks
     TrainRow("tp2", 2, parallel(tp=2, sequence_parallel=False)),
     TrainRow("tp2_sp", 2, parallel(tp=2)),
@@ -102,6 +109,15 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     ),
     TrainRow("tp2_bf16", 2, parallel(tp=2) | BF16, baseline="base_bf16", loss_bound=2e-2, grad_norm_bound=5e-2),
     TrainRow("pp2_bf16", 2, parallel(pp=2) | BF16, baseline="base_bf16", loss_bound=2e-2, grad_norm_bound=5e-2),
+    TrainRow("term_tp2", 2, parallel(tp=2) | NO_DECAY, baseline="term", term_weight=0.5),
+    TrainRow("term_pp2", 2, parallel(pp=2) | NO_DECAY, baseline="term", term_weight=0.5),
+    TrainRow("term_cp2", 2, parallel(cp=2) | NO_DECAY, baseline="term", term_weight=0.5),
+    TrainRow("term_dp2", 2, NO_DECAY, baseline="term", term_weight=0.5),
+    TrainRow("l2_tp2", 2, parallel(tp=2) | NO_DECAY, baseline="l2", l2=0.05),
+    TrainRow("l2_pp2", 2, parallel(pp=2) | NO_DECAY, baseline="l2", l2=0.05),
+    TrainRow("l2_cp2", 2, parallel(cp=2) | NO_DECAY, baseline="l2", l2=0.05),
+    TrainRow("l2_dp2", 2, NO_DECAY, baseline="l2", l2=0.05),
+    TrainRow("l2_dp2_plain_optimizer", 2, PLAIN_OPTIMIZER | NO_DECAY, baseline="l2", l2=0.05),
     # three ranks: SmolLM2's nine heads
     TrainRow("nine_heads_tp3", 3, parallel(tp=3, sequence_parallel=False), model="nine_heads"),
     # four ranks
@@ -125,6 +141,11 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("sabotage_uneven", 2, parallel(pp=2, last_stage_layers=1), sabotage="layers_counted_evenly"),
     TrainRow("sabotage_tied", 2, parallel(pp=2), model="base_tied", sabotage="tied_gradients_not_reduced"),
     TrainRow("sabotage_cp_order", 2, parallel(cp=2), sabotage="keys_in_rank_order"),
+    TrainRow(
+        "sabotage_term", 2, parallel(cp=2) | NO_DECAY,
+        baseline="term", term_weight=0.5, sabotage="term_tensors_cut_in_halves",
+    ),
+    TrainRow("sabotage_l2", 2, NO_DECAY, baseline="l2", l2=0.05, sabotage="penalty_of_every_data_parallel_rank"),
     TrainRow(
         "sabotage_documents", 1, baseline="base_documents", sabotage="whole_sequence_attention",
     ),

@@ -79,6 +79,28 @@ def keys_in_rank_order() -> Any:
     )
 
 
+def term_tensors_cut_in_halves() -> Any:
+    """Under context parallelism a loss term gets a half of its tensors, not the two chunks of its rank."""
+    right = step.on_this_rank
+
+    def wrong(batch: Any, device: Any, cp_rank: int, cp_size: int, axes: Any) -> Any:
+        halves = {n: t.chunk(cp_size, axes[n])[cp_rank] for n, t in batch["term_tensors"].items()}
+        return right(batch, device, cp_rank, cp_size, axes) | {"term_tensors": halves}
+
+    return mock.patch.object(step, "on_this_rank", wrong)
+
+
+def penalty_of_every_data_parallel_rank() -> Any:
+    """The penalty's gradient is added once for each data-parallel rank, as if it were one of the data."""
+    once = step._add_penalties
+
+    def add(state: Any) -> None:
+        for _ in range(parallel_state.get_data_parallel_world_size()):
+            once(state)
+
+    return mock.patch.object(step, "_add_penalties", add)
+
+
 def whole_sequence_attention() -> Any:
     """Packed documents attend to each other. The row leaves the option out; nothing is left to patch."""
     return contextlib.nullcontext()
@@ -154,6 +176,8 @@ SABOTAGES = {
         layers_counted_evenly,
         tied_gradients_not_reduced,
         keys_in_rank_order,
+        term_tensors_cut_in_halves,
+        penalty_of_every_data_parallel_rank,
         whole_sequence_attention,
         another_seed,
         qkv_not_interleaved,

@@ -11,8 +11,9 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,14 +27,17 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron_cpt.architecture.families import read_architecture  # noqa: E402
 from megatron_cpt.config.derive import derive  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
+from megatron_cpt.data.micro_batch import MicroBatch  # noqa: E402
 from megatron_cpt.errors import CheckpointError  # noqa: E402
 from megatron_cpt.model.build import build_model  # noqa: E402
 from megatron_cpt.model.load_hf import load_hf_weights  # noqa: E402
 from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402
 from megatron_cpt.train.state import build_train_state  # noqa: E402
 from megatron_cpt.train.step import train_step  # noqa: E402
+from tests.parity.digest import Recorder  # noqa: E402
 from tests.parity.rows import BASE_PRECISION, LOGITS_ROWS, STEPS, TRAIN_ROWS, LogitsRow, TrainRow  # noqa: E402
 from tests.parity.sabotage import SABOTAGES  # noqa: E402
+from tests.parity.terms import L2Penalty, SecondCrossEntropy  # noqa: E402
 from tests.parity.tiny_models import MODELS, hf_model  # noqa: E402
 
 SEQ_LENGTH, GLOBAL_BATCH, LR = 32, 4, 5e-4
@@ -82,14 +86,14 @@ def sample(step: int, index: int, vocab_size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def batches(config: Any, vocab_size: int, documents: bool) -> Iterator[dict[str, torch.Tensor]]:
+def batches(config: Any, vocab_size: int, documents: bool) -> Iterator[MicroBatch]:
     dp = parallel_state.get_data_parallel_world_size()
     rank, size = parallel_state.get_data_parallel_rank(), config.batch.micro_batch_size
     for step in range(STEPS):
         for micro in range(GLOBAL_BATCH // (size * dp)):
             samples = [sample(step, (micro * dp + rank) * size + i, vocab_size) for i in range(size)]
             keys = [key for key in samples[0] if documents or key != "document_ids"]
-            yield {key: torch.stack([one[key] for one in samples]) for key in keys}
+            yield cast(MicroBatch, {key: torch.stack([one[key] for one in samples]) for key in keys})
 
 
 def run_train(row: TrainRow, models_dir: Path) -> dict[str, Any]:
@@ -99,9 +103,17 @@ def run_train(row: TrainRow, models_dir: Path) -> dict[str, Any]:
     init_parallel_groups(config)
     with SABOTAGES[row.sabotage]() if row.sabotage else contextlib.nullcontext():
         state = build_train_state(config, arch, bucket_elements=row.bucket_elements)
+        state.penalties = (L2Penalty(row.l2),) if row.l2 else ()
+        recorder = Recorder(state)
         data = batches(config, arch.vocab_size, row.documents)
-        results = [train_step(state, data, derived.gradient_accumulation_steps, num_sources=2) for _ in range(STEPS)]
+        terms = (SecondCrossEntropy(row.term_weight),) if row.term_weight else ()
+        results = [
+            train_step(state, list(islice(data, derived.gradient_accumulation_steps)), num_sources=2, terms=terms)
+            for _ in range(STEPS)
+        ]
     return {
+        "digest": recorder.digest(),
+        "terms": [r.terms for r in results],
         "loss": [r.loss for r in results],
         "grad_norm": [r.grad_norm for r in results],
         "tokens": [r.loss_tokens for r in results],

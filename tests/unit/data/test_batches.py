@@ -159,7 +159,7 @@ def test_a_changed_blend_continues_each_source(data: Path) -> None:
     again, resumed = open_run(changed, data, middle)
     after, _ = consume(again, resumed, [60])
     for name in "abc":
-        positions = [s.position for s in before + after if s.source == name]
+        positions = [s.offset_tokens for s in before + after if s.source == name]
         assert positions == [i * SEQ for i in range(len(positions))]
     without_b = make_config(data, a=1.0, c=1.0)
     _, kept = open_run(without_b, data, resumed)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron_cpt.architecture.families import read_architecture
+from megatron_cpt.data.micro_batch import MicroBatch
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.launch.base_model import refuse_instruct_model, sign_of_instruct
 from megatron_cpt.train.start_checks import check_start
 from megatron_cpt.train.state import TrainState, build_train_state
-from megatron_cpt.train.step import MicroBatch, train_step
 from tests.parity.sabotage import SABOTAGES
 from tests.parity.tiny_models import save_tiny_model
 from tests.unit.model.conftest import make_config
@@ -78,31 +78,6 @@ def test_weights_loaded_wrongly_are_refused(trained_dir: Path, sabotage: str) ->
         state = build(trained_dir)
     with pytest.raises(CheckpointError, match=r"in transformers on the same weights|uniform guess"):
         check_start(state, batch())
-
-
-def test_step_without_a_finite_gradient_changes_nothing(model_dir: Path) -> None:
-    state = build(model_dir)
-    before = [p.detach().clone() for p in state.chunks[0].parameters()]
-    result = train_step(state, iter([batch()]), 1, extra_loss=lambda logits, _: logits.sum() * float("inf"))
-    assert result.skipped
-    assert all(torch.equal(a, b) for a, b in zip(before, state.chunks[0].parameters(), strict=True))
-    assert not train_step(state, iter([batch()]), 1).skipped
-    assert not all(torch.equal(a, b) for a, b in zip(before, state.chunks[0].parameters(), strict=True))
-
-
-def test_second_loss_term_sees_logits_and_moves_the_weights(model_dir: Path) -> None:
-    def pull_to_zero(logits: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-        assert logits.shape == (32, 2, 512)
-        return logits.float().pow(2).sum()
-
-    plain = train_step(build(model_dir), iter([batch()]), 1)
-    zero = train_step(build(model_dir), iter([batch()]), 1, extra_loss=lambda logits, _: logits.sum() * 0)
-    extra = train_step(build(model_dir), iter([batch()]), 1, extra_loss=pull_to_zero)
-    assert zero.loss == pytest.approx(plain.loss, abs=1e-6)
-    assert zero.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
-    assert extra.loss == pytest.approx(plain.loss, abs=1e-6)
-    assert extra.extra_loss_sum > 0
-    assert extra.grad_norm > 2 * plain.grad_norm
 
 
 def chat_model(folder: Path, **files: object) -> Path:

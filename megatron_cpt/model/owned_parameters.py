@@ -1,0 +1,63 @@
+"""The fp32 values and gradients that this rank's optimizer updates, whichever of Megatron-Core's optimizers it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_cpt.errors import ConfigError
+from megatron_cpt.model.load_hf import global_name
+
+
+@dataclass(frozen=True)
+class OwnedParameter:
+    """The elements of one parameter that this rank's optimizer updates, in fp32."""
+
+    name: str  # in a checkpoint: layers are counted over the whole model
+    shape: tuple[int, ...]  # of the parameter on this rank, cut by tensor parallelism
+    start: int  # the elements [start, stop) of the flattened parameter are owned here
+    stop: int
+    values: Tensor  # float32, stop - start elements
+    gradient: Tensor  # likewise; to be changed in place
+
+
+def owned_parameters(models: Sequence[GPTModel], optimizer: MegatronOptimizer) -> list[OwnedParameter]:
+    """Return the parameters of the bare `models` that this rank's optimizer updates, with their gradients.
+
+    Call it after `optimizer.prepare_grads()`.
+
+    Raises:
+        ConfigError: the optimizer keeps its moments in fewer bits, and its fp32 values out of reach.
+    """
+    names = {parameter: global_name(model, name) for model in models for name, parameter in model.named_parameters()}
+    owned: list[OwnedParameter] = []
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        owned += _of_distributed(part, names) if isinstance(part, DistributedOptimizer) else _of_plain(part, names)
+    return owned
+
+
+def _of_distributed(optimizer: DistributedOptimizer, names: dict[Tensor, str]) -> Iterator[OwnedParameter]:
+    if optimizer.config.use_precision_aware_optimizer:
+        raise ConfigError(
+            "a penalty reads the optimizer's fp32 weights, which optimizer.moments_dtype below fp32 hides",
+            hint="set optimizer.moments_dtype: fp32",
+        )
+    for parameter, (group, place) in optimizer.model_param_group_index_map.items():
+        held = optimizer._get_model_param_range_map(parameter)["param"]
+        main = optimizer.optimizer.param_groups[group]["params"][place]
+        yield OwnedParameter(names[parameter], tuple(parameter.shape), held.start, held.end, main.data, main.grad)
+
+
+def _of_plain(optimizer: MegatronOptimizer, names: dict[Tensor, str]) -> Iterator[OwnedParameter]:
+    parameter_of = {id(getattr(parameter, "main_param", parameter)): parameter for parameter in names}
+    for main in (main for group in optimizer.param_groups for main in group["params"]):
+        parameter = parameter_of[id(main)]
+        flat, gradient = main.data.view(-1), main.grad.view(-1)
+        yield OwnedParameter(names[parameter], tuple(parameter.shape), 0, flat.numel(), flat, gradient)
