@@ -246,7 +246,7 @@ def copy_seconds(count: int) -> float:
 
 def measure_starts(work: Path, model: Path, data: Path) -> tuple[list[dict[str, float]], float]:
     """Seconds by part of a cold and of a resumed start, and the share of a step that data loading takes."""
-    from megatron_cpt.train.metrics import read_metrics
+    from megatron_cpt.runs.metrics import read_metrics
 
     rows: list[dict[str, Any]] = []
     for steps in (START_STEPS, 2 * START_STEPS):

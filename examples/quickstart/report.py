@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cpt.train.metrics import read_metrics
+from megatron_cpt.runs.metrics import read_metrics
 
 SETS = {"domain": "medical_valid", "general": "general_valid"}  # name in the config -> dataset
 TITLES = {"domain": "domain: medical", "general": "general: The World Factbook"}

@@ -8,7 +8,6 @@ left behind is raised here.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import random
@@ -19,11 +18,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.runs.exit_codes import STOPPED
 from megatron_cpt.runs.folder import RunFolder
+from megatron_cpt.runs.rank_errors import read_rank_error
 
 logger = logging.getLogger(__name__)
 
@@ -166,22 +166,13 @@ def _rank_failure(folder: RunFolder, rank: int, code: int, world_size: int) -> C
         path = folder.rank_error(candidate)
         if path.exists():
             told = read_rank_error(path)
-            return RankFailure(told["message"], hint=told["hint"], exit_code=told["exit_code"])
+            return RankFailure(told.message, hint=told.hint, exit_code=told.exit_code)
     how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return RankFailure(
         f"rank {rank} {how}; the last lines of {folder.rank_log(rank)}:\n{_tail(folder.rank_log(rank))}",
         hint="start the same command again: it continues from the newest complete checkpoint",
         exit_code=code if code > 0 else 1,
     )
-
-
-def read_rank_error(path: Path) -> dict[str, Any]:
-    """What a rank left of why it ended: message, hint, exit_code; a rank may have been killed while it wrote."""
-    try:
-        told = json.loads(path.read_text())
-        return {"message": str(told["message"]), "hint": told["hint"], "exit_code": int(told["exit_code"])}
-    except (ValueError, KeyError, TypeError):
-        return {"message": f"{path} was cut short", "hint": f"the logs in {path.parent} say more", "exit_code": 1}
 
 
 def _tail(path: Path, lines: int = 12) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,12 @@ from megatron_cpt.config.load import load_config
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import Datasets, SourcePlan, check_datasets
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.model_dir import architecture_dir
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults, free_bytes
 from megatron_cpt.runs.folder import Change, RunFolder
 from megatron_cpt.runs.marker import Marker, read_marker
-from megatron_cpt.train.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,21 @@ def check_job(config_path: Path, overrides: Sequence[str]) -> Job:
         UserError: the config, the model's files or a dataset.
     """
     config = load_config(config_path, overrides)
-    check_trackers(config)
+    refuse_missing_trackers(config)
     model_dir = architecture_dir(config)
     refuse_instruct_model(config, model_dir)
     arch = read_architecture(model_dir)
     derived = derive(config, arch, origin=str(config_path))
     return Job(config, arch, derived, check_datasets(config, arch, model_dir), model_dir)
+
+
+def refuse_missing_trackers(config: RunConfig) -> None:
+    """Raise ConfigError when a tracker is asked for whose package is not installed."""
+    asked = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb_project is not None}
+    for package, wanted in asked.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            key = "log.tensorboard" if package == "tensorboard" else "log.wandb_project"
+            raise ConfigError(f"{key} needs the package {package}", hint="pip install 'megatron-cpt[trackers]'")
 
 
 def branch_point(config: RunConfig) -> tuple[Path, Marker] | None:

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.launch.local import read_rank_error
 from megatron_cpt.runs.checkpoints import list_checkpoints
 from megatron_cpt.runs.folder import RunFolder, read_resolved
 from megatron_cpt.runs.lease import HEARTBEAT_SECONDS, is_alive_here, read_lease
+from megatron_cpt.runs.metrics import latest_rows, read_rows
+from megatron_cpt.runs.rank_errors import read_rank_error
 from megatron_cpt.runs.views import checkpoint_json
-from megatron_cpt.train.metrics import read_metrics
 
 # the run's own last word in metrics.jsonl -> its state
 _LAST_WORDS = {"finished": "finished", "stopped": "stopped", "killed": "killed", "diverged": "diverged"}
@@ -47,7 +47,8 @@ def read_status(root: Path) -> RunStatus:
     """Raises CheckpointError when `root` is not a run folder."""
     folder = RunFolder(root)
     config = read_resolved(folder)
-    rows = read_metrics(folder.metrics)
+    written, _ = read_rows(folder.metrics)
+    rows = latest_rows(written)
     steps = [row for row in rows if "event" not in row]
     events = sorted((row for row in rows if row.get("event") in _LAST_WORDS), key=lambda row: row["time"])
     checkpoints = list_checkpoints(folder.checkpoints)
@@ -69,7 +70,7 @@ def read_status(root: Path) -> RunStatus:
         last_checkpoint=checkpoint_json(*saved[-1]) if saved else None,
         starts=len(folder.history.read_text().splitlines()) if folder.history.exists() else 0,
         unusable_checkpoints=[c.problem.message for c in checkpoints if c.problem is not None],
-        steps_done_twice=_count_step_rows(folder) - len(steps),
+        steps_done_twice=sum("event" not in row for row in written) - len(steps),
         skipped_steps=sum(bool(row["skipped"]) for row in steps),
         last_error=error["message"] if error else None,
         last_row_seconds_ago=round(time.time() - last_time, 1) if last_time else None,
@@ -104,14 +105,9 @@ def _last_error(folder: RunFolder) -> dict[str, Any] | None:
     paths = sorted(folder.logs.glob("error_rank_*.json"), key=lambda path: path.stat().st_mtime)
     if not paths:
         return None
-    return {**read_rank_error(paths[-1]), "time": paths[-1].stat().st_mtime}
+    return {**asdict(read_rank_error(paths[-1])), "time": paths[-1].stat().st_mtime}
 
 
 def _number(value: Any) -> float | None:
     """None for what is written as text because JSON has no word for it: NaN and infinity."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _count_step_rows(folder: RunFolder) -> int:
-    lines = folder.metrics.read_text().splitlines() if folder.metrics.exists() else []
-    return sum('"loss_by_source"' in line for line in lines)

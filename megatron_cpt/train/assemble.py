@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_cpt.budget import format_count
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.console import ConsoleHandler
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.validation import ValidationSet
@@ -23,9 +24,10 @@ from megatron_cpt.runs.lease import Lease
 from megatron_cpt.runtime.distributed import Runtime
 from megatron_cpt.train.checkpoint import CheckpointManager
 from megatron_cpt.train.clock import LapClock
+from megatron_cpt.train.console_view import ConsoleView, open_console
 from megatron_cpt.train.control import Control
 from megatron_cpt.train.loop import LoopContext, train
-from megatron_cpt.train.metrics import ConsoleHandler, ConsoleView, MetricsFile, open_console
+from megatron_cpt.train.metrics import MetricsFile
 from megatron_cpt.train.metrics_rows import StepReporter
 from megatron_cpt.train.position import Position
 from megatron_cpt.train.state import build_train_state
@@ -117,9 +119,10 @@ def _open_reporter(job: Job, folder: RunFolder, start: int, ledger: Ledger) -> S
     if dist.get_rank() != 0:
         return StepReporter(job.arch, job.derived, seq_length, names, None, None)
     metrics = MetricsFile(folder.metrics, start, open_trackers(job.config, folder))
-    view = ConsoleView(open_console(), job.derived.train_tokens, ledger.tokens)
-    if view.stream is not sys.stderr:  # else the log goes there anyhow
-        logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(view))
+    console = open_console()
+    if console is not sys.stderr:  # else the log goes there already
+        logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(console))
+    view = ConsoleView(console, job.derived.train_tokens, ledger.tokens)
     return StepReporter(job.arch, job.derived, seq_length, names, metrics, view)
 
 

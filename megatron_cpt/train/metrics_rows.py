@@ -13,7 +13,8 @@ import torch
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.derive import Derived
 from megatron_cpt.train.clock import LapClock
-from megatron_cpt.train.metrics import ConsoleView, MetricsFile
+from megatron_cpt.train.console_view import ConsoleView
+from megatron_cpt.train.metrics import MetricsFile
 from megatron_cpt.train.position import Position
 from megatron_cpt.train.step_sums import StepResult
 from megatron_cpt.train.throughput import flops_per_token, peak_flops

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.errors import ConfigError
 from megatron_cpt.runs.folder import RunFolder, resolved_dict
 
 
@@ -19,15 +17,6 @@ class Tracker:
     name: str
     write: Callable[[dict[str, Any]], None]
     close: Callable[[], None]  # a rank ends by os._exit: what is not written by then is lost
-
-
-def check_trackers(config: RunConfig) -> None:
-    """Raise ConfigError when a tracker is asked for whose package is not installed."""
-    asked = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb_project is not None}
-    for package, wanted in asked.items():
-        if wanted and importlib.util.find_spec(package) is None:
-            key = "log.tensorboard" if package == "tensorboard" else "log.wandb_project"
-            raise ConfigError(f"{key} needs the package {package}", hint="pip install 'megatron-cpt[trackers]'")
 
 
 def open_trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:

@@ -80,7 +80,7 @@ def test_export_opens_with_transformers_and_is_the_trained_model(report: dict[st
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_cpt.train.metrics import read_metrics
+    from megatron_cpt.runs.metrics import read_metrics
 
     model = AutoModelForCausalLM.from_pretrained(WORK / "export")
     tokenizer = AutoTokenizer.from_pretrained(WORK / "export")

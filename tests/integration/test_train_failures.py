@@ -17,7 +17,7 @@ import yaml
 
 from megatron_cpt.runs.checkpoints import complete_checkpoints
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, HUNG, STOPPED, USER_ERROR
-from megatron_cpt.train.metrics import read_metrics
+from megatron_cpt.runs.metrics import read_metrics
 from tests.configs import tiny_run
 from tests.rank_pool import RankPool
 

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults
-from megatron_cpt.train.metrics import read_metrics
+from megatron_cpt.runs.metrics import read_metrics
 from tests.configs import tiny_run
 from tests.rank_pool import RankPool
 

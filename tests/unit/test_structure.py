@@ -42,9 +42,6 @@ WITHOUT_TORCH = ("errors", "budget", "durable", "architecture", "config", "corpu
 
 # Imports that are known to point upward or to close a circle, until their owner has turned them round.
 TO_BE_REMOVED = {
-    ("megatron_cpt.runs.status", "megatron_cpt.launch.local"),
-    ("megatron_cpt.runs.status", "megatron_cpt.train.metrics"),
-    ("megatron_cpt.launch.preflight", "megatron_cpt.train.trackers"),
     ("megatron_cpt.train.api", "megatron_cpt.commands.train"),
     ("megatron_cpt.corpus.readers.units", "megatron_cpt.corpus.readers.columnar"),
     ("megatron_cpt.corpus.readers.lines", "megatron_cpt.corpus.readers.columnar"),

@@ -18,7 +18,7 @@ from megatron_cpt.runs.checkpoints import checkpoint_path, seal
 from megatron_cpt.runs.folder import RunFolder, record_start, resolved_yaml
 from megatron_cpt.runs.lease import Lease, refuse_if_held
 from megatron_cpt.runs.marker import Marker
-from megatron_cpt.train.metrics import MetricsFile, read_metrics
+from megatron_cpt.train.metrics import MetricsFile
 
 
 @pytest.fixture
@@ -122,17 +122,6 @@ def test_not_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         code, out = call(capsys, command, str(tmp_path))
         assert code == 2
         assert "hint:" in out
-
-
-def test_metrics_survive_a_torn_line_and_count_the_later_start(folder: RunFolder) -> None:
-    write_steps(folder, 1, range(1, 4)).close()
-    with folder.metrics.open("a") as file:
-        file.write('{"iteration": 4, "los')
-    write_steps(folder, 2, range(3, 5))
-    rows = read_metrics(folder.metrics)
-    assert [(row["iteration"], row["start"]) for row in rows] == [(1, 1), (2, 1), (3, 2), (4, 2)]
-    MetricsFile(folder.metrics, 2).write(iteration=5, loss=float("nan"))
-    assert read_metrics(folder.metrics)[-1]["loss"] == "nan"
 
 
 def test_checkpoints_are_listed_verified_and_pruned(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

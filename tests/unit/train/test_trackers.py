@@ -9,7 +9,6 @@ import pytest
 
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.errors import ConfigError
 from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.train import trackers
 from megatron_cpt.train.metrics import MetricsFile
@@ -48,19 +47,6 @@ def test_a_tracker_that_fails_is_dropped_and_the_rows_go_on(tmp_path: Path, capl
     metrics.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert caplog.text.count("no more rows for W: no route to host") == 1
-
-
-@pytest.mark.parametrize(
-    ("log", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb_project": "p"}, "wandb")]
-)
-def test_a_missing_package_is_said_before_anything_starts(
-    log: dict[str, Any], package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=f"needs the package {package}") as caught:
-        trackers.check_trackers(make(**log))
-    assert "megatron-cpt[trackers]" in str(caught.value.hint)
-    trackers.check_trackers(make())
 
 
 def test_wandb_goes_on_with_the_same_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

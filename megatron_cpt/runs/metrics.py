@@ -1,0 +1,51 @@
+"""metrics.jsonl, read: rows from an offset on, so that looking again at a long run costs only what is new.
+
+Every row has `start`, the number of the attempt (launch) of the run that wrote it. After a crash some steps are done
+twice, and the row of the later attempt counts (`latest_rows`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path, offset: int = 0) -> tuple[list[Row], int]:
+    """Return the rows behind byte `offset` in the order of the file, and the offset to read on from.
+
+    A last line without its end is still being written: it is left for the next call. Lines that a crash cut short are
+    skipped, and a file that has become shorter than `offset` is another one: it is read from its beginning. A file
+    that does not exist yet has no rows.
+    """
+    try:
+        with path.open("rb") as file:
+            if offset > file.seek(0, 2):
+                offset = 0
+            file.seek(offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    rows = []
+    for line in whole.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows, offset + len(whole) + len(newline)
+
+
+def latest_rows(rows: Iterable[Row]) -> list[Row]:
+    """Rows in order of iteration; of a step, validation or event that was done twice the later one."""
+    latest = {(row.get("event"), row.get("name"), row.get("iteration")): row for row in rows}
+    return sorted(latest.values(), key=lambda row: row.get("iteration") or 0)
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """All rows of a run that count."""
+    return latest_rows(read_rows(path)[0])

@@ -1,0 +1,30 @@
+"""RUN/logs/error_rank_XXXX.json: why a rank ended, left by it for whoever started it and for `status`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RankError:
+    message: str
+    hint: str | None
+    exit_code: int
+
+
+def leave_rank_error(path: Path, error: RankError) -> None:
+    """Write `error` to `path`; on a full disk nothing, the rank's log has said it."""
+    with contextlib.suppress(OSError):
+        path.write_text(json.dumps(asdict(error)), encoding="utf-8")
+
+
+def read_rank_error(path: Path) -> RankError:
+    """What a rank left; it may have been killed while it wrote."""
+    try:
+        told = json.loads(path.read_text())
+        return RankError(str(told["message"]), told["hint"], int(told["exit_code"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return RankError(f"{path} was cut short", f"the logs in {path.parent} say more", 1)
