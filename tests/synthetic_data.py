@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cpt.corpus.dataset.indexed import write_index
-from megatron_cpt.corpus.dataset.manifest import Manifest, TokenizerRecord, bin_path, idx_path, write_manifest
+from megatron_cpt.corpus.dataset.manifest import Manifest, bin_path, idx_path, write_manifest
+from megatron_cpt.corpus.tokenizers.record import TokenizerRecord
 
 EOD = 0
 

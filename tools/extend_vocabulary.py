@@ -11,9 +11,9 @@ from pathlib import Path
 import click
 
 from megatron_cpt.cli import run
-from megatron_cpt.corpus.documents import Ledger
-from megatron_cpt.corpus.readers.lines import read_unit
-from megatron_cpt.corpus.readers.units import plan_units
+from megatron_cpt.corpus.documents import UnitTally
+from megatron_cpt.corpus.readers.plan import plan_units
+from megatron_cpt.corpus.readers.read import read_unit
 from megatron_cpt.corpus.schema import parse_corpus
 from megatron_cpt.corpus.tokenizers.vocabulary import extend_model, extend_tokenizer, propose_tokens
 from megatron_cpt.errors import DataError
@@ -23,7 +23,7 @@ def texts_of(inputs: tuple[str, ...], text: str) -> Iterator[str]:
     raw = {"output_prefix": "", "tokenizer": "", "sources": [{"files": list(inputs), "text": text}]}
     corpus = parse_corpus(raw, "--input")
     for unit in plan_units(corpus):
-        for batch in read_unit(unit, Ledger(), corpus.max_document_bytes):
+        for batch in read_unit(unit, UnitTally(), corpus.max_document_bytes):
             yield from batch.texts
 
 

@@ -21,7 +21,8 @@ from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.run.progress import progress_view
 from megatron_cpt.corpus.schema import parse_corpus
 from megatron_cpt.corpus.tokenizers.huggingface import stated_eos
-from megatron_cpt.corpus.tokenizers.tokenizer import CHAT_TURN_TOKENS, find_tokenizer_file
+from megatron_cpt.corpus.tokenizers.load import find_tokenizer_file
+from megatron_cpt.corpus.tokenizers.tokenizer import CHAT_TURN_TOKENS
 from megatron_cpt.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ import click
 from megatron_cpt.commands.preprocess import parse_split
 from megatron_cpt.corpus.dataset.manifest import Manifest
 from megatron_cpt.corpus.dataset.merge import merge_datasets
-from megatron_cpt.corpus.dataset.split_and_dedup import dedup_datasets, split_dataset
+from megatron_cpt.corpus.dataset.split import split_dataset
 from megatron_cpt.corpus.dataset.verify import describe_dataset, verify_dataset
+from megatron_cpt.corpus.dedup.dedup_datasets import dedup_datasets
 from megatron_cpt.corpus.schema_processing import Dedup, Near
 from megatron_cpt.errors import DataError
 

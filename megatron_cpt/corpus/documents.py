@@ -1,4 +1,4 @@
-"""What flows between the steps: batches of documents, and the account of those that did not get through."""
+"""What flows between the steps: batches of documents as text and as token ids, and a tally of rejected documents."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
+
+import numpy as np
+
+from megatron_cpt.corpus.arrays import Array
 
 # Reasons that mean unreadable input rather than a choice of the user; `max_reject_ratio` counts only these.
 BAD_INPUT_REASONS = frozenset(
@@ -46,6 +50,38 @@ class Batch:
         return Batch(self.path, texts, self.places, self.metadata)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as token ids: flat ids, tokens per sequence (all > 0), sequences per document (0 if empty)."""
+
+    ids: Array
+    sequence_lengths: Array
+    sequences_per_document: Array
+
+    def document_tokens(self) -> Array:
+        ends = np.concatenate(([0], np.cumsum(self.sequence_lengths)))
+        last = np.cumsum(self.sequences_per_document)
+        return ends[last] - ends[last - self.sequences_per_document]  # type: ignore[no-any-return]
+
+    def select(self, wanted: Array) -> Encoded:
+        """Only the wanted documents (a boolean per document)."""
+        sequences = np.repeat(wanted, self.sequences_per_document)
+        return Encoded(
+            self.ids[np.repeat(sequences, self.sequence_lengths)],
+            self.sequence_lengths[sequences],
+            self.sequences_per_document[wanted],
+        )
+
+
+@dataclass(frozen=True)
+class DocumentCounts:
+    """How much some documents are."""
+
+    documents: int
+    sequences: int
+    tokens: int
+
+
 @dataclass(slots=True)
 class Reject:
     """A document that was not written, where it stands and why."""
@@ -57,8 +93,8 @@ class Reject:
 
 
 @dataclass(slots=True)
-class Ledger:
-    """The account of a unit: documents read, and every reject. Read = written + rejected, always."""
+class UnitTally:
+    """Counts of one unit: documents read, and every reject. Read = written + rejected, always."""
 
     documents_read: int = 0
     lines_read: int = 0  # lines or rows the unit covers, to turn relative places into absolute ones
@@ -81,3 +117,10 @@ class Ledger:
             if not keep:
                 self.reject(batch.path, place, reason, text)
         return batch.keep(wanted)
+
+    def reject_for(self, batch: Batch, reasons: Sequence[str | None]) -> Batch:
+        """Reject the documents that have a reason, with the start of their text, and return the others."""
+        for text, place, reason in zip(batch.texts, batch.places, reasons, strict=True):
+            if reason is not None:
+                self.reject(batch.path, place, reason, text)
+        return batch.keep([reason is None for reason in reasons])

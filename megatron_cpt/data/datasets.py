@@ -18,7 +18,7 @@ from megatron_cpt.config.phase import Phase, phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest, manifest_hash, read_manifest
-from megatron_cpt.corpus.tokenizers.tokenizer import tokenizer_fingerprint
+from megatron_cpt.corpus.tokenizers.load import tokenizer_fingerprint
 from megatron_cpt.data.blend import Blend, build_blend
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import DataError

@@ -10,11 +10,11 @@ import numpy as np
 
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path, read_manifest
-from megatron_cpt.corpus.documents import Ledger
-from megatron_cpt.corpus.readers.lines import read_unit
-from megatron_cpt.corpus.readers.units import plan_units
+from megatron_cpt.corpus.documents import UnitTally
+from megatron_cpt.corpus.readers.plan import plan_units
+from megatron_cpt.corpus.readers.read import read_unit
 from megatron_cpt.corpus.schema import Corpus, Source
-from megatron_cpt.corpus.tokenizers.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_cpt.corpus.tokenizers.load import load_tokenizer, tokenizer_fingerprint
 from megatron_cpt.errors import DataError
 from megatron_cpt.eval.perplexity import TokenStream
 
@@ -80,14 +80,14 @@ def _documents(path: Path, json_key: str) -> Iterator[str]:
     """The documents that preprocessing would read; here one that cannot be read is an error, not a count."""
     source = Source(files=(str(path),), text=json_key)
     corpus = Corpus(output_prefix=path.stem, tokenizer="", sources=(source,))
-    ledger = Ledger()
+    tally = UnitTally()
     for unit in plan_units(corpus):
-        for batch in read_unit(unit, ledger, corpus.max_document_bytes):
+        for batch in read_unit(unit, tally, corpus.max_document_bytes):
             yield from batch.texts
-    if ledger.rejects:
-        first = ledger.rejects[0]
+    if tally.rejects:
+        first = tally.rejects[0]
         raise DataError(
             f"{first.path}, record {first.place}: {first.reason}, {first.detail} "
-            f"({len(ledger.rejects)} such of {ledger.documents_read} documents)",
+            f"({len(tally.rejects)} such of {tally.documents_read} documents)",
             hint="mend the file, or state another --json-key",
         )

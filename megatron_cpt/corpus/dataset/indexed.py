@@ -15,11 +15,13 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
+from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path
+from megatron_cpt.corpus.documents import Encoded
 from megatron_cpt.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -28,8 +30,6 @@ DTYPE_CODES: dict[int, str] = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16",
 }  # fmt: skip
 CODE_OF_DTYPE = {name: code for code, name in DTYPE_CODES.items()}
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class IndexedReader:
             return self.tokens[:0]
         start = int(self.sequence_pointers[first]) // self.tokens.itemsize
         return self.tokens[start : start + int(self.sequence_lengths[first:last].sum())]
+
+    def encoded(self) -> Encoded:
+        """All documents as flat ids and lengths; the ids are a view."""
+        return Encoded(self.tokens, self.sequence_lengths, np.diff(self.document_indices))
 
     def __iter__(self) -> Iterator[Array]:
         return (self.document(index) for index in range(self.document_count))

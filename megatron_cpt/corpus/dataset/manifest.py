@@ -13,23 +13,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.corpus.tokenizers.record import TokenizerRecord
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import DataError
 
 FORMAT_VERSION = 1
 ITEM_BYTES = {"uint16": 2, "int32": 4}
-
-
-@dataclass(frozen=True)
-class TokenizerRecord:
-    """The tokenizer that wrote the ids; `fingerprint` is a sha256 of its content, not of its path."""
-
-    name: str
-    kind: str  # "huggingface", "sentencepiece" or "tiktoken"
-    fingerprint: str
-    vocab_size: int  # largest id + 1, added tokens included
-    eod_id: int
-    eod_token: str
 
 
 @dataclass(frozen=True)

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from megatron_cpt import __version__
-from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
-from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord, manifest_path, read_manifest
-from megatron_cpt.corpus.dataset.writer import write_files
-from megatron_cpt.corpus.run.parts import Array
-from megatron_cpt.corpus.run.staging import staging_folder
+from megatron_cpt.corpus.dataset.indexed import open_indexed
+from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord, read_manifest
+from megatron_cpt.corpus.dataset.writer import refuse_existing, write_files
+from megatron_cpt.corpus.staging import staging_folder
 from megatron_cpt.errors import DataError
-
-
-@dataclass(frozen=True)
-class _Column:
-    """One array over all readers, re-iterable without holding it."""
-
-    readers: Sequence[IndexedReader]
-    name: str
-
-    def __iter__(self) -> Iterator[Array]:
-        for reader in self.readers:
-            if self.name == "sequences":
-                yield np.diff(reader.document_indices)
-            else:
-                yield getattr(reader, self.name)
 
 
 def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bool = False) -> Manifest:
@@ -40,8 +22,7 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bo
     manifests = [read_manifest(prefix) for prefix in prefixes]
     check_same_tokenizer(prefixes, manifests)
     first = manifests[0]
-    if manifest_path(output_prefix).exists() and not overwrite:
-        raise DataError(f"{output_prefix}: there is already a dataset", hint="give --overwrite, or another prefix")
+    refuse_existing(output_prefix, overwrite)
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
     readers = [open_indexed(prefix) for prefix in prefixes]
     template = replace(
@@ -58,8 +39,9 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bo
         },
     )
     with staging_folder(output_prefix, "merge") as staging:
-        columns = (_Column(readers, name) for name in ("tokens", "sequence_lengths", "sequences"))
-        return write_files(staging, "merged", output_prefix, template, *columns)
+        return write_files(
+            staging, "merged", output_prefix, template, lambda: ((reader.encoded(), None) for reader in readers)
+        )
 
 
 def check_same_tokenizer(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:

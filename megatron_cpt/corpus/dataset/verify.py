@@ -10,7 +10,8 @@ import numpy as np
 
 from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest, idx_path, read_manifest
-from megatron_cpt.corpus.tokenizers.tokenizer import CorpusTokenizer, load_tokenizer
+from megatron_cpt.corpus.tokenizers.load import load_tokenizer
+from megatron_cpt.corpus.tokenizers.tokenizer import CorpusTokenizer
 from megatron_cpt.errors import DataError
 
 TOKENS_PER_BLOCK = 8 << 20

@@ -10,12 +10,33 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_cpt.corpus.arrays import Array
+from megatron_cpt.corpus.dataset.columns import (
+    Column,
+    OpenSelections,
+    kept_ids,
+    kept_sequence_lengths,
+    kept_sequences_per_document,
+)
 from megatron_cpt.corpus.dataset.indexed import write_index
 from megatron_cpt.corpus.dataset.manifest import Manifest, bin_path, idx_path, manifest_path, write_manifest
-from megatron_cpt.corpus.run.parts import Array
 from megatron_cpt.durable import flush_to_disk, sync
+from megatron_cpt.errors import DataError
 
 COPY_BYTES = 8 << 20
+
+
+def in_the_way(prefix: str, of_what: str = "") -> DataError:
+    """The error for a dataset that stands where another one is to be written."""
+    return DataError(
+        f"{prefix}: there is already a dataset{of_what}", hint="choose another --output-prefix, or give --overwrite"
+    )
+
+
+def refuse_existing(prefix: str, overwrite: bool) -> None:
+    """Raise DataError when `prefix` has a dataset that may not be replaced."""
+    if manifest_path(prefix).exists() and not overwrite:
+        raise in_the_way(prefix)
 
 
 def write_files(
@@ -23,20 +44,19 @@ def write_files(
     name: str,
     prefix: str,
     template: Manifest,
-    tokens: Iterable[Array],
-    sequence_lengths: Iterable[Array],
-    sequences_per_document: Iterable[Array],
+    selections: OpenSelections,
 ) -> Manifest:
     """Write PREFIX.bin, PREFIX.idx and PREFIX.manifest.json; an older dataset there is replaced.
 
-    `template` has the counts; sizes and hashes are filled in here. `sequence_lengths` is iterated twice.
+    `template` has the counts of the documents that `selections` keep; sizes and hashes are filled in here.
     """
     staged_bin, staged_idx = staging / f"{name}.bin", staging / f"{name}.idx"
     with staged_bin.open("wb") as file:
-        bin_sha256 = _write_hashed(file, tokens)
+        bin_sha256 = _write_hashed(file, Column(selections, kept_ids))
     with staged_idx.open("wb") as file:
         counts = template.sequence_count, template.document_count
-        write_index(file, template.dtype, *counts, sequence_lengths, sequences_per_document)
+        lengths = Column(selections, kept_sequence_lengths)
+        write_index(file, template.dtype, *counts, lengths, Column(selections, kept_sequences_per_document))
         flush_to_disk(file)
     with staged_idx.open("rb") as file:
         idx_sha256 = hashlib.file_digest(file, "sha256").hexdigest()

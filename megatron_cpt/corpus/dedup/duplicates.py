@@ -1,4 +1,4 @@
-"""Duplicate documents over the whole corpus: bucket, verify, cluster. The map stage is in dedup_records.
+"""Duplicate documents over the whole corpus: bucket, verify, cluster. The map stage is in `records`.
 
     map       each unit leaves sorted keys of its documents (with the tokens, in one pass over the text)
     bucket    for one kind of key and one range of keys: documents with equal keys, verified, become edges
@@ -20,15 +20,14 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_cpt.corpus.arrays import Array, sorted_unique
 from megatron_cpt.corpus.dedup.records import NO_KEY, UnitRecords, key_kinds, load_records
 from megatron_cpt.corpus.dedup.signatures import jaccard, shingle_set
-from megatron_cpt.corpus.filters.text_statistics import sorted_unique
-from megatron_cpt.corpus.run.parts import Array
-from megatron_cpt.corpus.run.workers import run_units
 from megatron_cpt.corpus.schema_processing import Dedup
+from megatron_cpt.corpus.workers import run_units
 
 DOCUMENTS_PER_BUCKET = 4 << 20
-# A group of equal keys is compared with at most this many unlike documents before it.
+# Each document of a group of equal keys is compared with at most this many distinct earlier documents.
 LEADERS_PER_GROUP = 8
 SHINGLE_SETS_KEPT = 1024
 _UNIT_SHIFT = np.uint64(32)

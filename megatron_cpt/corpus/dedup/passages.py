@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from megatron_cpt.corpus.documents import EXCERPT_CHARS, Batch, Ledger
-from megatron_cpt.corpus.run.parts import Array
+from megatron_cpt.corpus.arrays import Array
+from megatron_cpt.corpus.documents import EXCERPT_CHARS, Batch, UnitTally
 from megatron_cpt.corpus.schema_processing import Passages
 
 REASON = "repeated_passages"
@@ -71,14 +71,14 @@ class PassageRemover:
         self._keys = repeated & ~FIRST
         self._seen = repeated & FIRST == 0
 
-    def __call__(self, batch: Batch, ledger: Ledger) -> Batch:
+    def __call__(self, batch: Batch, tally: UnitTally) -> Batch:
         """Remove all but the first occurrence; reject documents of which only short passages stay."""
         cut = cut_texts(batch.texts, self._rule)
         drop = self._to_drop(cut.keys)
         changed = np.unique(cut.documents[drop])
         if not len(changed):
             return batch
-        self._count(cut, drop, ledger)
+        self._count(cut, drop, tally)
         texts, wanted = list(batch.texts), [True] * len(batch)
         ends = np.searchsorted(cut.documents, np.arange(len(batch) + 1)).tolist()
         for document in changed.tolist():
@@ -87,7 +87,7 @@ class PassageRemover:
             wanted[document] = bool((cut.keys[begin:end][stays] != SHORT).any())
             if wanted[document]:
                 texts[document] = self._join([cut.passages[begin + i] for i in np.flatnonzero(stays).tolist()])
-        return ledger.reject_where(batch.with_texts(texts), wanted, REASON)
+        return tally.reject_where(batch.with_texts(texts), wanted, REASON)
 
     def _to_drop(self, keys: Array) -> Array:
         """True for every occurrence of a repeated passage but its first in the corpus."""
@@ -101,12 +101,12 @@ class PassageRemover:
         self._seen[met] = True
         return drop
 
-    def _count(self, cut: CutTexts, drop: Array, ledger: Ledger) -> None:
+    def _count(self, cut: CutTexts, drop: Array, tally: UnitTally) -> None:
         removed = [cut.passages[i] for i in np.flatnonzero(drop).tolist()]
-        ledger.passages_removed += len(removed)
-        ledger.passage_chars_removed += sum(map(len, removed))
-        room = EXAMPLES_PER_UNIT - len(ledger.passage_examples)
-        ledger.passage_examples += [passage.strip()[:EXCERPT_CHARS] for passage in removed[:room]]
+        tally.passages_removed += len(removed)
+        tally.passage_chars_removed += sum(map(len, removed))
+        room = EXAMPLES_PER_UNIT - len(tally.passage_examples)
+        tally.passage_examples += [passage.strip()[:EXCERPT_CHARS] for passage in removed[:room]]
 
     def _join(self, passages: list[str]) -> str:
         """The text of what stays, without the holes: at most one blank line in a row, none at the ends."""

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from megatron_cpt.corpus.arrays import Array, save_array
 from megatron_cpt.corpus.dedup.signatures import BANDS, band_keys, exact_keys
-from megatron_cpt.corpus.documents import Batch
-from megatron_cpt.corpus.run.parts import Array, Encoded, save_array
+from megatron_cpt.corpus.documents import Batch, Encoded
 from megatron_cpt.corpus.schema_processing import Dedup
 
 NO_KEY = (1 << 64) - 1  # never compared

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from megatron_cpt.corpus.filters.text_statistics import mix, sorted_unique
-from megatron_cpt.corpus.run.parts import Array
+from megatron_cpt.corpus.arrays import Array, mix, sorted_unique
 
 SHINGLE_TOKENS = 5
 BANDS, ROWS = 32, 4  # a pair of similarity 0.6 shares a band with probability 0.99, one of 0.3 with 0.23

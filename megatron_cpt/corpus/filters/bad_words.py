@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_cpt.corpus.documents import Batch, Ledger
+from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.schema_processing import BadWords
 from megatron_cpt.errors import DataError
 
@@ -33,11 +33,11 @@ class BadWordFilter:
         self._phrases = re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)") if phrases else None
         self._anywhere = re.compile("|".join(map(re.escape, anywhere))) if anywhere else None
 
-    def __call__(self, batch: Batch, ledger: Ledger) -> Batch:
+    def __call__(self, batch: Batch, tally: UnitTally) -> Batch:
         found = [self.find(text) for text in batch.texts]
         for place, entry in zip(batch.places, found, strict=True):
             if entry is not None:
-                ledger.reject(batch.path, place, "bad_words", entry)
+                tally.reject(batch.path, place, "bad_words", entry)
         return batch.keep([entry is None for entry in found])
 
     def find(self, text: str) -> str | None:

@@ -6,9 +6,21 @@ import ast
 import re
 import warnings
 
+from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.filters.step import Step
 from megatron_cpt.corpus.schema_processing import CodeQuality
 
 _COMMENT_LINE = re.compile(r"^\s*(?:#|//|/\*|\*|--|%|;|\"\"\"|''')")
+
+
+def code_step(limits: CodeQuality) -> Step:
+    """Reject source files that break a rule."""
+
+    def check_code(batch: Batch, tally: UnitTally) -> Batch:
+        problems = [code_problem(text, limits) for text in batch.texts]
+        return tally.reject_for(batch, problems)
+
+    return Step("code", check_code)
 
 
 def code_problem(text: str, limits: CodeQuality) -> str | None:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_cpt.corpus.documents import Batch, Ledger
+from megatron_cpt.corpus.arrays import Array
+from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.filters.text_statistics import TextStatistics
-from megatron_cpt.corpus.readers.lines import read_unit
-from megatron_cpt.corpus.readers.units import plan_units
-from megatron_cpt.corpus.run.parts import Array
+from megatron_cpt.corpus.readers.plan import plan_units
+from megatron_cpt.corpus.readers.read import read_unit
 from megatron_cpt.corpus.schema import Corpus, Source
 from megatron_cpt.corpus.schema_processing import Decontaminate
 from megatron_cpt.errors import DataError
@@ -32,16 +32,16 @@ class Decontaminator:
         self._settings = settings
         self._ngrams = self._read_evaluation_sets(corpus)
 
-    def __call__(self, batch: Batch, ledger: Ledger) -> Batch:
+    def __call__(self, batch: Batch, tally: UnitTally) -> Batch:
         hashes, documents = _ngram_hashes(batch.texts, self._settings.ngram_words)
         shared = np.bincount(documents[np.isin(hashes, self._ngrams)], minlength=len(batch))
-        return ledger.reject_where(batch, (shared < self._settings.min_matches).tolist(), "contaminated")
+        return tally.reject_where(batch, (shared < self._settings.min_matches).tolist(), "contaminated")
 
     def _read_evaluation_sets(self, corpus: Corpus) -> Array:
         source = Source(name="evaluation", files=self._settings.files, text=self._settings.text)
-        ledger, found, examples, short = Ledger(), [], 0, 0
+        tally, found, examples, short = UnitTally(), [], 0, 0
         for unit in plan_units(corpus.model_copy(update={"sources": (source,)})):
-            for batch in read_unit(unit, ledger, corpus.max_document_bytes):
+            for batch in read_unit(unit, tally, corpus.max_document_bytes):
                 hashes, documents = _ngram_hashes(batch.texts, self._settings.ngram_words)
                 found.append(hashes)
                 examples += len(batch)
@@ -51,9 +51,9 @@ class Decontaminator:
                 f"decontaminate: none of {examples:,} evaluation examples has {self._settings.ngram_words} words",
                 hint="check decontaminate.files and .text, or lower ngram_words",
             )
-        if ledger.counts:
+        if tally.counts:
             raise DataError(
-                f"decontaminate: unreadable evaluation examples: {dict(ledger.counts)}", hint="mend the files"
+                f"decontaminate: unreadable evaluation examples: {dict(tally.counts)}", hint="fix the files"
             )
         if short:
             log.warning(

@@ -2,7 +2,6 @@
 
     gopher_quality, gopher_repetition   Rae et al. 2021, Scaling Language Models (Gopher), appendix A.1.1, table A1
     fineweb                             Penedo et al. 2024, The FineWeb Datasets, section 3.6
-    c4                                  Raffel et al. 2020, Exploring the Limits of Transfer Learning (T5), section 2.2
 
 Each rule gives the first reason for which a document fails, such as `gopher_word_count`. The rules were made
 for languages with spaces; for Chinese set `min_mean_word_length: 1` and leave out the stop words.
@@ -14,10 +13,55 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_cpt.corpus.filters.text_statistics import BULLET, TERMINAL, Array, TextStatistics
-from megatron_cpt.corpus.schema_processing import FineWeb, GopherQuality, GopherRepetition
+from megatron_cpt.corpus.arrays import Array
+from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.filters.step import Step
+from megatron_cpt.corpus.filters.text_statistics import BULLET, TERMINAL, TextStatistics
+from megatron_cpt.corpus.schema_processing import Filters, FineWeb, GopherQuality, GopherRepetition
 
 Rule = tuple[str, Array]  # reason, True where the document fails
+# Documents whose statistics are computed together: enough to amortise a numpy call, few enough for the cache.
+STATISTICS_CHARS = 1 << 18
+
+
+def heuristics_step(filters: Filters) -> Step:
+    """The published rules that `filters` asks for; they share one set of counts per group of documents."""
+
+    def check_rules(batch: Batch, tally: UnitTally) -> Batch:
+        reasons: list[str | None] = []
+        for first, last in _groups(batch):
+            reasons += _first_reasons(TextStatistics(batch.texts[first:last]), filters)
+        return tally.reject_for(batch, reasons)
+
+    return Step("heuristics", check_rules)
+
+
+def _first_reasons(statistics: TextStatistics, filters: Filters) -> list[str | None]:
+    """For each document the first rule it breaks."""
+    found = np.zeros(statistics.count, np.int64)
+    names: list[str] = []
+    for name, fails in _rules(statistics, filters):
+        names.append(name)
+        found = np.where((found == 0) & fails, len(names), found)
+    return [names[index - 1] if index else None for index in found.tolist()]
+
+
+def _rules(statistics: TextStatistics, filters: Filters) -> Iterator[Rule]:
+    if filters.gopher_quality is not None:
+        yield from gopher_quality(statistics, filters.gopher_quality)
+    if filters.gopher_repetition is not None:
+        yield from gopher_repetition(statistics, filters.gopher_repetition)
+    if filters.fineweb is not None:
+        yield from fineweb(statistics, filters.fineweb)
+
+
+def _groups(batch: Batch) -> Iterator[tuple[int, int]]:
+    first, chars = 0, 0
+    for index, text in enumerate(batch.texts):
+        chars += len(text)
+        if chars >= STATISTICS_CHARS or index == len(batch) - 1:
+            yield first, index + 1
+            first, chars = index + 1, 0
 
 
 def gopher_quality(text: TextStatistics, limits: GopherQuality) -> Iterator[Rule]:

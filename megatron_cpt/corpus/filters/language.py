@@ -7,11 +7,31 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.filters.step import Step
+from megatron_cpt.corpus.schema_processing import Language
 from megatron_cpt.errors import DataError
 
 # The model reads a line; the start of a document tells its language as well as all of it.
 SAMPLE_CHARS = 1000
 _HINT = "pip install 'megatron-cpt[corpus]'"
+
+
+def language_step(language: Language) -> Step:
+    """Reject documents of other languages, and those whose language is uncertain; all are counted by language."""
+    identify = language_identifier()
+
+    def check_language(batch: Batch, tally: UnitTally) -> Batch:
+        wanted = []
+        for text, place in zip(batch.texts, batch.places, strict=True):
+            code, score = identify(text)
+            tally.languages[code] += 1
+            wanted.append(code in language.keep and score >= language.min_score)
+            if not wanted[-1]:
+                tally.reject(batch.path, place, "language", f"{code} {score:.2f}: {text}")
+        return batch.keep(wanted)
+
+    return Step("language", check_language)
 
 
 @cache

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.corpus.documents import Batch, Ledger
+from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.schema_processing import Perplexity
 from megatron_cpt.errors import DataError
 
 Scorer = Callable[[str], float | None]
 
-# Text given to the tokenizer per token wanted: no more than this of a long document is tokenised.
+# Characters per wanted token: of a long document only this many are tokenised.
 _CHARS_PER_TOKEN = 16
 
 
@@ -34,7 +34,7 @@ class PerplexityCeiling:
         self._score: Scorer | None = None
         _check(settings)
 
-    def __call__(self, batch: Batch, ledger: Ledger) -> Batch:
+    def __call__(self, batch: Batch, tally: UnitTally) -> Batch:
         import torch
 
         threads = torch.get_num_threads()
@@ -42,17 +42,17 @@ class PerplexityCeiling:
         try:
             if self._score is None:
                 self._score = load_scorer(self._settings)
-            return self._filter(batch, ledger, self._score)
+            return self._filter(batch, tally, self._score)
         finally:
             torch.set_num_threads(threads)
 
-    def _filter(self, batch: Batch, ledger: Ledger, score: Scorer) -> Batch:
+    def _filter(self, batch: Batch, tally: UnitTally, score: Scorer) -> Batch:
         wanted = []
         for text, place in zip(batch.texts, batch.places, strict=True):
             value = score(text)
             wanted.append(value is None or value <= self._settings.max_perplexity)
             if not wanted[-1]:
-                ledger.reject(batch.path, place, "perplexity", f"{value:.1f}: {text}")
+                tally.reject(batch.path, place, "perplexity", f"{value:.1f}: {text}")
         return batch.keep(wanted)
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from megatron_cpt.corpus.arrays import Array, mix, repeats, sorted_unique
 
 SPACE, ALPHA, CJK, TERMINAL, BULLET = 1, 2, 4, 8, 16
 TERMINAL_PUNCTUATION = ".!?\"'。！？…”’」』"
@@ -40,13 +39,6 @@ def _classes() -> Array:
     return table
 
 
-def mix(values: Array) -> Array:
-    """Spread the bits of 64-bit integers (the finaliser of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
 class Spans:
     """Stretches of the text: first and one past the last character, the document, a hash of the characters."""
@@ -63,30 +55,6 @@ class Spans:
     def repeated(self) -> Array:
         """True for each span whose text occurred before in its document."""
         return repeats(mix(self.hashes + self.documents.astype(np.uint64) * np.uint64(_MULTIPLIER)))
-
-
-def repeats(keys: Array) -> Array:
-    """True where the key occurred at a lower index."""
-    out = np.zeros(len(keys), bool)
-    ordered = np.sort(keys)  # plain sorting is several times as fast as a stable argsort, and repeats are rare
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(twice):
-        places = np.flatnonzero(np.isin(keys, sorted_unique(twice)))
-        few = keys[places]
-        order = np.argsort(few, kind="stable")
-        same = np.zeros(len(few), bool)
-        same[1:] = few[order[1:]] == few[order[:-1]]
-        out[places[order]] = same
-    return out
-
-
-def sorted_unique(values: Array) -> Array:
-    """As np.unique, which for 64-bit integers is slower than this."""
-    ordered = np.sort(values)
-    keep = np.ones(len(ordered), bool)
-    keep[1:] = ordered[1:] != ordered[:-1]
-    unique: Array = ordered[keep]
-    return unique
 
 
 class TextStatistics:

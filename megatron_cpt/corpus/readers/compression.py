@@ -20,6 +20,11 @@ COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 READ_BYTES = 1 << 18
 
 
+def is_compressed(path: str) -> bool:
+    """By its name."""
+    return path.endswith(COMPRESSED_SUFFIXES)
+
+
 class _ZstdStream(io.RawIOBase):
     """Concatenated zstd frames as one stream; unlike the library's reader it notices a frame without an end."""
 

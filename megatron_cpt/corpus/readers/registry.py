@@ -1,4 +1,4 @@
-"""A registry of data sets by name: one JSON or YAML file, name -> where the files are and how to read them.
+"""A registry of datasets by name: one JSON or YAML file, name -> where the files are and how to read them.
 
     {"pubmed": {"files": "pubmed/*.parquet", "text": "abstract"}, "wiki": {"file_name": "wiki.jsonl"}}
 

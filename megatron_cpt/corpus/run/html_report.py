@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest
-from megatron_cpt.corpus.run.parts import Array, UnitRecord
+from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.durable import write_atomically
 
 EXAMPLES_PER_REASON = 3

@@ -17,29 +17,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
-from megatron_cpt.corpus.documents import Batch, Ledger
+from megatron_cpt.corpus.arrays import Array
+from megatron_cpt.corpus.documents import Batch, DocumentCounts, Encoded, UnitTally
 from megatron_cpt.durable import durable_file, flush_to_disk, sync
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True)
-class PartCounts:
-    documents: int
-    sequences: int
-    tokens: int
 
 
 @dataclass(frozen=True)
 class UnitRecord:
     """The committed result of a unit."""
 
-    unit: int
+    unit: str  # its name
     source: str
     size_bytes: int
     documents_read: int
     lines_read: int
-    parts: dict[str, PartCounts]
+    parts: dict[str, DocumentCounts]
     reject_counts: dict[str, int] = field(default_factory=dict)
     languages: dict[str, int] = field(default_factory=dict)
     passages_removed: int = 0
@@ -47,33 +39,10 @@ class UnitRecord:
     passage_examples: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Documents as token ids: flat ids, tokens per sequence (all > 0), sequences per document (0 if empty)."""
-
-    ids: Array
-    sequence_lengths: Array
-    sequences_per_document: Array
-
-    def document_tokens(self) -> Array:
-        ends = np.concatenate(([0], np.cumsum(self.sequence_lengths)))
-        last = np.cumsum(self.sequences_per_document)
-        return ends[last] - ends[last - self.sequences_per_document]  # type: ignore[no-any-return]
-
-    def select(self, wanted: Array) -> Encoded:
-        """Only the wanted documents (a boolean per document)."""
-        sequences = np.repeat(wanted, self.sequences_per_document)
-        return Encoded(
-            self.ids[np.repeat(sequences, self.sequence_lengths)],
-            self.sequence_lengths[sequences],
-            self.sequences_per_document[wanted],
-        )
-
-
 class PartWriter:
     """Streams the documents of one unit and split to disk; only the lengths stay in memory."""
 
-    def __init__(self, folder: Path, unit: int, split: str, dtype: str, with_metadata: bool) -> None:
+    def __init__(self, folder: Path, unit: str, split: str, dtype: str, with_metadata: bool) -> None:
         self._final = part_path(folder, unit, split)
         # named by process: a worker that outlives its killed parent must not touch the next run's part
         self._path = self._final.with_name(f"{self._final.name}.{os.getpid()}")
@@ -94,7 +63,7 @@ class PartWriter:
             for place, metadata in zip(batch.places, batch.metadata, strict=True):
                 self._metadata.write(orjson.dumps({"file": batch.path, "line": place, **metadata}) + b"\n")
 
-    def close(self) -> PartCounts:
+    def close(self) -> DocumentCounts:
         for pieces in (self._lengths, self._sequences):
             for piece in pieces:
                 self._file.write(piece.tobytes())
@@ -105,42 +74,36 @@ class PartWriter:
             flush_to_disk(self._metadata)
             self._metadata.close()
         documents = sum(map(len, self._sequences))
-        return PartCounts(documents, sum(map(len, self._lengths)), self._tokens)
+        return DocumentCounts(documents, sum(map(len, self._lengths)), self._tokens)
 
 
-def save_array(path: Path, array: Array) -> None:
-    """A .npy file that is whole and on the disk when it has its name."""
-    with durable_file(path) as file:
-        np.save(file, array)
+def part_path(folder: Path, unit: str, split: str) -> Path:
+    return folder / f"{unit}.{split}.part"
 
 
-def part_path(folder: Path, unit: int, split: str) -> Path:
-    return folder / f"{unit:06d}.{split}.part"
+def metadata_path(folder: Path, unit: str, split: str) -> Path:
+    return folder / f"{unit}.{split}.documents.jsonl"
 
 
-def metadata_path(folder: Path, unit: int, split: str) -> Path:
-    return folder / f"{unit:06d}.{split}.documents.jsonl"
+def record_path(folder: Path, unit: str) -> Path:
+    return folder / f"{unit}.json"
 
 
-def record_path(folder: Path, unit: int) -> Path:
-    return folder / f"{unit:06d}.json"
+def rejects_path(folder: Path, unit: str) -> Path:
+    return folder / f"{unit}.rejects.jsonl"
 
 
-def rejects_path(folder: Path, unit: int) -> Path:
-    return folder / f"{unit:06d}.rejects.jsonl"
-
-
-def commit_unit(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
+def commit_unit(folder: Path, record: UnitRecord, tally: UnitTally) -> None:
     """Leave the rejects and, last, the record that makes the unit done."""
-    write_rejects(folder, record, ledger)
+    write_rejects(folder, record, tally)
     sync(folder)
     with durable_file(record_path(folder, record.unit)) as file:
         file.write(json.dumps(asdict(record)).encode())
 
 
-def write_rejects(folder: Path, record: UnitRecord, ledger: Ledger) -> None:
+def write_rejects(folder: Path, record: UnitRecord, tally: UnitTally) -> None:
     """Leave a unit's rejects in input order; without any, no file."""
-    if rejects := sorted(ledger.rejects, key=lambda reject: (reject.path, reject.place)):
+    if rejects := sorted(tally.rejects, key=lambda reject: (reject.path, reject.place)):
         lines = [json.dumps(_reject_fields(record.source, r), ensure_ascii=False) for r in rejects]
         text = "\n".join(lines) + "\n"
         with durable_file(rejects_path(folder, record.unit)) as file:
@@ -157,29 +120,29 @@ def _reject_fields(source: str, reject: Any) -> dict[str, Any]:
     }
 
 
-def read_record(folder: Path, unit: int) -> UnitRecord | None:
+def read_record(folder: Path, unit: str) -> UnitRecord | None:
     """The record of a done unit whose parts have the size it states, else None."""
     path = record_path(folder, unit)
     try:
         raw = json.loads(path.read_bytes())
-        raw["parts"] = {split: PartCounts(**counts) for split, counts in raw["parts"].items()}
+        raw["parts"] = {split: DocumentCounts(**counts) for split, counts in raw["parts"].items()}
         return UnitRecord(**raw)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def part_arrays(folder: Path, unit: int, split: str, counts: PartCounts, dtype: str) -> tuple[Array, Array, Array]:
-    """(ids, sequence lengths, sequences per document) of a part, mapped."""
+def read_part(folder: Path, unit: str, split: str, counts: DocumentCounts, dtype: str) -> Encoded:
+    """The documents of a part, mapped."""
     path = part_path(folder, unit, split)
     if not path.stat().st_size:
-        return np.empty(0, dtype), np.empty(0, np.int32), np.empty(0, np.int32)
+        return Encoded(np.empty(0, dtype), np.empty(0, np.int32), np.empty(0, np.int32))
     raw = np.memmap(path, np.uint8, mode="r")
     ids_end = counts.tokens * np.dtype(dtype).itemsize
     lengths_end = ids_end + 4 * counts.sequences
-    return raw[:ids_end].view(dtype), raw[ids_end:lengths_end].view(np.int32), raw[lengths_end:].view(np.int32)
+    return Encoded(raw[:ids_end].view(dtype), raw[ids_end:lengths_end].view(np.int32), raw[lengths_end:].view(np.int32))
 
 
-def part_bytes(counts: PartCounts, dtype: str) -> int:
+def part_bytes(counts: DocumentCounts, dtype: str) -> int:
     return counts.tokens * np.dtype(dtype).itemsize + 4 * counts.sequences + 4 * counts.documents
 
 

@@ -1,8 +1,7 @@
 """Text to token ids behind one small interface, by the fastest library that is id-for-id equal to the reference.
 
-    load_tokenizer(path)  ->  CorpusTokenizer: encode_batch, decode, vocab_size, eod_id, eod_token, fingerprint
+    load.load_tokenizer(path)  ->  CorpusTokenizer: encode_batch, decode, vocab_size, eod_id, eod_token, fingerprint
 
-`path` is a Hugging Face model folder, a `tokenizer.json`, a SentencePiece `.model` or a tiktoken ranks file.
 For `tokenizer.json` the reference is Hugging Face `tokenizers`; `fastokens` replaces it when both give the
 same ids on a sample that is encoded at start, else the reference is used and a line says so.
 
@@ -24,8 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from megatron_cpt.corpus.dataset.manifest import TokenizerRecord
-from megatron_cpt.corpus.tokenizers.self_check import SELF_CHECK_SAMPLE
+from megatron_cpt.corpus.tokenizers.record import TokenizerRecord
 from megatron_cpt.errors import DataError
 
 # One single-threaded process per core is the fastest arrangement (two threads in one process fall from 73 to
@@ -71,72 +69,6 @@ class CorpusTokenizer:
 
     def record(self) -> TokenizerRecord:
         return TokenizerRecord(self.name, self.kind, self.fingerprint, self.vocab_size, self.eod_id, self.eod_token)
-
-
-def load_tokenizer(
-    path: str | Path,
-    *,
-    eod_token: str | None = None,
-    special_tokens_in_text: SpecialTokensInText = "literal",
-    post_processor: bool = False,
-    backend: Literal["auto", "reference"] = "auto",
-    sample: Sequence[str] = (),
-) -> CorpusTokenizer:
-    """Load the tokenizer at `path`; `sample` is text of the corpus that joins the built-in self-check sample.
-
-    `special_tokens_in_text` says what a special token spelled out in the text becomes: ordinary text
-    ("literal"), the special token ("parse", as Megatron-LM does), or ids by which the caller rejects the
-    document ("reject", encoded as "parse"). `post_processor` adds what the tokenizer itself adds around a text: for
-    Hugging Face its post-processor's tokens, for SentencePiece the beginning of sequence. Raises DataError for a path
-    or an EOD that is not there.
-    """
-    file = find_tokenizer_file(path)
-    literal, texts = special_tokens_in_text == "literal", (*SELF_CHECK_SAMPLE, *sample)
-    if file.suffix == ".json":
-        from megatron_cpt.corpus.tokenizers import huggingface as tokenizer_huggingface
-
-        return tokenizer_huggingface.load(file, eod_token, literal, post_processor, backend, texts)
-    if _is_tiktoken(file):
-        if post_processor:
-            raise DataError(f"{file}: tiktoken ranks have no post-processor", hint="leave post_processor off")
-        from megatron_cpt.corpus.tokenizers import tiktoken as tokenizer_tiktoken
-
-        return tokenizer_tiktoken.load(file, eod_token, literal, backend, texts)
-    from megatron_cpt.corpus.tokenizers import sentencepiece as tokenizer_sentencepiece
-
-    return tokenizer_sentencepiece.load(file, eod_token, literal, post_processor)
-
-
-def find_tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer file that `path` (a file or a model folder) means."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise DataError(f"tokenizer {path} does not exist", hint="give a model folder or its tokenizer.json")
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (file := path / name).is_file():
-            return file
-    raise DataError(
-        f"{path} has no tokenizer.json and no tokenizer.model",
-        hint="save the tokenizer with transformers' AutoTokenizer(...).save_pretrained first",
-    )
-
-
-def tokenizer_fingerprint(path: str | Path) -> str:
-    """sha256 of what decides the ids; equal for two copies of one tokenizer wherever they lie."""
-    file = find_tokenizer_file(path)
-    if file.suffix == ".json":
-        return fingerprint_of_json(read_json(file))
-    if _is_tiktoken(file):
-        from megatron_cpt.corpus.tokenizers import tiktoken as tokenizer_tiktoken
-
-        return tokenizer_tiktoken.fingerprint(file)
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _is_tiktoken(file: Path) -> bool:
-    return file.suffix in (".tiktoken", ".bpe")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.corpus.run.parts import Array
+from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import DataError
 

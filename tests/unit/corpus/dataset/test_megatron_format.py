@@ -12,7 +12,7 @@ import pytest
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path
 from megatron_cpt.corpus.run.preprocess import preprocess
-from megatron_cpt.corpus.tokenizers.tokenizer import load_tokenizer
+from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from tests.unit.corpus.conftest import TEXTS, write_jsonl
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "corpus_index.json"

@@ -14,11 +14,11 @@ import pytest
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import read_manifest
 from megatron_cpt.corpus.dataset.merge import merge_datasets
-from megatron_cpt.corpus.dataset.split_and_dedup import dedup_datasets
 from megatron_cpt.corpus.dataset.verify import verify_dataset
+from megatron_cpt.corpus.dedup.dedup_datasets import dedup_datasets
 from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema_processing import Dedup, Near
-from megatron_cpt.corpus.tokenizers.tokenizer import load_tokenizer
+from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from megatron_cpt.errors import DataError
 from tests.unit.corpus.conftest import TEXTS, build_tokenizer, write_jsonl
 from tests.unit.corpus.dedup.test_dedup import document, edited

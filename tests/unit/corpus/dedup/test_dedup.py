@@ -18,9 +18,9 @@ from megatron_cpt.corpus.dataset.verify import verify_dataset
 from megatron_cpt.corpus.dedup import duplicates as dedup
 from megatron_cpt.corpus.dedup.duplicates import smallest_members
 from megatron_cpt.corpus.dedup.signatures import SHINGLE_TOKENS, exact_keys, shingle_hashes, similarity
-from megatron_cpt.corpus.readers import units as sources
+from megatron_cpt.corpus.readers import plan as sources
 from megatron_cpt.corpus.run.preprocess import dataset_prefixes, preprocess
-from megatron_cpt.corpus.tokenizers.tokenizer import load_tokenizer
+from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from megatron_cpt.errors import ConfigError, DataError
 from tests.unit.corpus.conftest import TEXTS, build_tokenizer, write_jsonl
 

@@ -17,7 +17,7 @@ from megatron_cpt.commands.preprocess import outcome_text
 from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path, read_manifest
 from megatron_cpt.corpus.dataset.verify import verify_dataset
 from megatron_cpt.corpus.dedup import passage_stage
-from megatron_cpt.corpus.readers import units as sources
+from megatron_cpt.corpus.readers import plan as sources
 from megatron_cpt.corpus.run.preprocess import dataset_prefixes, preprocess, preprocess_shard
 from megatron_cpt.errors import ConfigError
 from tests.unit.corpus.conftest import write_jsonl
@@ -126,7 +126,7 @@ def test_same_files_for_any_workers_runs_and_ranges(
     corpus = described(pages, make_corpus)
     seen = []
     for workers, run, bucket in ((1, 1 << 20, 1 << 20), (3, 1 << 20, 50), (2, 1, 7)):
-        monkeypatch.setattr(passage_stage, "RUN_KEYS", run)
+        monkeypatch.setattr(passage_stage, "BATCH_KEYS", run)
         monkeypatch.setattr(passage_stage, "KEYS_PER_BUCKET", bucket)
         preprocess(corpus, workers=workers, overwrite=True)
         seen.append(dataset_bytes(corpus))
@@ -140,9 +140,9 @@ def test_a_unit_of_several_runs_counts_each_document_once(
     """One compressed unit in many batches, a run for each: the same line in all of them."""
     import gzip
 
-    from megatron_cpt.corpus.readers import lines as readers
+    from megatron_cpt.corpus.readers import jsonl as readers
 
-    monkeypatch.setattr(passage_stage, "RUN_KEYS", 1)
+    monkeypatch.setattr(passage_stage, "BATCH_KEYS", 1)
     monkeypatch.setattr(readers, "BATCH_BYTES", 500)
     texts = [page(i) for i in range(40)]
     plain_file = write_jsonl(tmp_path / "a.jsonl", texts)
@@ -182,7 +182,7 @@ import os, signal, sys
 from megatron_cpt.corpus.dedup import passage_stage
 from megatron_cpt.corpus.run import unit as pipeline
 from megatron_cpt.corpus.run import preprocess
-from megatron_cpt.corpus.readers import units as sources
+from megatron_cpt.corpus.readers import plan as sources
 from megatron_cpt.corpus.schema import load_corpus
 sources.MIN_UNIT_BYTES = 6000
 passage_stage.KEYS_PER_BUCKET = 50

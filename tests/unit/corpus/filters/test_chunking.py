@@ -14,7 +14,7 @@ from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.verify import verify_dataset
 from megatron_cpt.corpus.filters.chunking import character_windows, chunk_tokens, sentence_groups, window_starts
 from megatron_cpt.corpus.run.preprocess import preprocess
-from megatron_cpt.corpus.tokenizers.tokenizer import load_tokenizer
+from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from megatron_cpt.errors import ConfigError
 from tests.unit.corpus.conftest import TEXTS, write_jsonl
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.corpus.documents import Batch, Ledger
+from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.filters.build import build_steps
 from megatron_cpt.corpus.filters.cleaning import (
     keep_c4_lines,
     line_dropper,
@@ -22,7 +23,6 @@ from megatron_cpt.corpus.filters.cleaning import (
 )
 from megatron_cpt.corpus.filters.code_quality import code_problem
 from megatron_cpt.corpus.filters.personal_data import masker
-from megatron_cpt.corpus.filters.steps import build_steps
 from megatron_cpt.corpus.filters.text_statistics import TextStatistics
 from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema_processing import Clean, CodeQuality, Filters
@@ -39,11 +39,11 @@ GOOD = (
 
 def reasons(text: str, **filters: Any) -> dict[str, int]:
     """What the filters say of one document."""
-    ledger, batch = Ledger(), Batch("f", [text], [1])
+    tally, batch = UnitTally(), Batch("f", [text], [1])
     for step in build_steps(Clean(), Filters.model_validate(filters), keep_empty=True):
-        batch = step(batch, ledger)
-    assert len(batch) + sum(ledger.counts.values()) == 1
-    return dict(ledger.counts)
+        batch = step(batch, tally)
+    assert len(batch) + sum(tally.counts.values()) == 1
+    return dict(tally.counts)
 
 
 def plain_words(text: str) -> list[str]:

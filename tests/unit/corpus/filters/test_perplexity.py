@@ -12,7 +12,7 @@ import pytest
 
 from megatron_cpt.corpus.dataset.manifest import bin_path
 from megatron_cpt.corpus.filters.perplexity import load_scorer
-from megatron_cpt.corpus.readers import units as sources
+from megatron_cpt.corpus.readers import plan as sources
 from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema_processing import Perplexity
 from megatron_cpt.errors import ConfigError, DataError

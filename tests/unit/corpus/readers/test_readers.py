@@ -19,13 +19,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cpt.corpus.documents import Ledger
-from megatron_cpt.corpus.readers import lines as readers
-from megatron_cpt.corpus.readers import units as sources
+from megatron_cpt.corpus.documents import UnitTally
+from megatron_cpt.corpus.readers import jsonl as readers
+from megatron_cpt.corpus.readers import plan as sources
 from megatron_cpt.corpus.readers.html_text import html_to_text
-from megatron_cpt.corpus.readers.lines import read_unit
+from megatron_cpt.corpus.readers.plan import plan_units
+from megatron_cpt.corpus.readers.read import read_unit
 from megatron_cpt.corpus.readers.registry import resolve_datasets
-from megatron_cpt.corpus.readers.units import plan_units
 from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema import Corpus, parse_corpus
 from megatron_cpt.errors import ConfigError, CptError, DataError
@@ -39,19 +39,19 @@ def corpus_of(*files: Path, **source: Any) -> Corpus:
     return parse_corpus({"output_prefix": "unused", "tokenizer": "unused", "sources": [raw]}, "test")
 
 
-def read(*files: Path, limit: int = LIMIT, **source: Any) -> tuple[list[str], Ledger]:
-    """All texts of the units of `files`, and one ledger over them."""
-    texts, ledger = [], Ledger()
+def read(*files: Path, limit: int = LIMIT, **source: Any) -> tuple[list[str], UnitTally]:
+    """All texts of the units of `files`, and one tally over them."""
+    texts, tally = [], UnitTally()
     for unit in plan_units(corpus_of(*files, **source)):
-        own = Ledger()
+        own = UnitTally()
         for batch in read_unit(unit, own, limit):
             assert len(batch.texts) == len(batch.places)
             texts += batch.texts
-        ledger.documents_read += own.documents_read
-        ledger.counts += own.counts
-        ledger.rejects += own.rejects
-    assert ledger.documents_read == len(texts) + sum(ledger.counts.values())
-    return texts, ledger
+        tally.documents_read += own.documents_read
+        tally.counts += own.counts
+        tally.rejects += own.rejects
+    assert tally.documents_read == len(texts) + sum(tally.counts.values())
+    return texts, tally
 
 
 COMPRESSORS = {
@@ -107,8 +107,8 @@ def test_columns_missing_null_or_not_text(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["a", None, "b"], "n": [1, 2, 3]}), tmp_path / "a.parquet")
-    texts, ledger = read(tmp_path / "a.parquet")
-    assert texts == ["a", "b"] and ledger.counts == {"text_not_a_string": 1} and ledger.rejects[0].place == 2
+    texts, tally = read(tmp_path / "a.parquet")
+    assert texts == ["a", "b"] and tally.counts == {"text_not_a_string": 1} and tally.rejects[0].place == 2
     for key, message in (("body", "no column 'body'"), ("n", "int64, not text")):
         with pytest.raises(DataError, match=message):
             read(tmp_path / "a.parquet", text=key)
@@ -139,8 +139,8 @@ def test_template_dotted_key_and_metadata(tmp_path: Path, make_corpus: Any) -> N
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"body": "no title"}\n')
     assert read(file, text="meta.title")[0] == [f"T{i}" for i in range(len(TEXTS))]
-    texts, ledger = read(file, text="{meta.title}: {body}")
-    assert texts[1] == f"T1: {TEXTS[1]}" and ledger.counts == {"missing_key": 1}
+    texts, tally = read(file, text="{meta.title}: {body}")
+    assert texts[1] == f"T1: {TEXTS[1]}" and tally.counts == {"missing_key": 1}
     source = {"text": "body", "metadata": ["id"]}
     corpus = make_corpus(file, source=source, split={"train": 0.5, "valid": 0.5})
     outcome = preprocess(corpus, workers=1)
@@ -190,11 +190,11 @@ def test_line_over_the_limit_is_a_reject_and_memory_stays_flat(tmp_path: Path, m
     import tracemalloc
 
     tracemalloc.start()
-    texts, ledger = read(file, limit=100_000)
+    texts, tally = read(file, limit=100_000)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert texts == ["before", "after"] and ledger.counts == {"document_too_long": 1}
-    assert ledger.rejects[0].place == 2 or ledger.documents_read == 3
+    assert texts == ["before", "after"] and tally.counts == {"document_too_long": 1}
+    assert tally.rejects[0].place == 2 or tally.documents_read == 3
     assert peak_bytes < 10 << 20
 
 
@@ -207,10 +207,10 @@ def test_bom_blank_lines_and_windows_line_ends(tmp_path: Path) -> None:
 def test_records_that_are_not_documents(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('[1]\n"text"\n{"text": 5}\n{"text": null}\n{}\n{"text": "ok"}\n')
-    texts, ledger = read(file)
+    texts, tally = read(file)
     assert texts == ["ok"]
-    assert ledger.counts == {"not_an_object": 2, "text_not_a_string": 2, "missing_key": 1}
-    assert [r.place for r in ledger.rejects] == [1, 2, 3, 4, 5]
+    assert tally.counts == {"not_an_object": 2, "text_not_a_string": 2, "missing_key": 1}
+    assert [r.place for r in tally.rejects] == [1, 2, 3, 4, 5]
 
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -242,9 +242,9 @@ def test_fuzz_no_line_crashes_a_reader_or_gets_lost(
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     file.write_bytes(b"\n".join(data) + b"\n")
-    texts, ledger = read(file)  # asserts read = kept + rejected
+    texts, tally = read(file)  # asserts read = kept + rejected
     content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    assert ledger.documents_read == sum(bool(line.strip()) for line in content.split(b"\n"))
+    assert tally.documents_read == sum(bool(line.strip()) for line in content.split(b"\n"))
     assert all(isinstance(text, str) for text in texts)
 
 

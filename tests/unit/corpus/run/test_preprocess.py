@@ -18,9 +18,9 @@ import pytest
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path, read_manifest
 from megatron_cpt.corpus.dataset.verify import verify_dataset
-from megatron_cpt.corpus.readers import units as sources
+from megatron_cpt.corpus.readers import plan as sources
 from megatron_cpt.corpus.run.preprocess import dataset_prefixes, preprocess
-from megatron_cpt.corpus.tokenizers.tokenizer import load_tokenizer
+from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from megatron_cpt.errors import CptError, DataError
 from tests.unit.corpus.conftest import TEXTS, write_jsonl
 
@@ -104,7 +104,7 @@ def test_finished_run_is_not_repeated_and_another_input_is_refused(tmp_path: Pat
 RUN_AND_DIE = """
 import os, signal, sys
 from megatron_cpt.corpus.run import preprocess as run
-from megatron_cpt.corpus.readers import units as sources
+from megatron_cpt.corpus.readers import plan as sources
 from megatron_cpt.corpus.dataset import writer as dataset_writer
 from megatron_cpt.corpus.schema import load_corpus
 sources.MIN_UNIT_BYTES = 4000
@@ -322,7 +322,7 @@ def test_parent_killed_leaves_no_worker_behind(tmp_path: Path, make_corpus: Any)
     """Workers end when the parent is gone: their pipe is at its end."""
     code = (
         "import os, sys, time\n"
-        "from megatron_cpt.corpus.run.workers import run_units\n"
+        "from megatron_cpt.corpus.workers import run_units\n"
         "def f(i):\n"
         "    print(os.getpid(), flush=True); time.sleep(0.3); return i\n"
         "list(run_units(f, list(range(1000)), 2))\n"

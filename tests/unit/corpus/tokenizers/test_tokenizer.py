@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_cpt.corpus.tokenizers import huggingface as tokenizer_huggingface
+from megatron_cpt.corpus.tokenizers.load import load_tokenizer, tokenizer_fingerprint
 from megatron_cpt.corpus.tokenizers.self_check import SELF_CHECK_SAMPLE
-from megatron_cpt.corpus.tokenizers.tokenizer import encodings_equal, load_tokenizer, tokenizer_fingerprint
+from megatron_cpt.corpus.tokenizers.tokenizer import encodings_equal
 from megatron_cpt.errors import DataError
 from tests.unit.corpus.conftest import TEXTS, build_tokenizer
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from megatron_cpt.corpus.tokenizers.tokenizer import load_tokenizer
+from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from megatron_cpt.corpus.tokenizers.vocabulary import (
     Extension,
     _to_bf16,

@@ -1,4 +1,4 @@
-"""How the text of a record is found: a key, a dotted path, or a template over several keys."""
+"""How a document is found in a parsed record: a key, a dotted path, or a template over several keys."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from megatron_cpt.corpus.documents import Batch
+from megatron_cpt.corpus.readers.unit import Unit
+
 _FIELD = re.compile(r"\{([^{}]+)\}")
 
 
 class FieldError(Exception):
-    """The record has no such text; `reason` is one of the ledger's."""
+    """The record has no such text; `reason` is one of a tally's."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -50,3 +53,16 @@ def lookup(record: Any, key: str) -> str:
     if not isinstance(value, str):
         raise FieldError("text_not_a_string", f"{key!r} is {type(value).__name__}")
     return value
+
+
+def empty_batch(unit: Unit, path: str) -> Batch:
+    """A batch for the records of one file, which `add_record` fills."""
+    return Batch(path, [], [], [] if unit.metadata else None)
+
+
+def add_record(batch: Batch, unit: Unit, record: Any, place: int) -> None:
+    """Append one parsed record to the batch. Raises FieldError when it has no text."""
+    batch.texts.append(text_field(unit.text_field).text_of(record))
+    batch.places.append(place)
+    if batch.metadata is not None:
+        batch.metadata.append({key: record.get(key) for key in unit.metadata})

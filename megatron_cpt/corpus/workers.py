@@ -1,6 +1,6 @@
 """A pool of forked processes that take units one by one; results come in any order, output order is by unit.
 
-Units are known beforehand, or come from streams (see blocks) that reader processes decode as fast as workers take.
+Units are known beforehand, or are pieces of streams that reader processes decode as fast as workers take them.
 The parent hands out the next unit when a worker is free, so that a slow unit never holds the others. A worker
 that dies ends the run with its signal named; what other units left on disk stays for the next run.
 """
@@ -8,6 +8,7 @@ that dies ends the run with its signal named; what other units left on disk stay
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,11 @@ from megatron_cpt.errors import CptError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def worker_count(requested: int | None) -> int:
+    """Workers asked for, or the processor cores this process may use."""
+    return requested or len(os.sched_getaffinity(0))
 
 
 def run_units(
@@ -45,14 +51,14 @@ def run_units(
 
 
 class _Pool:
-    """The processes, what they are at, and what waits for them."""
+    """The processes, what each is doing, and what waits for them."""
 
     def __init__(
         self, function: Callable[[Any], Any], items: Sequence[Any], workers: int, streams: Sequence[Callable[[], Any]]
     ) -> None:
         self._function, self._workers = function, workers
         self._items, self._unread = iter(items), deque(streams)
-        self._blocks: deque[Any] = deque()  # items of streams that wait for a worker; they go first
+        self._pieces: deque[Any] = deque()  # items of streams that wait for a worker; they go first
         self._processes: dict[Connection, Any] = {}
         self._idle: list[Connection] = []
         self._busy: set[Connection] = set()
@@ -79,12 +85,12 @@ class _Pool:
                 else:
                     self._reading.remove(connection)
                     self._paused.add(connection)
-                    self._blocks.append(value)
+                    self._pieces.append(value)
 
     def _give_out(self) -> bool:
         """Give every free worker an item; False when the items at hand are not enough."""
         while len(self._busy) < self._workers:
-            item = self._blocks.popleft() if self._blocks else next(self._items, _END)
+            item = self._pieces.popleft() if self._pieces else next(self._items, _END)
             if item is _END:
                 return False
             connection = self._idle.pop() if self._idle else self._start(_serve, self._function)
@@ -94,7 +100,7 @@ class _Pool:
 
     def _read_on(self, starving: bool) -> None:
         """Ask paused readers to go on while there is room, and open another stream where readers fall behind."""
-        while self._paused and len(self._blocks) < self._workers:
+        while self._paused and len(self._pieces) < self._workers:
             connection = self._paused.pop()
             connection.send(None)
             self._reading.add(connection)

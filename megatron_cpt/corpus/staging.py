@@ -1,57 +1,25 @@
-"""The staging folder PREFIX.partial: parts of done units, a lock against a second writer, resume.
+"""The staging folder PREFIX.partial: what an unfinished run left, and a lock against a second writer.
 
-The folder belongs to one plan (input files with sizes and times, corpus description, tokenizer). The same plan
-again continues; another plan starts the folder anew.
+The folder belongs to one plan, named by a fingerprint. The same plan again continues; another one starts anew.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from megatron_cpt.corpus.dataset.manifest import FORMAT_VERSION, TokenizerRecord, manifest_hash, read_manifest
-from megatron_cpt.corpus.readers.units import Unit
-from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import DataError
 
 SHARE_ATTEMPTS, SHARE_WAIT_SECONDS = 50, 0.1
 
 log = logging.getLogger(__name__)
-
-
-def plan_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: TokenizerRecord) -> str:
-    """Identity of a run's output: same fingerprint, same bytes."""
-    paths = sorted({path for unit in units for path in unit.paths})
-    stats = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in (Path(path).stat(),)]
-    if corpus.decontaminate is not None:
-        stats += [(path, Path(path).stat().st_size, 0) for path in corpus.decontaminate.files if Path(path).is_file()]
-    filters = [corpus.filters, *(source.filters for source in corpus.sources if source.filters)]
-    for folder in sorted({Path(chosen.perplexity.model) for chosen in filters if chosen.perplexity}):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        stats += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    lists = sorted({chosen.bad_words.file for chosen in filters if chosen.bad_words})
-    content = {
-        "bad_words": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in lists],
-        "format": FORMAT_VERSION,
-        "corpus": corpus.model_dump(
-            mode="json", exclude={"output_prefix", "tokenizer", "max_reject_ratio", "train_tokens"}
-        ),
-        "tokenizer": [tokenizer.fingerprint, tokenizer.eod_id],
-        "files": stats,
-        "against": [manifest_hash(read_manifest(p)) for p in (corpus.dedup.against if corpus.dedup else ())],
-        "units": [asdict(unit) for unit in units],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def staging_path(prefix: str) -> Path:
@@ -121,7 +89,7 @@ def _claim(folder: Path, fingerprint: str) -> None:
         return
     stale = [path for path in folder.iterdir() if path.name != "lock"]
     if stale:
-        log.info("%s is of another input, configuration or tokenizer: starting anew", folder)
+        log.info("%s is of another input, configuration, tokenizer or version: starting anew", folder)
     for path in stale:
         path.unlink()
     write_atomically(plan, fingerprint.encode())

@@ -19,12 +19,12 @@ import zstandard
 
 from megatron_cpt import durable
 from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, read_manifest
-from megatron_cpt.corpus.readers import blocks
-from megatron_cpt.corpus.readers import units as sources
-from megatron_cpt.corpus.run import map_stage
+from megatron_cpt.corpus.readers import plan as sources
+from megatron_cpt.corpus.readers import streams
+from megatron_cpt.corpus.run import corpus_run
 from megatron_cpt.corpus.run import unit as pipeline
 from megatron_cpt.corpus.run.preprocess import preprocess, preprocess_shard
-from megatron_cpt.corpus.run.workers import run_units
+from megatron_cpt.corpus.workers import run_units
 from megatron_cpt.errors import DataError
 from tests.unit.corpus.conftest import write_jsonl
 from tests.unit.corpus.run.test_preprocess import many_texts
@@ -41,9 +41,9 @@ TEXTS = many_texts(400)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every compressed file is a stream of many blocks."""
-    for name, value in {"MIN_UNIT_BYTES": 500, "MAX_UNIT_BYTES": 500, "MIN_BLOCK_BYTES": 10_000}.items():
+    for name, value in {"MIN_UNIT_BYTES": 500, "MAX_UNIT_BYTES": 500, "MIN_PIECE_BYTES": 10_000}.items():
         monkeypatch.setattr(sources, name, value)
-    monkeypatch.setattr("megatron_cpt.corpus.readers.lines.BATCH_BYTES", 3_000)
+    monkeypatch.setattr("megatron_cpt.corpus.readers.jsonl.BATCH_BYTES", 3_000)
 
 
 def data_of(corpus: Any) -> tuple[bytes, bytes]:
@@ -68,7 +68,7 @@ def test_compressed_file_gives_the_files_of_the_plain_one(tmp_path: Path, make_c
     preprocess(plain, workers=1)
     expected = data_of(plain)
     corpus = make_corpus(stream)
-    assert [unit.block_bytes for unit in sources.plan_units(corpus)] == [10_000]
+    assert [unit.piece_bytes for unit in sources.plan_units(corpus)] == [10_000]
     for workers in (1, 3):
         preprocess(corpus, workers=workers, overwrite=True)
         assert data_of(corpus) == expected
@@ -89,7 +89,7 @@ def test_one_large_row_group_and_arrow_are_shared(tmp_path: Path, make_corpus: A
         with path.open("wb") as file, open_writer(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=50)
     corpus = make_corpus(path, source={"metadata": ["id"]})
-    assert sum(unit.block_bytes > 0 for unit in sources.plan_units(corpus)) == 1
+    assert sum(unit.piece_bytes > 0 for unit in sources.plan_units(corpus)) == 1
     results = []
     for source in (write_jsonl(tmp_path / "plain.jsonl", TEXTS), path):
         corpus = make_corpus(source, source={"metadata": ["id"]})
@@ -127,15 +127,15 @@ def test_cut_stream_is_an_error_and_the_run_continues_when_nothing_changed(tmp_p
 
 KILL = """
 import os, signal, sys
-from megatron_cpt.corpus.readers import units as sources
+from megatron_cpt.corpus.readers import plan as sources
 from megatron_cpt.corpus.run import unit as pipeline
-from megatron_cpt.corpus.readers import blocks
+from megatron_cpt.corpus.readers import streams
 from megatron_cpt.corpus.run import preprocess
 from megatron_cpt.corpus.schema import load_corpus
-import megatron_cpt.corpus.readers.lines as readers
+import megatron_cpt.corpus.readers.jsonl as readers
 sources.MIN_UNIT_BYTES = sources.MAX_UNIT_BYTES = 500
-sources.MIN_BLOCK_BYTES, readers.BATCH_BYTES = 10_000, 3_000
-module, name, count = {"commit": pipeline, "read": blocks}[sys.argv[2]], sys.argv[3], int(sys.argv[4])
+sources.MIN_PIECE_BYTES, readers.BATCH_BYTES = 10_000, 3_000
+module, name, count = {"commit": pipeline, "read": streams}[sys.argv[2]], sys.argv[3], int(sys.argv[4])
 original, calls = getattr(module, name), []
 def wrapped(*args, **kwargs):
     calls.append(1)
@@ -161,7 +161,7 @@ def test_killed_in_the_middle_of_a_stream(tmp_path: Path, make_corpus: Any, modu
         [sys.executable, "-c", KILL, str(description), module, name, str(count)], start_new_session=True
     )
     assert run.returncode == -signal.SIGKILL
-    assert staged(corpus, "*.json" if module == "commit" else "*.block.*")
+    assert staged(corpus, "*.json" if module == "commit" else "*.piece.*")
     assert not bin_path(corpus.output_prefix).exists()
     preprocess(corpus, workers=2)
     assert data_of(corpus) == expected
@@ -177,7 +177,7 @@ def test_shards_share_one_stream(tmp_path: Path, make_corpus: Any, keys: dict[st
         for _ in range(1 + bool(keys)):
             done = [preprocess_shard(corpus, shard, shards, workers=1) for shard in range(shards)]
         assert min(done) >= 3
-        assert not staged(corpus, "*.block.*")
+        assert not staged(corpus, "*.piece.*")
         preprocess(corpus, workers=1, overwrite=True)
         assert data_of(corpus) == expected
 
@@ -190,7 +190,7 @@ def test_few_blocks_wait_on_disk(tmp_path: Path, make_corpus: Any, monkeypatch: 
 
     def counting(*args: Any) -> None:
         with log.open("a") as file:
-            file.write(f"{len(staged(corpus, '*.block.*'))}\n")
+            file.write(f"{len(staged(corpus, '*.piece.*'))}\n")
         original(*args)
 
     monkeypatch.setattr(pipeline, "commit_unit", counting)
@@ -257,7 +257,7 @@ def test_stale_blocks_of_a_killed_run_go_at_once(tmp_path: Path, make_corpus: An
     corpus = make_corpus(compressed(tmp_path / "a.jsonl", ".gz"))
     folder = Path(f"{corpus.output_prefix}.partial")
     folder.mkdir(parents=True)
-    (folder / "000000.block.999999").write_bytes(b"left")
-    blocks.forget_stale_blocks(folder)
+    (folder / "000000-0000.piece.999999").write_bytes(b"left")
+    streams.forget_stale_pieces(folder)
     assert not list(folder.iterdir())
-    assert map_stage.LARGE_PART_OF_SHARE < 1
+    assert corpus_run.LARGE_PART_OF_SHARE < 1

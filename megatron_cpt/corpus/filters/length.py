@@ -1,0 +1,25 @@
+"""Documents without text, and documents that are too short or too long."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.filters.step import Step
+
+
+def drop_empty(batch: Batch, tally: UnitTally) -> Batch:
+    """Reject documents of nothing but white space."""
+    wanted = [bool(text) and not text.isspace() for text in batch.texts]
+    return batch if all(wanted) else tally.reject_where(batch, wanted, "empty")
+
+
+def length_step(min_chars: int | None, max_chars: int | None) -> Step:
+    """Reject documents of fewer or more characters than stated."""
+    low, high = min_chars or 0, max_chars or sys.maxsize
+
+    def check_length(batch: Batch, tally: UnitTally) -> Batch:
+        batch = tally.reject_where(batch, [len(text) >= low for text in batch.texts], "too_short")
+        return tally.reject_where(batch, [len(text) <= high for text in batch.texts], "too_long")
+
+    return Step("length", check_length)

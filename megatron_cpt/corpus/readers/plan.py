@@ -1,0 +1,92 @@
+"""From a corpus description to units of work: files found, large ones cut into ranges, small ones joined in groups.
+
+The list of units depends only on the input, never on the number of workers or shards, which is why the output does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_cpt.corpus.readers.compression import is_compressed
+from megatron_cpt.corpus.readers.input_files import InputFile, find_files
+from megatron_cpt.corpus.readers.unit import FileFormat, Unit
+from megatron_cpt.corpus.schema import Corpus
+from megatron_cpt.errors import DataError
+
+MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS_WANTED = 1 << 20, 16 << 20, 64
+# A file that cannot be read from an arbitrary offset is cut into pieces while it is read; see streams.
+MIN_PIECE_BYTES = 4 << 20
+# A row group of Parquet is left whole up to this many units.
+UNITS_PER_ROW_GROUP = 4
+
+
+def plan_units(corpus: Corpus) -> list[Unit]:
+    """All units of the corpus in output order. Raises DataError when there is nothing to read."""
+    found = [(source, find_files(source)) for source in corpus.sources]
+    total_bytes = sum(file.size_bytes for _, files in found for file in files)
+    if total_bytes == 0:
+        count = sum(len(files) for _, files in found)
+        raise DataError(f"the corpus is empty: {count} file(s), 0 bytes", hint="check the input files")
+    unit_bytes = min(max(total_bytes // UNITS_WANTED, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+    units: list[Unit] = []
+    for source, files in found:
+        for cut in _cut(files, unit_bytes):
+            place = (cut.paths, cut.start, cut.stop, cut.size_bytes, cut.piece_bytes)
+            units.append(Unit(len(units), source.name, cut.format, source.text, source.metadata, *place))
+    return units
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A unit before it has a number; the fields are Unit's."""
+
+    paths: tuple[str, ...]
+    format: FileFormat
+    start: int
+    stop: int | None
+    size_bytes: int
+    piece_bytes: int = 0
+
+
+def _cut(files: list[InputFile], unit_bytes: int) -> Iterator[_Cut]:
+    """Units of one source: ranges of a large file, groups of small files of one format."""
+    group: list[InputFile] = []
+    held_bytes = 0
+    for file in files:
+        is_whole = file.size_bytes <= unit_bytes or file.format in ("text", "html")
+        if group and (not is_whole or file.format != group[0].format):
+            yield _group(group, held_bytes)
+            group, held_bytes = [], 0
+        if not is_whole:
+            yield from _ranges(file, unit_bytes)
+            continue
+        group.append(file)
+        held_bytes += file.size_bytes
+        if held_bytes >= unit_bytes:
+            yield _group(group, held_bytes)
+            group, held_bytes = [], 0
+    if group:
+        yield _group(group, held_bytes)
+
+
+def _group(files: list[InputFile], size_bytes: int) -> _Cut:
+    return _Cut(tuple(file.path for file in files), files[0].format, 0, None, size_bytes)
+
+
+def _ranges(file: InputFile, unit_bytes: int) -> Iterator[_Cut]:
+    """The units of a file larger than a unit."""
+    piece_bytes = max(unit_bytes, MIN_PIECE_BYTES)
+    if file.format == "arrow" or is_compressed(file.path):
+        yield _Cut((file.path,), file.format, 0, None, file.size_bytes, piece_bytes)
+        return
+    if file.format == "jsonl":
+        for start in range(0, file.size_bytes, unit_bytes):
+            stop = min(start + unit_bytes, file.size_bytes)
+            yield _Cut((file.path,), file.format, start, stop, stop - start)
+        return
+    from megatron_cpt.corpus.readers.columnar import row_group_ranges
+
+    for start, stop, compressed, uncompressed in row_group_ranges(file.path, unit_bytes):
+        is_stream = stop == start + 1 and uncompressed > UNITS_PER_ROW_GROUP * unit_bytes
+        yield _Cut((file.path,), file.format, start, stop, compressed, piece_bytes * is_stream)

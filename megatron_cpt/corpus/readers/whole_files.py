@@ -1,0 +1,28 @@
+"""Text files, source files and HTML pages: one document each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.readers.compression import open_input
+from megatron_cpt.corpus.readers.html_text import html_to_text
+from megatron_cpt.corpus.readers.unit import Unit
+
+
+def read_whole_files(unit: Unit, tally: UnitTally, max_document_bytes: int) -> Iterator[Batch]:
+    """One document per file, named by its path in the metadata if asked for."""
+    for path in unit.paths:
+        tally.documents_read += 1
+        with open_input(path) as file:
+            data = file.read(max_document_bytes + 1)
+        if len(data) > max_document_bytes:
+            tally.reject(path, 1, "document_too_long", f"more than {max_document_bytes:,} bytes")
+            continue
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            tally.reject(path, 1, "invalid_utf8", str(error))
+            continue
+        text = html_to_text(text) if unit.format == "html" else text
+        yield Batch(path, [text], [1], [dict.fromkeys(unit.metadata, path)] if unit.metadata else None)
