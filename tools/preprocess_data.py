@@ -16,9 +16,8 @@ import logging
 import click
 
 from megatron_cpt.cli import run
-from megatron_cpt.commands.preprocess import outcome_text
+from megatron_cpt.commands.preprocess import outcome_text, unit_progress
 from megatron_cpt.corpus.run.preprocess import preprocess
-from megatron_cpt.corpus.run.progress import progress_view
 from megatron_cpt.corpus.schema import parse_corpus
 from megatron_cpt.corpus.tokenizers.huggingface import stated_eos
 from megatron_cpt.corpus.tokenizers.load import find_tokenizer_file
@@ -85,7 +84,7 @@ def main(
             "max_reject_ratio": max_reject_ratio,
             "sources": [{"files": [inputs], "text": key, "format": "jsonl"}],
         }
-        with progress_view() as start:
+        with unit_progress() as start:
             outcome = preprocess(parse_corpus(raw, "flags"), workers=workers, overwrite=overwrite, start_progress=start)
         click.echo(outcome_text(outcome))
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import click
 
+from megatron_cpt.console import ProgressBar
+from megatron_cpt.corpus.run.corpus_run import OnUnit, StartProgress
+from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.corpus.run.preprocess import Outcome, preprocess_shard
 from megatron_cpt.corpus.run.preprocess import preprocess as run_preprocess
-from megatron_cpt.corpus.run.progress import progress_view
 from megatron_cpt.corpus.schema import Corpus, load_corpus, parse_corpus
 
 
@@ -65,7 +69,7 @@ def preprocess(
     megatron-cpt preprocess --input a.jsonl b.jsonl --output-prefix data/corpus --tokenizer MODEL_DIR
     """
     corpus = _corpus(files, inputs, flags)
-    with progress_view() as start:
+    with unit_progress() as start:
         if shard is not None:
             done = preprocess_shard(corpus, *shard, workers=workers, start_progress=start)
             fields = {"shard": shard[0], "shards": shard[1], "units": done}
@@ -73,6 +77,28 @@ def preprocess(
             return
         outcome = run_preprocess(corpus, workers=workers, overwrite=overwrite, start_progress=start)
     click.echo(json.dumps(outcome_fields(outcome)) if as_json else outcome_text(outcome))
+
+
+@contextmanager
+def unit_progress() -> Iterator[StartProgress]:
+    """Yield a function that opens a progress bar for a stage of a run."""
+    with ExitStack() as opened:
+
+        def start(stage: str, total_bytes: int) -> OnUnit:
+            opened.close()  # the stage before
+            bar = opened.enter_context(ProgressBar(stage, total_bytes, "bytes"))
+            tokens = rejects = done_bytes = 0
+
+            def on_unit(record: UnitRecord) -> None:
+                nonlocal tokens, rejects, done_bytes
+                tokens += sum(part.tokens for part in record.parts.values())
+                rejects += sum(record.reject_counts.values())
+                done_bytes += record.size_bytes
+                bar.update(done_bytes, text=f"{tokens / 1e6:,.1f} M tokens, {rejects:,} rejects")
+
+            return on_unit
+
+        yield start
 
 
 def _corpus(files: tuple[str, ...], inputs: tuple[str, ...], flags: dict[str, Any]) -> Corpus:

@@ -1,1 +1,1 @@
-"""One run of `preprocess`: units to workers, parts to datasets, and the account of it."""
+"""One run of `preprocess`: units to workers, parts to datasets, and the files and the page beside them."""

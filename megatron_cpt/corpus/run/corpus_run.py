@@ -28,7 +28,7 @@ WHOLE = "all"  # the name of the only part of a unit when the corpus is not spli
 LARGE_PART_OF_SHARE = 0.25
 
 OnUnit = Callable[[UnitRecord], None]
-StartProgress = Callable[[int], OnUnit]
+StartProgress = Callable[[str, int], OnUnit]  # the name of a stage, the bytes of its units
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ EARLY_BAD_RATIO = 0.5
 class UnitStage:
     """What is done to each unit, and how to know that an earlier run did it."""
 
+    name: str
     work: Callable[[CorpusRun, Unit], UnitRecord]
     finished: Callable[[CorpusRun, Unit], UnitRecord | None]
     reads_input: bool  # pieces come from their streams, not from what an earlier stage left
@@ -62,7 +63,7 @@ def _do_missing(
     """Add the records of `items` and of the pieces of `streams` to `records`."""
     if records:
         log.info("continuing: %d units are done", len(records))
-    on_unit = _progress(run) if items or streams else lambda record: None
+    on_unit = _progress(run, stage) if items or streams else lambda record: None
     for record in records.values():
         on_unit(record)
     readers = [
@@ -89,10 +90,10 @@ def _do(run: CorpusRun, stage: UnitStage, unit: Unit) -> tuple[Unit, UnitRecord]
     return unit, stage.work(run, unit)
 
 
-def _progress(run: CorpusRun) -> OnUnit:
+def _progress(run: CorpusRun, stage: UnitStage) -> OnUnit:
     if run.start_progress is None:
         return lambda record: None
-    return run.start_progress(sum(unit.size_bytes for unit in run.planned))
+    return run.start_progress(stage.name, sum(unit.size_bytes for unit in run.planned))
 
 
 class _EarlyCheck:

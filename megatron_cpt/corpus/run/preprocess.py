@@ -52,7 +52,7 @@ def preprocess(
     """Make the datasets of `corpus`. The files are the same for any number of workers and shards.
 
     A killed run continues when called again with the same input; a finished one returns at once.
-    `start_progress(total_bytes)` gives a function that is called with each finished unit.
+    `start_progress(stage, total_bytes)` gives a function that is called with each finished unit.
     Raises DataError for bad input, a second writer, or other datasets under the same prefix.
     """
     with standard_input_as_file(resolve_datasets(corpus)) as resolved, _disk_full_explained(corpus.output_prefix):
@@ -97,12 +97,12 @@ def preprocess_shard(
 
 def _clean(run: CorpusRun) -> FinishedUnits:
     """The first half of all units, where passages are deduplicated."""
-    return map_units(run, UnitStage(clean_unit, cleaned_record, reads_input=True))
+    return map_units(run, UnitStage("clean", clean_unit, cleaned_record, reads_input=True))
 
 
 def _process(run: CorpusRun) -> FinishedUnits:
     """The parts of all units."""
-    return map_units(run, UnitStage(process_unit, processed_record, reads_input=run.passages is None))
+    return map_units(run, UnitStage("tokenise", process_unit, processed_record, reads_input=run.passages is None))
 
 
 def _find_repeated(run: CorpusRun) -> bool:
