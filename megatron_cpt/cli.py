@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from megatron_cpt import __version__
+from megatron_cpt.config.problems import near_match
 from megatron_cpt.errors import CptError
 
 # name -> (module:function, one line of help). The help stands here so that `--help` imports no command.
@@ -66,10 +67,8 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            import difflib
-
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "megatron-cpt --help lists the commands"
+            near = near_match(args[0], COMMANDS)
+            hint = f"did you mean {near!r}?" if near else "megatron-cpt --help lists the commands"
             raise click.UsageError(f"no command {args[0]!r}\nhint: {hint}", ctx=ctx)
         return super().resolve_command(ctx, args)
 

@@ -6,7 +6,6 @@ Megatron's own words are accepted at the top level as aliases of the canonical k
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 import pydantic
 import yaml
 
+from megatron_cpt.config.field_problems import field_problems, known_keys
 from megatron_cpt.config.problems import Problem, raise_problems
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.errors import ConfigError
+from megatron_cpt.config.yaml_file import parse_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -49,51 +49,6 @@ WITHOUT_MEANING: dict[str, str] = {
 }
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader takes the last of two equal keys in silence; here that is an error."""
-
-
-def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: missing, not UTF-8, not YAML, a key twice, or not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read config {path}: {error.strerror}", hint="give the path of a run's YAML file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})", hint="save the file as UTF-8"
-        ) from error
-    try:
-        loaded = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}", hint="check the indentation there") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"{path} holds no mapping of keys to values", hint="start from examples/quickstart/config.yaml"
-        )
-    return loaded
-
-
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read, override and validate one run's config.
 
@@ -116,7 +71,7 @@ def build_config(raw: Mapping[str, Any], overrides: Iterable[str] = (), origin: 
     try:
         config = RunConfig.model_validate(tree)
     except pydantic.ValidationError as error:
-        problems += [_problem(item) for item in error.errors()]
+        problems += field_problems(error, known_paths())
         raise_problems(problems, origin)
     raise_problems(problems, origin)
     return config
@@ -165,7 +120,10 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[Problem]
         problems.append(Problem(override, None, "is not of the form key.sub=value", "for example optimizer.lr=1e-5"))
         return
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
+    except yaml.constructor.ConstructorError as error:
+        problems.append(Problem(key, text, str(error.problem), "give each key once, with a plain value"))
+        return
     except yaml.YAMLError:
         value = text
     if key in WITHOUT_MEANING:
@@ -193,42 +151,6 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[Problem]
         node[last] = value
 
 
-def _problem(item: Any) -> Problem:
-    """One pydantic error -> one problem in this project's words."""
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return Problem(path, item["input"], "is not a key of the config", _did_you_mean(path))
-    if item["type"] == "missing":
-        return Problem(path, None, "is missing", "docs/config.md describes every key")
-    rule = str(item["msg"]).removeprefix("Value error, ")
-    return Problem(path, item["input"], rule, _legal(item))
-
-
-def _legal(item: Any) -> str:
-    context = item.get("ctx") or {}
-    if "expected" in context:
-        return f"one of {context['expected']}"
-    return "docs/config.md describes every key with its unit"
-
-
-def _did_you_mean(path: str) -> str:
-    known = list(known_paths())
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    if not near:
-        last = path.rsplit(".", 1)[-1]
-        near = [
-            p
-            for p in known
-            if p.rsplit(".", 1)[-1] in difflib.get_close_matches(last, [p.rsplit(".", 1)[-1]], cutoff=0.75)
-        ]
-    return f"did you mean {near[0]!r}?" if near else "docs/config.md lists every key"
-
-
-def known_paths(model: type[pydantic.BaseModel] = RunConfig, prefix: str = "") -> Iterable[str]:
-    """All dotted keys of the schema, then the aliases."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
-            yield from known_paths(field.annotation, f"{prefix}{name}.")
-    if model is RunConfig:
-        yield from ALIASES
+def known_paths() -> tuple[str, ...]:
+    """Return all dotted keys of the schema, then the aliases."""
+    return (*known_keys(RunConfig), *ALIASES)

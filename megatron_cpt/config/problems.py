@@ -48,9 +48,9 @@ def raise_problems(problems: Sequence[Problem], origin: str) -> None:
     raise ConfigError(f"{len(problems)} problems in {origin}:\n{listed}", hint="fix all of them, then run again")
 
 
-def near_match(word: str, known: Iterable[str]) -> str | None:
-    """Return the one of `known` that is most like `word`, None when none is much like it."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+def near_match(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the one of `known` that is most like `word`, None when none is at least `cutoff` like it."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def divisors(number: int, limit: int = 64) -> list[int]:

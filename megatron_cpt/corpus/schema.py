@@ -6,16 +6,17 @@ data file.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from megatron_cpt.budget import parse_count
-from megatron_cpt.corpus.schema_processing import Clean, Decontaminate, Dedup, Filters, Section, switch
-from megatron_cpt.errors import ConfigError
+from megatron_cpt.config.field_problems import field_problems, known_keys
+from megatron_cpt.config.problems import Problem, raise_problems
+from megatron_cpt.config.section import Section
+from megatron_cpt.config.yaml_file import read_yaml
+from megatron_cpt.corpus.schema_processing import Clean, Decontaminate, Dedup, Filters, switch
 
 Format = Literal["auto", "jsonl", "parquet", "arrow", "text", "html"]
 
@@ -144,15 +145,7 @@ class Corpus(Section):
 
 def load_corpus(path: str | Path) -> Corpus:
     """Read corpus.yaml. Raises ConfigError that lists every problem with its place in the file."""
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", hint="give the path of a corpus.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}", hint="examples/medical/corpus.yaml is one") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no keys", hint="examples/medical/corpus.yaml is one")
-    return parse_corpus(raw, str(path))
+    return parse_corpus(read_yaml(Path(path), what="corpus", hint="examples/medical/corpus.yaml is one"), str(path))
 
 
 def parse_corpus(raw: dict[str, Any], where: str) -> Corpus:
@@ -160,36 +153,10 @@ def parse_corpus(raw: dict[str, Any], where: str) -> Corpus:
     try:
         return Corpus.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(dict(item)) for item in error.errors()]
-        message = "\n".join(f"{where}: {problem}" for problem in problems)
-        raise ConfigError(message, hint="docs/corpus-reference.md lists the keys") from error
+        raise_problems(corpus_problems(error, Corpus), where)
+        raise
 
 
-def _problem(item: dict[str, Any]) -> str:
-    """One line for one pydantic error, and a near match for an unknown key."""
-    place = ".".join(str(part) for part in item["loc"]) or "corpus"
-    if item["type"] == "extra_forbidden":
-        keys = _keys_at(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
-        guess = f"did you mean {near[0]!r}?" if near else f"keys there: {', '.join(keys)}"
-        return f"{place}: unknown key; {guess}"
-    if item["type"] == "missing":
-        return f"{place}: is required"
-    return f"{place}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r:.80})"
-
-
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
-    """Keys of the section at `location`, found by walking the schema's field types."""
-    model: type[BaseModel] = Corpus
-    for part in location:
-        if isinstance(part, str) and part in model.model_fields:
-            sections = [t for t in _types_in(model.model_fields[part].annotation) if issubclass(t, BaseModel)]
-            model = sections[0] if sections else model
-    return list(model.model_fields)
-
-
-def _types_in(annotation: Any) -> list[type]:
-    """All classes inside a possibly nested annotation such as tuple[Source, ...] or Dedup | None."""
-    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
-        return [annotation]
-    return [found for part in getattr(annotation, "__args__", ()) for found in _types_in(part)]
+def corpus_problems(error: ValidationError, model: type[Section]) -> list[Problem]:
+    """Return what pydantic found in a part of a corpus."""
+    return field_problems(error, tuple(known_keys(model)), what="corpus", page="docs/corpus-reference.md")

@@ -22,10 +22,11 @@ from typing import Any
 import yaml
 
 from megatron_cpt import __version__
-from megatron_cpt.config.load import build_config, read_yaml
+from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.yaml_file import read_yaml
 from megatron_cpt.durable import write_atomically
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -181,11 +182,10 @@ def _changes_since_last_start(folder: RunFolder, config: RunConfig) -> list[Chan
     if not folder.resolved.exists():
         return []
     try:
-        old = yaml.safe_load(folder.resolved.read_text(encoding="utf-8"))
-        assert isinstance(old, dict)
-    except (yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
+        old = read_yaml(folder.resolved)
+    except ConfigError as error:
         raise CheckpointError(
-            f"{folder.resolved} is not the config of a run: {error}", hint="choose a new run_dir"
+            f"{folder.resolved} is not the config of a run: {error.message}", hint="choose a new run_dir"
         ) from error
     return [c for c in config_changes(old, resolved_dict(config)) if c.path != "run_dir"]
 

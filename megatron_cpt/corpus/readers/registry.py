@@ -8,13 +8,14 @@ relative to the registry file. A key stated in the source itself wins.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import ValidationError
 
-from megatron_cpt.corpus.schema import Corpus, Source
+from megatron_cpt.config.problems import near_match, raise_problems
+from megatron_cpt.config.yaml_file import read_yaml
+from megatron_cpt.corpus.schema import Corpus, Source, corpus_problems
 from megatron_cpt.errors import ConfigError
 
 
@@ -24,40 +25,39 @@ def resolve_datasets(corpus: Corpus) -> Corpus:
         return corpus
     if corpus.registry is None:
         raise ConfigError("a source names a dataset but there is no registry", hint="set registry: FILE")
-    entries = _read(Path(corpus.registry))
-    resolved = [_resolve(source, entries, Path(corpus.registry)) for source in corpus.sources]
+    registry = Path(corpus.registry)
+    entries = read_yaml(registry, what="registry", hint="it maps names to {files, text, format}")
+    resolved = [_resolve(source, entries, registry) for source in corpus.sources]
     return corpus.model_copy(update={"sources": tuple(resolved)})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        entries = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"registry {path}: {error}", hint="give a JSON or YAML file") from error
-    if not isinstance(entries, dict):
-        raise ConfigError(f"registry {path} holds no names", hint="it maps names to {files, text, format}")
-    return entries
 
 
 def _resolve(source: Source, entries: dict[str, Any], registry: Path) -> Source:
     if source.dataset is None:
         return source
+    names = [str(name) for name in entries]
     if source.dataset not in entries:
-        near = difflib.get_close_matches(source.dataset, entries, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(map(str, entries))}"
-        raise ConfigError(f"registry {registry} has no dataset {source.dataset!r}", hint=hint)
-    if not isinstance(entries[source.dataset], dict):
+        near = near_match(source.dataset, names)
+        raise ConfigError(
+            f"registry {registry} has no dataset {source.dataset!r}",
+            hint=f"did you mean {near!r}?" if near else f"it has: {', '.join(names)}",
+        )
+    entry = entries[source.dataset]
+    if not isinstance(entry, dict):
         raise ConfigError(
             f"registry {registry}: {source.dataset!r} is not a mapping", hint="write {files: ...} under it"
         )
-    entry = dict(entries[source.dataset])
-    files = entry.pop("files", None) or entry.pop("file_name", None) or ()
-    files = (files,) if isinstance(files, str) else tuple(files)
+    files = entry.get("files") or entry.get("file_name") or ()
+    files = [files] if isinstance(files, str) else files
+    if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files):
+        raise ConfigError(
+            f"registry {registry}, dataset {source.dataset!r}: files = {files!r} is not a list of names",
+            hint="write one name, or a list of names",
+        )
+    other = {key: value for key, value in entry.items() if key not in ("files", "file_name")}
     stated = source.model_dump(exclude_unset=True, exclude={"dataset"})
-    merged = {"name": source.dataset, **entry, "files": [str(registry.parent / f) for f in files], **stated}
+    merged = {"name": source.dataset, **other, "files": [str(registry.parent / file) for file in files], **stated}
     try:
         return Source.model_validate(merged)
-    except ValueError as error:
-        raise ConfigError(
-            f"registry {registry}, dataset {source.dataset!r}: {error}", hint="keys are a source's"
-        ) from None
+    except ValidationError as error:
+        raise_problems(corpus_problems(error, Source), f"registry {registry}, dataset {source.dataset!r}")
+        raise

@@ -57,12 +57,21 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
 
 def test_all_single_field_problems_are_reported_together_with_hints() -> None:
     with pytest.raises(ConfigError) as error:
-        build_config({"job_name": "a b", "optimizer": {"lrr": 1}, "paralel": {}, "train_tokens": "1.2Q"}, ["nonsense"])
+        build_config(
+            {
+                "job_name": "a b",
+                "optimizer": {"lrr": 1},
+                "paralel": {},
+                "train_tokens": "1.2Q",
+                "data": {"train": [{"name": "a", "prefix": "p", "wieght": 2}]},
+            },
+            ["nonsense"],
+        )
     text = str(error.value)
     for part in ("job_name", "model: is missing", "did you mean 'optimizer.lr'?", "did you mean 'parallel'?",
-                 "1.2Q", "key.sub=value", "6 problems"):  # fmt: skip
+                 "1.2Q", "key.sub=value", "7 problems", "did you mean 'data.train.0.weight'?"):  # fmt: skip
         assert part in text, text
-    assert text.count("hint:") == 7
+    assert text.count("hint:") == 8
 
 
 @pytest.mark.parametrize("key", ["seq_len", "train_token", "parallel.tpp", "checkpoint.save_evry", "warmup_token"])

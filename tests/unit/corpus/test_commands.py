@@ -56,7 +56,11 @@ def test_user_errors_exit_2_with_a_hint(dataset: Path, tmp_path: Path, tokenizer
         assert result.returncode == 2, (args, result.stderr)
         assert message in result.stderr and not result.stdout and "Traceback" not in result.stderr
     result = run("preprocess", tmp_path / "bad.yaml")
-    for problem in ("output_prefx: unknown key", "sources.0.txt: unknown key", "tokenizer: is required"):
+    for problem in (
+        "output_prefx = 'x': is not a key of the corpus",
+        "did you mean 'sources.0.text'?",
+        "tokenizer: is missing",
+    ):
         assert problem in result.stderr
 
 
