@@ -5,11 +5,10 @@ A safetensors file is a u64 header length, a JSON header (name -> dtype, shape, 
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,10 @@ from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.tensors import hf_tensor_shapes
 from megatron_cpt.errors import ConversionError
 
+SINGLE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
+CONSOLIDATED = "consolidated"
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
 MAX_HEADER_BYTES = 10**8  # the format's own limit
@@ -39,7 +40,7 @@ TIED_OUTPUT = "lm_head.weight"
 
 
 def is_hf(path: Path) -> bool:
-    names = ("model.safetensors", SAFETENSORS_INDEX, "pytorch_model.bin", BIN_INDEX)
+    names = (SINGLE, SAFETENSORS_INDEX, "pytorch_model.bin", BIN_INDEX)
     return any((path / name).is_file() for name in names) or any(path.glob("*.safetensors"))
 
 
@@ -67,43 +68,63 @@ def read_hf(path: Path, arch: Architecture, *, trust_pickle: bool = False) -> We
 
 
 def _read_all(path: Path, trust_pickle: bool) -> dict[str, StoredTensor]:
-    files = sorted(path.glob("*.safetensors"))
-    read: Callable[[Path], dict[str, StoredTensor]] = read_safetensors
-    if files:
-        index = path / SAFETENSORS_INDEX
-    else:
-        files, index = sorted(path.glob("pytorch_model*.bin")), path / BIN_INDEX
-        read = functools.partial(_read_bin, trust_pickle=trust_pickle)
-    if not files:
-        raise ConversionError(f"no *.safetensors and no pytorch_model*.bin in {path}")
-    where = _read_index(index) if index.is_file() else None
-    if where is not None:
-        files = [path / name for name in sorted(set(where.values()))]
-        lost = [file.name for file in files if not file.is_file()]
-        if lost:
-            raise ConversionError(f"{index} names files that are not there: {', '.join(lost)}", hint="download them")
-    elif len(files) > 1 and any("-of-" in file.name for file in files):
-        raise ConversionError(f"{path} holds {len(files)} shards and no {index.name}", hint="download the index too")
+    """Every tensor of the folder's weight files by name, each found once."""
+    files, index = weight_files(path)
     stored: dict[str, StoredTensor] = {}
     for file in files:
-        for name, tensor in read(file).items():
+        found = read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file, trust_pickle)
+        for name, tensor in found.items():
             if name in stored:
-                raise MismatchError(f"{name} is stored twice: in {stored[name].extents[0].path.name} and {file.name}")
+                raise MismatchError(
+                    f"{name} is stored twice: in {stored[name].extents[0].path.name} and {file.name}",
+                    hint="keep the files of one model only",
+                )
             stored[name] = tensor
-    if where is not None:
-        check_names(where, stored, index)
+    if index is not None:
+        check_names(_read_index(index), stored, index)
     return stored
+
+
+def weight_files(path: Path) -> tuple[list[Path], Path | None]:
+    """The files that hold a folder's weights, and the index that names them where there is one.
+
+    The shards of model.safetensors.index.json, else every *.safetensors, else the same of pytorch_model*.bin.
+    `consolidated*.safetensors`, which Mistral puts beside them, is the same weights by other names and no part.
+    """
+    for pattern, index in (("*.safetensors", SAFETENSORS_INDEX), ("pytorch_model*.bin", BIN_INDEX)):
+        if (path / index).is_file():
+            return _shards_of(path / index), path / index
+        files = sorted(file for file in path.glob(pattern) if not file.name.startswith(CONSOLIDATED))
+        if len(files) > 1 and any("-of-" in file.name for file in files):
+            raise ConversionError(f"{path} holds {len(files)} shards and no {index}", hint="download the index too")
+        if files:
+            return files, None
+    hint = "give a Hugging Face model folder with its weights, all shards of it"
+    if any(path.glob(f"{CONSOLIDATED}*.safetensors")):
+        hint = f"{CONSOLIDATED}*.safetensors has Mistral's own names: download the model*.safetensors beside it"
+    raise ConversionError(f"no *.safetensors and no pytorch_model*.bin in {path}", hint=hint)
+
+
+def _shards_of(index: Path) -> list[Path]:
+    files = [index.parent / name for name in sorted(set(_read_index(index).values()))]
+    lost = [file.name for file in files if not file.is_file()]
+    if lost:
+        raise ConversionError(f"{index} names files that are not there: {', '.join(lost)}", hint="download them")
+    return files
 
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
         where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{path} is not a weight index: {error}") from error
+        raise ConversionError(f"{path} is not a weight index: {error!r}", hint="download the index again") from error
     if not isinstance(where, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in where.values()
     ):
-        raise ConversionError(f"{path}: weight_map must map tensor names to file names of the same folder")
+        raise ConversionError(
+            f"{path}: weight_map must map tensor names to file names of the same folder",
+            hint="download the index again",
+        )
     return where
 
 
@@ -162,8 +183,7 @@ def plan_hf(folder: Path, arch: Architecture, dtypes: dict[str, str], max_shard_
     target = Target(folder)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        single = "model.safetensors"
-        path = folder / (single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        path = folder / (SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:

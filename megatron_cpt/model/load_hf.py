@@ -1,86 +1,93 @@
-"""Weights of a Hugging Face directory -> this rank's part of the model, each element proven set exactly once.
+"""Weights of a Hugging Face folder -> this rank's part of the model, each element proven set exactly once.
 
-Every rank reads only its own rows and columns from the safetensors files (memory-mapped), one tensor at a time,
-straight into the parameters: peak host memory is the rank's parameters plus its largest single slice. All
-parameters are NaN beforehand, so anything left unset is found; padding rows of the vocabulary are zero. Which
-rows of which tensor belong to a TP rank is the arithmetic of `megatron_cpt.architecture.tensors`, shared with the
-converter.
+The folder is listed and checked by the converter's reader (`checkpoint_convert.hf`): what converts also trains. Every
+rank reads only the rows that it holds, a block at a time, straight into the parameters: peak host memory is the
+rank's parameters plus one block. All parameters are NaN beforehand, so anything left unset is found; padding rows of
+the vocabulary are zero. Which rows of which tensor belong to a TP rank is the arithmetic of
+`megatron_cpt.architecture.tensors`, shared with the converter. Nothing here relies on `assert`: `python -O` proves
+the same.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoint_convert.checkpoint import clear_os_errors
+from checkpoint_convert.hf import TIED_OUTPUT, read_hf
+from checkpoint_convert.rows import Files, read_tensor
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.tensors import (
     LOCAL_TO_TE,
     MegatronTensor,
+    RowSpan,
     hf_tensor_shapes,
     megatron_tensors,
     row_spans,
     slice_shape,
 )
-from megatron_cpt.errors import CheckpointError
+from megatron_cpt.errors import CheckpointError, ConversionError
 from megatron_cpt.runtime.distributed import failing_together
-
-logger = logging.getLogger(__name__)
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
-_FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names; the others hold quantised or packed weights
-_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that early Llama checkpoints carry; computed here
+BLOCK_BYTES = 2 * 2**20  # of what is read at once
+SHOWN_FAULTS = 10
 
 
 class WeightSource(Protocol):
     """Named Hugging Face tensors, of which any rows and columns can be read."""
 
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    has_tied_copy: bool  # `lm_head.weight` can be read although the model's output layer is tied
 
-    def read(self, name: str, rows: slice, columns: slice) -> Tensor: ...
+    def read(self, name: str, start: int, stop: int, columns: slice) -> Tensor:
+        """Rows [start, stop) of a tensor, of these columns only where it has two dimensions."""
+        ...
+
+    def row_bytes(self, name: str) -> int: ...
 
 
-class SafetensorsSource:
-    """The safetensors files of a Hugging Face model directory."""
+class FolderSource:
+    """A Hugging Face folder. Raises CheckpointError unless its weights are those that config.json describes."""
 
-    def __init__(self, model_dir: Path) -> None:
-        self.model_dir = model_dir
-        self._files = {path: _open(path) for path in _weight_files(model_dir)}
-        self._file_of: dict[str, Path] = {}
-        for path, file in self._files.items():
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if name in self._file_of:
-                    raise CheckpointError(f"{name} is stored twice, in {self._file_of[name]} and {path}")
-                self._file_of[name] = path
+    def __init__(self, model_dir: Path, arch: Architecture, files: Files) -> None:
+        with _as_checkpoint_error(model_dir):
+            weights = read_hf(model_dir, arch)
+        self.has_tied_copy = bool(weights.copies)
+        self._tensors = dict(weights.tensors)
+        if self.has_tied_copy:
+            (self._tensors[TIED_OUTPUT],) = weights.copies
+        self._model_dir, self._files = model_dir, files
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(self._files[path].get_slice(name).get_shape()) for name, path in self._file_of.items()}
+    def read(self, name: str, start: int, stop: int, columns: slice) -> Tensor:
+        stored = self._tensors[name]
+        with _as_checkpoint_error(self._model_dir):
+            self._files.check(stored)
+            block = read_tensor(self._files, stored, start, stop)
+        values = torch.from_numpy(block).view(getattr(torch, stored.dtype))
+        return values[:, columns] if len(stored.shape) > 1 else values.flatten()
 
-    def read(self, name: str, rows: slice, columns: slice) -> Tensor:
-        part = self._files[self._file_of[name]].get_slice(name)
-        if part.get_dtype() not in _FLOATS:
-            raise CheckpointError(
-                f"{name} in {self._file_of[name]} holds {part.get_dtype()}: a quantised weight",
-                hint="start from the full-precision model",
-            )
-        values = part[rows] if columns == slice(None) else part[rows, columns]
-        if not values.sum(dtype=torch.float64).isfinite():  # without a temporary of its size
-            raise CheckpointError(
-                f"{name} in {self._file_of[name]} holds NaN or infinite values",
-                hint="the checkpoint is damaged; fetch or export it again",
-            )
-        return values
+    def row_bytes(self, name: str) -> int:
+        return self._tensors[name].row_bytes
+
+
+@contextmanager
+def _as_checkpoint_error(model_dir: Path) -> Iterator[None]:
+    """What the converter's reader refuses, as an error of the run that wanted to start from it."""
+    try:
+        with clear_os_errors(f"cannot read {model_dir}"):
+            yield
+    except ConversionError as error:
+        raise CheckpointError(error.message, hint=error.hint) from error
 
 
 class RandomSource:
@@ -89,19 +96,21 @@ class RandomSource:
     So they are the same under every layout.
     """
 
+    has_tied_copy = False
+
     def __init__(self, arch: Architecture, seed: int, std: float = 0.02) -> None:
         self._shapes = hf_tensor_shapes(arch)
         self._seed, self._std = seed, std
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    def read(self, name: str, rows: slice, columns: slice) -> Tensor:
+    def read(self, name: str, start: int, stop: int, columns: slice) -> Tensor:
         if self._last[0] != name:
             self._last = (name, self._draw(name))
-        values = self._last[1][rows]
-        return values if columns == slice(None) else values[:, columns]
+        values = self._last[1][start:stop]
+        return values if values.dim() == 1 else values[:, columns]
+
+    def row_bytes(self, name: str) -> int:
+        return 4 * (self._shapes[name][-1] if len(self._shapes[name]) > 1 else 1)
 
     def _draw(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -114,31 +123,46 @@ class RandomSource:
 
 
 def load_hf_weights(chunks: Iterable[GPTModel], model_dir: str | Path, arch: Architecture) -> None:
-    """Set every parameter of this rank's chunks from a Hugging Face directory.
+    """Set every parameter of this rank's chunks from a Hugging Face folder.
 
     Raises:
         CheckpointError: on every rank when any rank meets a missing, truncated, surplus, misshapen or NaN tensor.
     """
-    with failing_together():
-        load_weights(chunks, SafetensorsSource(Path(model_dir)), arch)
+    with failing_together(), Files() as files:
+        load_weights(chunks, FolderSource(Path(model_dir), arch, files), arch, str(model_dir))
 
 
 def random_weights(chunks: Iterable[GPTModel], arch: Architecture, seed: int) -> None:
     """Set every parameter of this rank's chunks to random values that do not depend on the layout."""
-    load_weights(chunks, RandomSource(arch, seed), arch)
+    load_weights(chunks, RandomSource(arch, seed), arch, "random weights")
 
 
-def load_weights(chunks: Iterable[GPTModel], source: WeightSource, arch: Architecture) -> None:
-    """Set every parameter of the chunks from `source`; no collective operation."""
-    check_names_and_shapes(source.shapes(), arch)
+def load_weights(chunks: Iterable[GPTModel], source: WeightSource, arch: Architecture, origin: str) -> None:
+    """Set every parameter of the chunks from `source`; no collective operation.
+
+    Raises:
+        CheckpointError: naming every parameter of which an element is set twice, not at all, or to no finite number.
+    """
     tensors = {tensor.megatron: tensor for tensor in megatron_tensors(arch)}
     if arch.tie_word_embeddings:  # the last pipeline stage holds its own copy
         tensors["output_layer.weight"] = tensors[_EMBEDDING]
+    faults: list[str] = []
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            _set(parameter, tensors[global_name(chunk, name)], source, arch)
-            if name == _EMBEDDING:
-                _check_tied_copy(parameter, source, arch)
+            tensor = tensors.get(global_name(chunk, name))
+            if tensor is None:
+                faults.append(f"{name} has no weights in a Hugging Face model of this family")
+                continue
+            faults += _set(parameter, tensor, source, arch)
+            if name == _EMBEDDING and source.has_tied_copy:
+                faults += _compare_tied_copy(parameter, tensor, source, arch)
+    if faults:
+        shown = "; ".join(faults[:SHOWN_FAULTS])
+        more = f" (and {len(faults) - SHOWN_FAULTS} more)" if len(faults) > SHOWN_FAULTS else ""
+        raise CheckpointError(
+            f"{origin} does not set each weight of the model exactly once: {shown}{more}",
+            hint="the weights are damaged or of another model than config.json; fetch or export the folder again",
+        )
 
 
 def global_name(chunk: GPTModel, name: str) -> str:
@@ -151,91 +175,65 @@ def global_name(chunk: GPTModel, name: str) -> str:
 
 
 @torch.no_grad()
-def _set(parameter: Tensor, tensor: MegatronTensor, source: WeightSource, arch: Architecture) -> None:
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    assert tuple(parameter.shape) == slice_shape(tensor, arch, tp), (tensor.megatron, parameter.shape)
+def _set(parameter: Tensor, tensor: MegatronTensor, source: WeightSource, arch: Architecture) -> list[str]:
+    """Fill one parameter. Return what is wrong with it: nothing when every element was set exactly once."""
+    tp, rank = _tensor_parallel()
+    if tuple(parameter.shape) != slice_shape(tensor, arch, tp):
+        return [f"{tensor.megatron} has shape {tuple(parameter.shape)}, not {slice_shape(tensor, arch, tp)}"]
     parameter.fill_(float("nan"))
+    faults: dict[str, None] = {}  # in order, each once
     next_row = 0
-    for segment in row_spans(tensor, arch, tp, rank):
-        assert segment.row == next_row, f"{tensor.megatron}: row {segment.row} is set twice or skipped"
-        rows = slice(segment.hf_row, segment.hf_row + segment.rows)
-        parameter[segment.row : segment.row + segment.rows].copy_(source.read(segment.hf_name, rows, segment.columns))
-        next_row += segment.rows
-    if tensor.kind == "vocab":
-        parameter[next_row:].zero_()
-    assert not parameter.sum(dtype=torch.float64).isnan(), f"{tensor.megatron}: elements were left unset"
+    for span in row_spans(tensor, arch, tp, rank):
+        if span.row != next_row:
+            what = "set twice" if span.row < next_row else "set by nothing"
+            faults[f"{tensor.megatron}: rows from {min(span.row, next_row)} are {what}"] = None
+        for row, values in _blocks(span, source):
+            parameter[row : row + len(values)].copy_(values)
+            if not values.sum(dtype=torch.float64).isfinite():  # without a temporary of its size
+                faults[f"{span.hf_name} holds NaN or infinite values"] = None
+        next_row = span.row + span.rows
+    real_rows = _real_vocabulary_rows(parameter, arch, rank) if tensor.kind == "vocab" else len(parameter)
+    if next_row == real_rows:
+        parameter[real_rows:].zero_()  # padding of the vocabulary
+    else:
+        faults[f"{tensor.megatron}: {next_row} of {real_rows} rows were set"] = None
+    if not faults and parameter.sum(dtype=torch.float64).isnan():
+        faults[f"{tensor.megatron}: elements were left unset"] = None
+    return list(faults)
 
 
 @torch.no_grad()
-def _check_tied_copy(embedding: Tensor, source: WeightSource, arch: Architecture) -> None:
+def _compare_tied_copy(
+    embedding: Tensor, tensor: MegatronTensor, source: WeightSource, arch: Architecture
+) -> list[str]:
     """A stored output layer that the embedding is tied to must equal it: else config.json or the weights are wrong."""
-    if not arch.tie_word_embeddings or "lm_head.weight" not in source.shapes():
-        return
-    tp, rank = (
+    for span in row_spans(tensor, arch, *_tensor_parallel()):
+        for row, values in _blocks(span, source, TIED_OUTPUT):
+            if not torch.equal(values.to(embedding.dtype), embedding[row : row + len(values)].cpu()):
+                return [
+                    f"config.json says tie_word_embeddings, but {TIED_OUTPUT} differs from {span.hf_name} (set "
+                    "tie_word_embeddings: false if the model has an output layer of its own, else remove the tensor)"
+                ]
+    return []
+
+
+def _blocks(span: RowSpan, source: WeightSource, name: str | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(row of the parameter, values) over a span, read from the tensor `name` where it is not the span's own."""
+    name = name or span.hf_name
+    step = max(1, BLOCK_BYTES // source.row_bytes(name))
+    for done in range(0, span.rows, step):
+        start = span.hf_row + done
+        yield span.row + done, source.read(name, start, min(start + step, span.hf_row + span.rows), span.columns)
+
+
+def _real_vocabulary_rows(parameter: Tensor, arch: Architecture, rank: int) -> int:
+    """Rows of this rank's slice of an embedding that are tokens, not padding."""
+    return min(max(arch.vocab_size - rank * len(parameter), 0), len(parameter))
+
+
+def _tensor_parallel() -> tuple[int, int]:
+    """(size, rank) of tensor parallelism."""
+    return (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
     )
-    (tensor,) = (tensor for tensor in megatron_tensors(arch) if tensor.megatron == _EMBEDDING)
-    for segment in row_spans(tensor, arch, tp, rank):
-        copy = source.read("lm_head.weight", slice(segment.hf_row, segment.hf_row + segment.rows), segment.columns)
-        if not torch.equal(copy.to(embedding.dtype), embedding[segment.row : segment.row + segment.rows].cpu()):
-            raise CheckpointError(
-                "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight",
-                hint="set tie_word_embeddings: false in config.json if the model has an output layer of its own; else "
-                "remove lm_head.weight from the file",
-            )
-
-
-def check_names_and_shapes(found: dict[str, tuple[int, ...]], arch: Architecture) -> None:
-    """CheckpointError naming what is missing, surplus or misshapen."""
-    expected = hf_tensor_shapes(arch)
-    ignored = {name for name in found if _IGNORED.search(name)}
-    if arch.tie_word_embeddings:
-        ignored.add("lm_head.weight")  # some tools store the tied copy
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} belongs to nothing in the model" for name in found if name not in expected.keys() | ignored]
-    wrong += [
-        f"{name} has shape {found[name]}, config.json says {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    head, embedding = found.get("lm_head.weight"), expected["model.embed_tokens.weight"]
-    if arch.tie_word_embeddings and head not in (None, embedding):
-        wrong.append(f"lm_head.weight has shape {head}, and is tied to one of {embedding}")
-    if wrong:
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise CheckpointError(
-            f"the weights do not fit config.json: {'; '.join(wrong[:5])}{more}",
-            hint="the directory mixes two models or is incomplete; fetch or export it again",
-        )
-
-
-def _weight_files(model_dir: Path) -> list[Path]:
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [model_dir / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"{index} is not a safetensors index: {error!r}", hint="fetch the model's index again"
-            ) from error
-    else:
-        files = [model_dir / "model.safetensors"]
-    for path in files:
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is missing",
-                hint="model.init_from needs a Hugging Face directory with safetensors weights, all shards of it",
-            )
-    return files
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file: {error}", hint="fetch or export it again"
-        ) from error
