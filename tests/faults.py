@@ -81,9 +81,9 @@ def full_disk_at_the_marker() -> None:
 
 def engine_gathers_optimizer() -> None:
     """No fault: the optimizer's state is collected by Megatron-Core's own code, for comparison."""
-    from megatron_cpt.train import checkpoint
+    from megatron_cpt.train import checkpoint_state
 
     def gathered(optimizer: Any, models: dict[str, Any], sharding: str) -> Any:
         return optimizer.sharded_state_dict(dict(models), metadata={"distrib_optim_sharding_type": sharding})
 
-    checkpoint.optimizer_shards = gathered
+    checkpoint_state.optimizer_shards = gathered

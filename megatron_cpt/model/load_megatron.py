@@ -5,14 +5,21 @@ Only the model is read: the optimizer starts afresh, as a new continued pre-trai
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception: a BaseException
 
+from checkpoint_convert.torch_dist import EXTRA_STATE, NOT_WEIGHTS, OUTPUT
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.distributed import failing_together
 
@@ -25,34 +32,79 @@ def is_megatron_checkpoint(folder: Path) -> bool:
 def load_megatron_weights(chunks: list[GPTModel], folder: Path) -> None:
     """Set every parameter of this rank's chunks from a torch_dist checkpoint.
 
-    Megatron-Core loads a checkpoint with a missing chunk in silence; the parameters are NaN before, so that what
-    was not set is found.
+    Beside the weights it may hold what Megatron-LM and this trainer save with them, and nothing else.
 
     Raises:
         CheckpointError: on every rank when any rank finds the checkpoint unreadable, of another model or with holes.
     """
-    with torch.no_grad():
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.fill_(float("nan"))
-    keys = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    wanted = {key: chunk.sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
+    with torch.no_grad():  # Megatron-Core leaves out a missing chunk without a word: what was not set stays NaN
+        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+            parameter.fill_(float("nan"))
+    wanted = model_shards(chunks)
+    known = (*NOT_WEIGHTS, *([OUTPUT] if any(chunk.share_embeddings_and_output_weights for chunk in chunks) else []))
     try:
+        check_keys(wanted, folder, surplus_allowed=lambda key: key.startswith(known))
         loaded = dist_checkpointing.load(wanted, str(folder))
     except (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} does not hold this model: {_reason(error)}",
             hint="check that model.architecture describes the checkpoint, and that it is complete",
         ) from error
-    for key, chunk in zip(keys, chunks, strict=True):
-        chunk.load_state_dict(loaded[key])
+    set_model_weights(chunks, loaded, folder)
+
+
+def model_shards(chunks: Sequence[GPTModel]) -> dict[str, Any]:
+    """Return the sharded state of this rank's chunks, under the names that Megatron-LM gives them."""
+    return {name: chunk.sharded_state_dict() for name, chunk in zip(_names(chunks), chunks, strict=True)}
+
+
+def _names(chunks: Sequence[GPTModel]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
+def set_model_weights(chunks: Sequence[GPTModel], loaded: dict[str, Any], folder: Path) -> None:
+    """Put the loaded state of `model_shards` into the chunks.
+
+    Raises:
+        CheckpointError: a parameter is not finite afterwards, on any rank.
+    """
+    for name, chunk in zip(_names(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
     with failing_together():
         for chunk in chunks:
-            for name, parameter in chunk.named_parameters():
-                if parameter.isnan().any():
+            for parameter_name, parameter in chunk.named_parameters():
+                if not parameter.isfinite().all():
                     raise CheckpointError(
-                        f"{name} in {folder} is incomplete or holds NaN", hint="use another checkpoint"
+                        f"{parameter_name} in {folder} is incomplete or not finite", hint="use another checkpoint"
                     )
+
+
+def check_keys(wanted: dict[str, Any], folder: Path, *, surplus_allowed: Callable[[str], bool]) -> None:
+    """Check that the checkpoint in `folder` holds what all ranks together want, and nothing else; collective.
+
+    A key that nobody wants is a weight that would be dropped: a bias, an output layer, another model's layer. Extra
+    states of TransformerEngine hold no weights and are not compared.
+
+    Raises:
+        CheckpointError: a key is missing or surplus; the same on every rank.
+    """
+    mine: set[str] = set()
+    for shard in nested_values(wanted):
+        built = nested_values({"parts": shard.build()}) if isinstance(shard, ShardedTensorFactory) else [shard]
+        mine |= {part.key for part in built if hasattr(part, "key")}
+    of_ranks: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, mine)
+    asked = {key for keys in of_ranks for key in keys if EXTRA_STATE not in key}
+    stored = {shard.key for shard in load_sharded_metadata(str(folder)).values()}
+    surplus = {key for key in stored - asked if EXTRA_STATE not in key and not surplus_allowed(key)}
+    wrong = [f"{key} is missing" for key in sorted(asked - stored)]
+    wrong += [f"{key} belongs to nothing in the model" for key in sorted(surplus)]
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            f"{folder} does not hold this model: {'; '.join(wrong[:5])}{more}",
+            hint="check that the model's config.json is the one that the checkpoint was written with",
+        )
 
 
 def _reason(error: BaseException) -> str:

@@ -15,41 +15,33 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import random
-import shutil
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_core_version
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt import __version__
 from megatron_cpt.budget import format_count
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import CheckpointError
+from megatron_cpt.model.load_megatron import check_keys
 from megatron_cpt.runs.checkpoints import (
     checkpoint_path,
     complete_checkpoints,
     faults,
     format_bytes,
-    free_bytes,
     leave_shard_hashes,
-    list_checkpoints,
-    read_best,
     remove_partials,
     seal,
-    set_aside,
     update_best,
 )
 from megatron_cpt.runs.folder import RunFolder, resolved_yaml
@@ -57,19 +49,25 @@ from megatron_cpt.runs.lease import Lease
 from megatron_cpt.runs.marker import Marker
 from megatron_cpt.runs.retention import Retention
 from megatron_cpt.runtime.distributed import failing_together
-from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
+from megatron_cpt.train.checkpoint_errors import SaveFailed, named_failure, save_failed
+from megatron_cpt.train.checkpoint_space import CheckpointSpace
+from megatron_cpt.train.checkpoint_state import (
+    RANDOM_STATES,
+    layout,
+    optimizer_sharding,
+    put_state,
+    refuse_other_split,
+    saved_state,
+    wanted_state,
+)
 from megatron_cpt.train.position import Position
-from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
+from megatron_cpt.train.state import TrainState, gathered_parameters
 from megatron_cpt.train.thread_writer import Staging, ThreadQueue, in_thread
 
 logger = logging.getLogger(__name__)
 
 
 _WRITER_NICENESS = 10  # a writer in the background leaves the processor to the ranks
-
-
-class SaveFailed(CheckpointError):
-    """A save could not be written, and every rank knows: the run may go on without it."""
 
 
 @dataclass
@@ -87,10 +85,9 @@ class CheckpointManager:
         self, config: RunConfig, folder: RunFolder, attempt: int, lease: Lease | None, first_bytes: int
     ) -> None:
         self.config = config
-        self.first_bytes = first_bytes  # predicted size of the first checkpoint
         self.lease = lease  # of rank 0
         self.root = folder.checkpoints
-        self.retention = Retention.from_config(config.checkpoint)
+        self._space = CheckpointSpace(folder.checkpoints, Retention.from_config(config.checkpoint), first_bytes)
         self.attempt = attempt
         self.last_saved = -1  # iteration
         self._staging = None if torch.cuda.is_available() else Staging()
@@ -98,7 +95,6 @@ class CheckpointManager:
         self._structure: set[Any] = set()  # of what this rank saves; while it stays the plan of a save does
         self._strategy: TorchDistSaveShardedStrategy | None = None
         self._validated = False  # Megatron-Core has seen that the ranks' shards fit together
-        self._removal: threading.Thread | None = None
         self._pending: _Pending | None = None
         if dist.get_rank() == 0 and (abandoned := remove_partials(self.root)):
             logger.info("removed %d unfinished checkpoint(s) of earlier attempts", abandoned)
@@ -121,18 +117,18 @@ class CheckpointManager:
         partial = checkpoint_path(self.root, position.iteration)
         partial = partial.with_name(f"{partial.name}.partial-{self.attempt}")
         if dist.get_rank() == 0:
-            self._finish_removal()
-            self._make_room(partial)
+            self._space.finish_removal()
+            self._space.make_room(partial)
         dist.barrier()
         if not partial.is_dir():
             raise SaveFailed(
-                f"cannot create {partial}: {self._why_no_room() or 'rank 0 did, this node does not see it'}",
+                f"cannot create {partial}: {self._space.why_no_room() or 'rank 0 did, this node does not see it'}",
                 hint="the run folder must be on storage that all nodes share, with space left",
             )
         marker = self._marker(state, position)
         asynchronous = self.config.checkpoint.async_save and not wait
-        with gathered_parameters(state), _named_failure(partial):
-            saved = _saved_state(state)
+        with gathered_parameters(state), named_failure(partial):
+            saved = saved_state(state)
             self._plan_anew_if_changed(saved, state.device)
             request = dist_checkpointing.save(
                 saved,
@@ -152,7 +148,7 @@ class CheckpointManager:
         self._pending = _Pending(partial, marker)
         if not asynchronous:
             self._seal()
-            self._finish_removal()
+            self._space.finish_removal()
 
     def _plan_anew_if_changed(self, saved: dict[str, Any], device: torch.device) -> None:
         """Forget the plan of earlier saves when a rank has other tensors: Megatron-Core would write by the old one."""
@@ -172,7 +168,7 @@ class CheckpointManager:
         if self._pending is None:
             return False
         try:
-            with _named_failure(self._pending.partial):
+            with named_failure(self._pending.partial):
                 if not self._queue.maybe_finalize_async_calls(blocking=wait):
                     return False
         except SaveFailed:
@@ -199,7 +195,7 @@ class CheckpointManager:
         try:
             marker = seal(pending.partial, final, resolved_yaml(self.config), pending.marker)
         except OSError as error:
-            raise _save_failed(pending.partial, f"rank 0: {error}") from error
+            raise save_failed(pending.partial, f"rank 0: {error}") from error
         logger.info(
             "checkpoint %s is complete: %s at %s tokens",
             final,
@@ -209,43 +205,9 @@ class CheckpointManager:
         try:
             if self.config.checkpoint.best_by is not None:
                 update_best(self.root, self.config.checkpoint.best_by, marker)
-            self._retain()
+            self._space.retain()
         except (OSError, CheckpointError) as error:
             logger.error("cannot tidy up %s: %s", self.root, error)
-
-    def _make_room(self, partial: Path) -> None:
-        if why := self._why_no_room():
-            logger.error("no checkpoint of this step: %s", why)
-            return
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            logger.error("cannot create %s: %s", partial, error.strerror)
-
-    def _why_no_room(self) -> str | None:
-        expected, free = self.expected_bytes(), free_bytes(self.root)
-        return f"it needs {expected:,} bytes and {free:,} are free" if free < expected else None
-
-    def expected_bytes(self) -> int:
-        """Size of the next checkpoint: that of the newest one, or predicted while there is none."""
-        markers = [checkpoint.marker for checkpoint in list_checkpoints(self.root) if checkpoint.marker is not None]
-        return markers[-1].total_bytes if markers else self.first_bytes
-
-    def _retain(self) -> None:
-        best = read_best(self.root)
-        removed = []
-        for path in self.retention.removable(complete_checkpoints(self.root), best["iteration"] if best else None):
-            logger.info("retention removes %s", path)
-            removed.append(set_aside(path))
-        if removed:  # deleting gigabytes takes a while, and the loop need not wait for it
-            self._finish_removal()
-            self._removal = threading.Thread(target=_remove_all, args=(removed,))
-            self._removal.start()
-
-    def _finish_removal(self) -> None:
-        if self._removal is not None:
-            self._removal.join()
-            self._removal = None
 
     def _marker(self, state: TrainState, position: Position) -> Marker:
         versions = {"megatron_cpt": __version__, "torch": torch.__version__, "megatron_core": megatron_core_version}
@@ -254,7 +216,7 @@ class CheckpointManager:
             consumed_tokens=position.ledger.tokens,
             ledger=position.ledger.to_json(),
             layout=layout(state.config),
-            optimizer_sharding=_sharding(state.config),
+            optimizer_sharding=optimizer_sharding(state.config),
             attempt=self.attempt,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             versions=versions,
@@ -310,108 +272,14 @@ class CheckpointManager:
             CheckpointError: it cannot be read, or does not fit the model.
         """
         same_layout = marker.layout == layout(state.config)
-        _refuse_other_split(path, marker, layout(state.config))
-        wanted = _wanted_state(state, marker.optimizer_sharding, with_random=same_layout)
-        with _named_failure(path, "load"):
+        refuse_other_split(path, marker, layout(state.config))
+        wanted = wanted_state(state, marker.optimizer_sharding, with_random=same_layout)
+        with named_failure(path, "load"):
+            check_keys(wanted, path, surplus_allowed=lambda key: key == RANDOM_STATES)
             loaded = dist_checkpointing.load(wanted, str(path))
-        for key, chunk in zip(_model_keys(state), state.chunks, strict=True):
-            unwrap(chunk).load_state_dict(loaded[key])
-        with failing_together():  # Megatron-Core reads a chunk that is missing from a checkpoint as NaN, in silence
-            for name, parameter in ((n, p) for chunk in state.chunks for n, p in chunk.named_parameters()):
-                if not parameter.isfinite().all():
-                    raise CheckpointError(
-                        f"{name} in {path} is incomplete or not finite", hint="use another checkpoint"
-                    )
-        with torch.no_grad():  # dp_reshardable copies into leaf parameters
-            state.optimizer.load_state_dict(loaded["optimizer"])
-        if same_layout:
-            _set_random_states(loaded["random"])
-        else:
-            logger.info("the layout changed since the checkpoint: random states start anew from the seed")
+        put_state(state, loaded, path)
         self.last_saved = marker.iteration
         return Position.from_marker(marker)
-
-
-def layout(config: RunConfig) -> dict[str, int]:
-    parallel = config.parallel
-    return {
-        "tp": parallel.tp,
-        "pp": parallel.pp,
-        "cp": parallel.cp,
-        "vpp": parallel.vpp or 1,
-        "dp": parallel.data_parallel_size,
-        **{name: n for name in ("first_stage_layers", "last_stage_layers") if (n := getattr(parallel, name))},
-    }
-
-
-def _refuse_other_split(path: Path, marker: Marker, wanted: dict[str, int]) -> None:
-    """`dp_reshardable` stores flat buffers of a stage's parameters, which mean nothing under another split."""
-    if marker.optimizer_sharding != "dp_reshardable":
-        return
-    stored = marker.layout
-    moved = [key for key in sorted(stored | wanted) if key not in ("dp", "cp") and stored.get(key) != wanted.get(key)]
-    if moved:
-        shown = ", ".join(f"{key} {stored.get(key, 'unset')} -> {wanted.get(key, 'unset')}" for key in moved)
-        raise CheckpointError(
-            f"{path} was saved with optimizer_sharding dp_reshardable, which fixes how the model is split: {shown}",
-            hint="continue under the layout it was saved with, and set checkpoint.optimizer_sharding: "
-            "fully_reshardable for the checkpoints from there on",
-        )
-
-
-def _sharding(config: RunConfig) -> str:
-    return config.checkpoint.optimizer_sharding if config.parallel.distributed_optimizer else "replicated"
-
-
-def _model_keys(state: TrainState) -> list[str]:
-    return ["model"] if len(state.chunks) == 1 else [f"model{i}" for i in range(len(state.chunks))]
-
-
-def _model_shards(state: TrainState) -> dict[str, Any]:
-    return {
-        key: unwrap(chunk).sharded_state_dict() for key, chunk in zip(_model_keys(state), state.chunks, strict=True)
-    }
-
-
-def _saved_state(state: TrainState) -> dict[str, Any]:
-    """What this rank saves."""
-    models = _model_shards(state)
-    optimizer = optimizer_shards(state.optimizer, models, _sharding(state.config))
-    saved = {**models, "optimizer": optimizer, "random": _random_states()}
-    apply_factories(saved)
-    for shard in nested_values(saved):
-        if isinstance(shard, ShardedTensor):
-            shard.data = standing_alone(shard.data)
-    return saved
-
-
-def _wanted_state(state: TrainState, sharding: str, *, with_random: bool) -> dict[str, Any]:
-    """What this rank loads of a checkpoint whose optimizer is stored as `sharding`."""
-    models = _model_shards(state)
-    metadata = {"distrib_optim_sharding_type": sharding} if sharding != "replicated" else {}
-    optimizer = state.optimizer.sharded_state_dict(dict(models), is_loading=True, metadata=metadata)
-    return {**models, "optimizer": optimizer, **({"random": _random_states()} if with_random else {})}
-
-
-def _random_states() -> ShardedObject:
-    """This rank's random states, one object per rank."""
-    states = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-    return ShardedObject("random_states", states, (dist.get_world_size(),), (dist.get_rank(),))
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _hashing(request: AsyncRequest, folder: Path, niceness: int = 0) -> AsyncRequest:
@@ -429,47 +297,3 @@ def _hashing(request: AsyncRequest, folder: Path, niceness: int = 0) -> AsyncReq
         leave_shard_hashes(folder, rank, names)
 
     return request._replace(async_fn=write_and_hash)
-
-
-def _save_failed(path: Path, why: str) -> SaveFailed:
-    """The error of a save whose files, if any, are deleted."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-    return SaveFailed(
-        f"cannot save checkpoint {path}: {why}",
-        hint="is the disk full? the newest complete checkpoint is untouched",
-    )
-
-
-class _named_failure:
-    """Errors of Megatron-Core and the file system while saving or loading `path`, as a CheckpointError."""
-
-    def __init__(self, path: Path, doing: str = "save") -> None:
-        self.path, self.doing = path, doing
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, CheckpointException):  # torch's: raised on all ranks when any could not write
-            logger.debug("details", exc_info=error)
-            causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
-            if self.doing == "save":
-                raise _save_failed(self.path, causes or "another rank could not") from error
-            raise CheckpointError(
-                f"cannot {self.doing} checkpoint {self.path}: {causes or 'another rank could not'}",
-                hint="it is untouched; does it belong to this model, layout and optimizer?",
-            ) from error
-        expected = (OSError, RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException)
-        if isinstance(error, expected):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            logger.debug("details", exc_info=error)
-            raise CheckpointError(
-                f"cannot {self.doing} checkpoint {self.path}: {first}",
-                hint="the newest complete checkpoint is untouched; start again to continue from it",
-            ) from error
-
-
-def _remove_all(folders: list[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,8 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.validation import ValidationSet
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
-from megatron_cpt.train.checkpoint import CheckpointManager, SaveFailed
+from megatron_cpt.train.checkpoint import CheckpointManager
+from megatron_cpt.train.checkpoint_errors import SaveFailed
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.control import Control
 from megatron_cpt.train.metrics_rows import StepRecord, StepReporter

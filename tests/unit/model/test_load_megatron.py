@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.errors import CheckpointError
@@ -24,10 +27,14 @@ def build(name: str, folder: Path, seed: int) -> torch.nn.Module:
     return chunks[0]
 
 
-def save(model: torch.nn.Module, folder: Path) -> Path:
+def save(model: torch.nn.Module, folder: Path, **beside: Any) -> Path:
     folder.mkdir()
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(folder))
+    dist_checkpointing.save({"model": model.sharded_state_dict(), **beside}, str(folder))
     return folder
+
+
+def tensor(key: str) -> ShardedTensor:
+    return ShardedTensor.from_rank_offsets(key, torch.ones(2))
 
 
 def test_weights_come_back(tmp_path: Path) -> None:
@@ -50,5 +57,31 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.decoder.final_layernorm.weight[3] = float("nan")
     checkpoint = save(model, tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match=r"final_layernorm\.weight .* incomplete or holds NaN"):
+    with pytest.raises(CheckpointError, match=r"final_layernorm\.weight .* incomplete or not finite"):
         load_megatron_weights([build("base", tmp_path, 2)], checkpoint)
+
+
+def test_what_is_saved_beside_the_weights_is_not_asked_for(tmp_path: Path) -> None:
+    model = build("base_tied", tmp_path, 1)
+    beside = {
+        "optimizer": tensor("optimizer.state.exp_avg.embedding.word_embeddings.weight"),
+        "rng": ShardedObject("rng_state", [1], (1,), (0,)),
+        "extra": ShardedObject("decoder.layers.mlp.linear_fc1._extra_state_of_another_engine", None, (1,), (0,)),
+        "output": tensor("output_layer.weight"),  # of a tied model: some tools store the copy
+    }
+    load_megatron_weights([build("base_tied", tmp_path, 2)], save(model, tmp_path / "checkpoint", **beside))
+
+
+def test_a_tensor_that_the_model_would_drop_is_refused(tmp_path: Path) -> None:
+    model = build("base", tmp_path, 1)
+    key = "decoder.layers.self_attention.linear_proj.bias"
+    checkpoint = save(model, tmp_path / "checkpoint", surplus=tensor(key))
+    with pytest.raises(CheckpointError, match=f"{re.escape(key)} belongs to nothing in the model"):
+        load_megatron_weights([build("base", tmp_path, 2)], checkpoint)
+
+
+def test_a_checkpoint_without_a_tensor_of_the_model_is_refused(tmp_path: Path) -> None:
+    saved = build("base_tied", tmp_path, 1)  # no biases, no output layer, and norms of queries and keys
+    with pytest.raises(CheckpointError, match=r"output_layer\.weight is missing.*k_layernorm") as refusal:
+        load_megatron_weights([build("base", tmp_path, 2)], save(saved, tmp_path / "checkpoint"))
+    assert "linear_qkv.bias is missing" in refusal.value.message

@@ -1,0 +1,117 @@
+"""What a rank saves in a checkpoint, what it wants of one, and how what was loaded is put in place."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.errors import CheckpointError
+from megatron_cpt.model.load_megatron import model_shards, set_model_weights
+from megatron_cpt.runs.marker import Marker
+from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
+from megatron_cpt.train.state import TrainState, unwrap
+
+logger = logging.getLogger(__name__)
+
+RANDOM_STATES = "random_states"  # key of the random states in a checkpoint
+
+
+def layout(config: RunConfig) -> dict[str, int]:
+    parallel = config.parallel
+    return {
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "cp": parallel.cp,
+        "vpp": parallel.vpp or 1,
+        "dp": parallel.data_parallel_size,
+        **{name: n for name in ("first_stage_layers", "last_stage_layers") if (n := getattr(parallel, name))},
+    }
+
+
+def refuse_other_split(path: Path, marker: Marker, wanted: dict[str, int]) -> None:
+    """`dp_reshardable` stores flat buffers of a stage's parameters, which mean nothing under another split."""
+    if marker.optimizer_sharding != "dp_reshardable":
+        return
+    stored = marker.layout
+    moved = [key for key in sorted(stored | wanted) if key not in ("dp", "cp") and stored.get(key) != wanted.get(key)]
+    if moved:
+        shown = ", ".join(f"{key} {stored.get(key, 'unset')} -> {wanted.get(key, 'unset')}" for key in moved)
+        raise CheckpointError(
+            f"{path} was saved with optimizer_sharding dp_reshardable, which fixes how the model is split: {shown}",
+            hint="continue under the layout it was saved with, and set checkpoint.optimizer_sharding: "
+            "fully_reshardable for the checkpoints from there on",
+        )
+
+
+def optimizer_sharding(config: RunConfig) -> str:
+    return config.checkpoint.optimizer_sharding if config.parallel.distributed_optimizer else "replicated"
+
+
+def _model_shards(state: TrainState) -> dict[str, Any]:
+    return model_shards([unwrap(chunk) for chunk in state.chunks])
+
+
+def saved_state(state: TrainState) -> dict[str, Any]:
+    """What this rank saves."""
+    models = _model_shards(state)
+    optimizer = optimizer_shards(state.optimizer, models, optimizer_sharding(state.config))
+    saved = {**models, "optimizer": optimizer, "random": _random_states()}
+    apply_factories(saved)
+    for shard in nested_values(saved):
+        if isinstance(shard, ShardedTensor):
+            shard.data = standing_alone(shard.data)
+    return saved
+
+
+def wanted_state(state: TrainState, sharding: str, *, with_random: bool) -> dict[str, Any]:
+    """What this rank loads of a checkpoint whose optimizer is stored as `sharding`."""
+    models = _model_shards(state)
+    metadata = {"distrib_optim_sharding_type": sharding} if sharding != "replicated" else {}
+    optimizer = state.optimizer.sharded_state_dict(dict(models), is_loading=True, metadata=metadata)
+    return {**models, "optimizer": optimizer, **({"random": _random_states()} if with_random else {})}
+
+
+def _random_states() -> ShardedObject:
+    """This rank's random states, one object per rank."""
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    return ShardedObject(RANDOM_STATES, states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def put_state(state: TrainState, loaded: dict[str, Any], path: Path) -> None:
+    """Put what was loaded from the checkpoint at `path` into `state`; without random states they start anew.
+
+    Raises:
+        CheckpointError: a weight is not finite; on every rank.
+    """
+    set_model_weights([unwrap(chunk) for chunk in state.chunks], loaded, path)
+    with torch.no_grad():  # dp_reshardable copies into leaf parameters
+        state.optimizer.load_state_dict(loaded["optimizer"])
+    if "random" in loaded:
+        _set_random_states(loaded["random"])
+    else:
+        logger.info("the layout changed since the checkpoint: random states start anew from the seed")
