@@ -1,25 +1,24 @@
 # One line per job, over the `megatron-cpt` command. `make` alone prints this help.
 SHELL  := bash
-PYTHON ?= python3.11
 SIZE   ?= 135m
 CONFIG ?= examples/qwen2_72b/config.yaml
 TO     ?= hf
 BIN    := .venv/bin
 
-.PHONY: help setup quickstart preprocess plan train convert eval test test-fast check docs clean
+.PHONY: help setup wheelhouse quickstart preprocess plan train convert eval test test-fast check docs clean
 .DEFAULT_GOAL := help
 
 help:         ## this help
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1  /' | awk '{printf "  %s %-11s ", $$1, $$2; $$1=$$2=""; print}'
 
-setup: .venv/.installed  ## create .venv and install everything the tests and the quickstart need
+setup:        ## create .venv and install: [PYTHON=python3.12] [TORCH=system] [WHEELHOUSE=folder] [EXTRAS=dev,quickstart]
+	@python=$$(TORCH=$(TORCH) tools/find_python.sh "$(PYTHON)") && $$python tools/setup_venv.py \
+	  $(if $(PYTHON),--python-was-named) $(if $(TORCH),--torch $(TORCH)) \
+	  $(if $(WHEELHOUSE),--wheelhouse $(WHEELHOUSE)) $(if $(EXTRAS),--extras $(EXTRAS))
 
-.venv/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
-	$(BIN)/python -c 'import sys; sys.exit("megatron-cpt needs Python 3.11, found %d.%d; hint: make PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info[:2] != (3, 11) else 0)'
-	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,quickstart]'
-	touch $@
+wheelhouse:   ## all wheels in one folder, for a machine without a network: [WITHOUT=torch] [EXTRAS=...] [DIR=wheelhouse]
+	@python=$$(tools/find_python.sh "$(PYTHON)") && $$python tools/wheelhouse.py --to $(or $(DIR),wheelhouse) \
+	  $(if $(WITHOUT),--without $(WITHOUT)) $(if $(EXTRAS),--extras $(EXTRAS))
 
 quickstart: setup  ## the whole job on a real 135M model and real text; SIZE=tiny for two minutes
 	$(BIN)/python examples/quickstart/quickstart.py --size $(SIZE)

@@ -192,7 +192,7 @@ def test_what_a_login_node_needs_imports_neither_torch_nor_megatron() -> None:
 
 
 def test_folders_of_unit_tests_mirror_the_tree() -> None:
-    elsewhere = {"convert": "checkpoint_convert", "quickstart": "examples/quickstart"}
+    elsewhere = {"convert": "checkpoint_convert", "quickstart": "examples/quickstart", "tools": "tools"}
     folders = [
         folder.relative_to(REPO / "tests/unit").as_posix()
         for folder in (REPO / "tests/unit").rglob("*")

@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from megatron_cpt.corpus.arrays import Array, mix, sorted_unique
+from megatron_cpt.corpus.dedup.minhash import signer
 
 SHINGLE_TOKENS = 5
 BANDS, ROWS = 32, 4  # a pair of similarity 0.6 shares a band with probability 0.99, one of 0.3 with 0.23
@@ -48,11 +49,8 @@ def shingle_hashes(ids: Array, document_tokens: Array) -> tuple[Array, Array]:
 
 def band_keys(ids: Array, document_tokens: Array) -> Array:
     """u64[BANDS, documents]: documents that share a key in a band are candidates."""
-    import rensa
-
     hashes, offsets = shingle_hashes(ids, document_tokens)
-    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets.tolist(), PERMUTATIONS, _SEED)
-    rows = np.array(matrix.to_rows(), np.uint64).reshape(len(document_tokens), BANDS, ROWS)
+    rows = signer()(hashes, offsets, PERMUTATIONS, _SEED).reshape(len(document_tokens), BANDS, ROWS)
     keys = np.zeros((len(document_tokens), BANDS), np.uint64)
     for row in range(ROWS):
         keys = mix(keys * _STEP + rows[:, :, row] + np.uint64(1))
