@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-
-from megatron_cpt.cli import run
+from megatron_cpt.cli import log_to_console, run
 from megatron_cpt.commands.convert import convert
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    log_to_console()
     run(convert, prog="python -m checkpoint_convert")

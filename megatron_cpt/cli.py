@@ -8,44 +8,45 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import click
 
 from megatron_cpt import __version__
 from megatron_cpt.config.problems import near_match
+from megatron_cpt.console import ConsoleHandler, guarded_output
 from megatron_cpt.errors import CptError
 
-# name -> (module:function, one line of help). The help stands here so that `--help` imports no command.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "preprocess": (
-        "megatron_cpt.commands.preprocess:preprocess",
-        "Tokenise raw text into .bin/.idx datasets.",
-    ),
-    "inspect": (
-        "megatron_cpt.commands.dataset:inspect",
-        "Show a dataset's manifest, statistics and documents.",
-    ),
-    "verify": ("megatron_cpt.commands.dataset:verify", "Prove a dataset sound in one pass."),
-    "merge": ("megatron_cpt.commands.dataset:merge", "Join datasets of one tokenizer into one."),
-    "split": ("megatron_cpt.commands.dataset:split", "Split a dataset by document."),
-    "dedup": ("megatron_cpt.commands.dataset:dedup", "Join datasets without duplicate documents."),
-    "plan": (
-        "megatron_cpt.commands.plan:plan",
-        "Validate a config and print what it derives from the token budget.",
-    ),
-    "train": ("megatron_cpt.commands.train:train", "Start or continue the run that a config describes."),
-    "status": ("megatron_cpt.commands.status:status", "Show where a run stands: tokens, rate, time left, errors."),
-    "checkpoints": (
-        "megatron_cpt.commands.checkpoints:checkpoints",
-        "List, verify and prune a run's checkpoints.",
-    ),
-    "index": ("megatron_cpt.commands.index:index", "Build a run's data indices before its job starts."),
-    "eval": ("megatron_cpt.commands.eval:eval_group", "Measure a model: perplexity on a dataset or text."),
-    "convert": (
-        "megatron_cpt.commands.convert:convert",
-        "Convert checkpoints between Hugging Face and Megatron.",
-    ),
+log = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """A subcommand: the section of `--help` that it stands in, its function, and one line of help.
+
+    The help stands here so that `--help` imports no command.
+    """
+
+    section: str
+    function: str  # module:function
+    help: str
+
+
+_COMMANDS = "megatron_cpt.commands"
+COMMANDS: dict[str, Entry] = {
+    "preprocess": Entry("Data", f"{_COMMANDS}.preprocess:preprocess", "Tokenise raw text into .bin/.idx datasets."),
+    "inspect": Entry("Data", f"{_COMMANDS}.dataset:inspect", "Show a dataset's manifest, statistics and documents."),
+    "verify": Entry("Data", f"{_COMMANDS}.dataset:verify", "Prove a dataset sound in one pass."),
+    "merge": Entry("Data", f"{_COMMANDS}.dataset:merge", "Join datasets of one tokenizer into one."),
+    "split": Entry("Data", f"{_COMMANDS}.dataset:split", "Split a dataset by document."),
+    "dedup": Entry("Data", f"{_COMMANDS}.dataset:dedup", "Join datasets without duplicate documents."),
+    "plan": Entry("Run", f"{_COMMANDS}.plan:plan", "Check a config and print what follows from its token budget."),
+    "index": Entry("Run", f"{_COMMANDS}.index:index", "Build a run's data indices before its job starts."),
+    "train": Entry("Run", f"{_COMMANDS}.train:train", "Start or continue the run that a config describes."),
+    "status": Entry("Run", f"{_COMMANDS}.status:status", "Show where a run stands: tokens, rate, time left, errors."),
+    "checkpoints": Entry("Run", f"{_COMMANDS}.checkpoints:checkpoints", "List, verify and prune a run's checkpoints."),
+    "eval": Entry("Model", f"{_COMMANDS}.eval:eval_group", "Measure a model: perplexity on a dataset or text."),
+    "convert": Entry("Model", f"{_COMMANDS}.convert:convert", "Convert checkpoints between Hugging Face and Megatron."),
+    "compare": Entry("Model", f"{_COMMANDS}.compare:compare", "Prove that two checkpoints are the same model."),
 }
 
 
@@ -58,7 +59,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, function = COMMANDS[cmd_name][0].split(":")
+        module, function = COMMANDS[cmd_name].function.split(":")
         command = getattr(importlib.import_module(module), function)
         assert isinstance(command, click.Command)
         return command
@@ -73,8 +74,13 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        """The commands by section, in the order of the table, with their texts in one column over all sections."""
+        width = max(map(len, COMMANDS))
+        for section in dict.fromkeys(entry.section for entry in COMMANDS.values()):
+            with formatter.section(section):
+                formatter.write_dl(
+                    [(name.ljust(width), entry.help) for name, entry in COMMANDS.items() if entry.section == section]
+                )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,32 +96,47 @@ def cli(verbose: bool) -> None:
       megatron-cpt train config.yaml
       megatron-cpt convert runs/JOB export/JOB --to hf
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        stream=sys.stderr,
-        format="%(levelname)s %(message)s",
-    )
+    log_to_console(logging.DEBUG if verbose else logging.INFO)
+
+
+def log_to_console(level: int = logging.INFO) -> None:
+    """Show log records on stderr, each with its level."""
+    handler = ConsoleHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def run(command: click.Command, argv: list[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Run a click command with this project's conventions for errors and exit codes; never returns."""
+    """Run a click command with this project's conventions for errors and exit codes; never returns.
+
+    A reader who leaves (`| head`) changes nothing; any other failure to write what was asked for is exit 1.
+    """
+    with guarded_output() as stdout:
+        code = _run(command, argv, prog)
+        stdout.flush()
+        if stdout.failure is not None and not stdout.may_fail:
+            click.echo(f"error: the output could not be written: {stdout.failure}", err=True)
+            code = code or 1
+    sys.exit(code)
+
+
+def _run(command: click.Command, argv: list[str] | None, prog: str | None) -> int:
+    """Run the command and print its error, if any. Return the exit code."""
     try:
         result = command.main(args=argv, prog_name=prog, standalone_mode=False)
-        code = result if isinstance(result, int) else 0
+        return result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         click.echo("aborted", err=True)
-        code = 130
+        return 130
     except click.ClickException as error:
         error.show()
-        code = 2
+        return 2
     except CptError as error:
-        if "-v" in sys.argv or "--verbose" in sys.argv:
-            logging.getLogger(__name__).exception("details")
+        log.debug("details", exc_info=True)
         click.echo(f"error: {error.message}", err=True)
         if error.hint:
             click.echo(f"hint: {error.hint}", err=True)
-        code = error.exit_code
-    sys.exit(code)
+        return error.exit_code
 
 
 def main() -> NoReturn:

@@ -39,6 +39,7 @@ class SafeStream:
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.failure: Exception | None = None
+        self.may_fail = False  # its failure is no failure of the command (`print_summary`)
 
     def write(self, text: str) -> int:
         """Write `text` if the stream still works. Return its length, as a text stream does."""
@@ -61,9 +62,12 @@ class SafeStream:
             return function(*args)
         except Exception as error:  # a notebook or a user may have put any object in the place of stderr
             self.failure = error
+            self.may_fail |= isinstance(error, BrokenPipeError)  # the reader has seen what it wanted
             return None
 
     def __getattr__(self, name: str) -> Any:
+        if name == "buffer":  # bytes would go past the guard
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
 
@@ -198,7 +202,7 @@ class ConsoleHandler(logging.Handler):
     Goes to `stream`, by default to what is stderr at that time. Without a formatter, only INFO comes without its name.
     """
 
-    def __init__(self, stream: TextIO | None = None, level: int = logging.INFO) -> None:
+    def __init__(self, stream: TextIO | None = None, level: int = logging.NOTSET) -> None:
         super().__init__(level)
         self._stream = None if stream is None else SafeStream(stream)
 
@@ -232,6 +236,16 @@ def guarded_output() -> Iterator[SafeStream]:
             stream.flush()
             if stream.failure is not None:
                 _point_at_null_device(stream)
+
+
+def print_summary(text: str) -> None:
+    """Print the last words of a command whose result lies on disk: that they cannot be printed is a warning only."""
+    stdout = sys.stdout if isinstance(sys.stdout, SafeStream) else SafeStream(sys.stdout)
+    stdout.write(text + "\n")
+    stdout.flush()
+    if stdout.failure is not None and not stdout.may_fail:
+        log.warning("the work is done; its summary could not be printed: %s", stdout.failure)
+        stdout.may_fail = True
 
 
 def _point_at_null_device(stream: SafeStream) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from megatron_cpt.cli import run
+from megatron_cpt.console import print_summary
 from megatron_cpt.corpus.documents import UnitTally
 from megatron_cpt.corpus.readers.plan import plan_units
 from megatron_cpt.corpus.readers.read import read_unit
@@ -43,7 +44,7 @@ def main(model: Path, inputs: tuple[str, ...], json_key: str, count: int, min_oc
         raise DataError("no word is frequent enough and more than one token", hint="lower --min-occurrences")
     extension = extend_tokenizer(model, tokens, output)
     rows = extend_model(model, extension, output)
-    click.echo(f"{len(tokens):,} tokens added, the first {tokens[:8]}; {rows:,} embedding rows; {output}")
+    print_summary(f"{len(tokens):,} tokens added, the first {tokens[:8]}; {rows:,} embedding rows; {output}")
 
 
 if __name__ == "__main__":

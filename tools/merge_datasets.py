@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from megatron_cpt.cli import run
+from megatron_cpt.console import print_summary
 from megatron_cpt.corpus.dataset.merge import merge_datasets
 from megatron_cpt.errors import DataError
 
@@ -24,7 +25,7 @@ def main(folder: Path, output_prefix: str, overwrite: bool) -> None:
         raise DataError(f"{folder} is not a folder", hint="give the folder that holds the .bin/.idx pairs")
     prefixes = sorted(str(path.with_suffix("")) for path in folder.glob("*.idx"))
     manifest = merge_datasets(prefixes, output_prefix, overwrite=overwrite)
-    click.echo(f"{output_prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens")
+    print_summary(f"{output_prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens")
 
 
 if __name__ == "__main__":

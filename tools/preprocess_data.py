@@ -17,6 +17,7 @@ import click
 
 from megatron_cpt.cli import run
 from megatron_cpt.commands.preprocess import outcome_text, unit_progress
+from megatron_cpt.console import print_summary
 from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema import parse_corpus
 from megatron_cpt.corpus.tokenizers.huggingface import stated_eos
@@ -86,7 +87,7 @@ def main(
         }
         with unit_progress() as start:
             outcome = preprocess(parse_corpus(raw, "flags"), workers=workers, overwrite=overwrite, start_progress=start)
-        click.echo(outcome_text(outcome))
+        print_summary(outcome_text(outcome))
 
 
 def own_eos(model: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`megatron-cpt convert SRC DST --to FORMAT` and `megatron-cpt convert verify A B`."""
+"""`megatron-cpt convert SRC DST --to FORMAT`."""
 
 from __future__ import annotations
 
@@ -9,41 +9,26 @@ from typing import Any
 
 import click
 
+from megatron_cpt.commands.compare import compare
+from megatron_cpt.console import print_summary
 from megatron_cpt.errors import ConversionError
 
 FORMATS = ("hf", "torch_dist", "legacy")
 _FOLDER = click.Path(path_type=Path)
 
 
-class _DefaultCommand(click.Group):
-    """A group whose arguments go to `run` unless the first one names a subcommand."""
+class ConvertCommand(click.Command):
+    """`convert`, whose first argument `verify` means `compare`: the spelling of earlier versions, kept for scripts."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] != "verify" and args[0] not in ctx.help_option_names:
-            args = ["run", *args]  # also when SRC is a folder named `run`
-        return super().parse_args(ctx, args)
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and args[0] == "verify":
+            return compare.make_context(f"{info_name} verify", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
 
-    @property
-    def default_command(self) -> click.Command:
-        return self.commands["run"]
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["verify"]
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage(ctx.command_path, "SRC DST --to FORMAT [OPTIONS]  |  verify A B [OPTIONS]")
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        self.default_command.format_options(ctx, formatter)
-
-
-@click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
-def convert() -> None:
-    """Convert checkpoints between Hugging Face and Megatron, exactly, in little memory, on any machine.
-
-    SRC: a Hugging Face folder, a Megatron checkpoint (torch_dist or legacy mp_rank_XX), a folder of iterations,
-    or a run folder. `convert verify A B` proves that two checkpoints are the same model.
-    """
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
 
 
 def parse_size(text: str) -> int:
@@ -57,7 +42,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-@convert.command("run", hidden=True)
+@click.command(cls=ConvertCommand)
 @click.argument("src", type=_FOLDER)
 @click.argument("dst", type=_FOLDER)
 @click.option("--to", "to", type=click.Choice(FORMATS), required=True, help="Format to write.")
@@ -76,8 +61,12 @@ def parse_size(text: str) -> int:
 @click.option("--trust-pickle", is_flag=True, help="Unpickle .pt/.bin files without the allow-list: runs their code.")
 @click.option("--overwrite", is_flag=True, help="Replace DST once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the receipt, or the plan.")
-def run(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given: Any) -> None:
-    """Convert SRC to DST."""
+def convert(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given: Any) -> None:
+    """Convert SRC to DST: checkpoints of Hugging Face and Megatron, exactly, in little memory, on any machine.
+
+    SRC: a Hugging Face folder, a Megatron checkpoint (torch_dist or legacy mp_rank_XX), a folder of iterations,
+    or a run folder. `megatron-cpt compare SRC DST` proves afterwards that both are the same model.
+    """
     from checkpoint_convert import convert as engine
     from checkpoint_convert.open import open_checkpoint
     from checkpoint_convert.plan_text import plan_lines, plan_report
@@ -108,35 +97,13 @@ def run(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given: An
         click.echo(json.dumps(report) if as_json else "\n".join(plan_lines(report)))
         return
     receipt = engine.convert(source, dst, options)
-    if as_json:
-        click.echo(json.dumps(receipt))
-        return
+    print_summary(json.dumps(receipt) if as_json else _summary(dst, to, receipt))
+
+
+def _summary(dst: Path, to: str, receipt: dict[str, Any]) -> str:
     ignored = ", ".join(f"{count} {what}" for what, count in receipt["source"]["ignored"].items())
-    click.echo(
+    return (
         f"{dst}: {len(receipt['tensors'])} tensors, {receipt['target']['bytes'] / 1e9:.2f} GB as {to} "
         f"in {receipt['seconds']:.1f} s, peak memory {receipt['peak_rss_bytes'] / 2**30:.2f} GiB"
         + (f"; left out: {ignored}" if ignored else "")
     )
-
-
-@convert.command("verify")
-@click.argument("a", type=_FOLDER)
-@click.argument("b", type=_FOLDER)
-@click.option("--logits/--no-logits", default=True, help="Also compare logits and perplexity on a fixed text.")
-@click.option("--tolerance", type=float, help="Relative bound for logits, perplexity.  [default: 1e-5; 0.02 if cast]")
-@click.option("--hf-config", type=_FOLDER, help="Folder with config.json, for a checkpoint that carries none.")
-@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Threads.")
-@click.option("--trust-pickle", is_flag=True, help="Unpickle .pt/.bin files without the allow-list: runs their code.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def verify(a: Path, b: Path, logits: bool, tolerance: float | None, as_json: bool, **given: Any) -> int:
-    """Prove that A and B, in any formats, are the same model. Exit 1 when they are not."""
-    from checkpoint_convert.open import open_checkpoint
-    from checkpoint_convert.plan_text import verify_lines
-    from checkpoint_convert.verify import verify as compare
-
-    opened = [
-        open_checkpoint(path, hf_config=given["hf_config"], trust_pickle=given["trust_pickle"]) for path in (a, b)
-    ]
-    result = compare(opened[0], opened[1], logits=logits, tolerance=tolerance, workers=given["workers"])
-    click.echo(json.dumps(result) if as_json else "\n".join(verify_lines(result)))
-    return 0 if result["ok"] else 1

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from megatron_cpt.commands.preprocess import parse_split
+from megatron_cpt.console import print_summary
 from megatron_cpt.corpus.dataset.manifest import Manifest
 from megatron_cpt.corpus.dataset.merge import merge_datasets
 from megatron_cpt.corpus.dataset.split import split_dataset
@@ -82,9 +83,9 @@ def merge(prefixes: tuple[str, ...], output_prefix: str, overwrite: bool, as_jso
     """Join the datasets PREFIXES, of one tokenizer, into one, in the order given."""
     manifest = merge_datasets(prefixes, output_prefix, overwrite=overwrite)
     if as_json:
-        click.echo(json.dumps({"prefix": output_prefix} | asdict(manifest)))
+        print_summary(json.dumps({"prefix": output_prefix} | asdict(manifest)))
     else:
-        click.echo(f"{output_prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens")
+        print_summary(f"{output_prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens")
 
 
 @click.command()
@@ -125,8 +126,8 @@ def dedup(
 
 def _print_datasets(datasets: dict[str, Manifest], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"datasets": {prefix: asdict(manifest) for prefix, manifest in datasets.items()}}))
+        print_summary(json.dumps({"datasets": {prefix: asdict(manifest) for prefix, manifest in datasets.items()}}))
         return
     for prefix, manifest in datasets.items():
         dropped = "".join(f", {reason} {count:,}" for reason, count in manifest.rejects.items())
-        click.echo(f"{prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens{dropped}")
+        print_summary(f"{prefix}: {manifest.document_count:,} documents, {manifest.token_count:,} tokens{dropped}")

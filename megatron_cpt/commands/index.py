@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from megatron_cpt.console import print_summary
 from megatron_cpt.data.datasets import plan_sources
 from megatron_cpt.launch.preflight import check_job, index_cache_dir, standing_ledger
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
@@ -33,4 +34,4 @@ def index(config_path: Path, overrides: tuple[str, ...]) -> None:
             f"{plan.name}: {plan.needed_tokens:,} of {plan.available_tokens:,} tokens needed, "
             f"{plan.epochs_at_end:.2f} epochs at the end"
         )
-    click.echo(f"indices are ready in {cache_dir}")
+    print_summary(f"indices are ready in {cache_dir}")

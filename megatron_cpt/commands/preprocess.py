@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from megatron_cpt.console import ProgressBar
+from megatron_cpt.console import ProgressBar, print_summary
 from megatron_cpt.corpus.run.corpus_run import OnUnit, StartProgress
 from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.corpus.run.preprocess import Outcome, preprocess_shard
@@ -73,10 +73,10 @@ def preprocess(
         if shard is not None:
             done = preprocess_shard(corpus, *shard, workers=workers, start_progress=start)
             fields = {"shard": shard[0], "shards": shard[1], "units": done}
-            click.echo(json.dumps(fields) if as_json else f"shard {shard[0]} of {shard[1]}: {done} units done")
+            print_summary(json.dumps(fields) if as_json else f"shard {shard[0]} of {shard[1]}: {done} units done")
             return
         outcome = run_preprocess(corpus, workers=workers, overwrite=overwrite, start_progress=start)
-    click.echo(json.dumps(outcome_fields(outcome)) if as_json else outcome_text(outcome))
+    print_summary(json.dumps(outcome_fields(outcome)) if as_json else outcome_text(outcome))
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_cpt.cli import COMMANDS, cli, run
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLE = "examples/qwen2_72b/config.yaml"
@@ -75,3 +78,48 @@ def test_a_user_error_is_exit_2_with_one_message_and_a_hint(args: list[str], wha
     assert "hint:" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_help_lists_the_commands_by_section(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(cli, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    where = {line.split()[0].rstrip(":"): number for number, line in enumerate(lines) if line.strip()}
+    assert where["Data"] < where["preprocess"] < where["Run"] < where["train"] < where["Model"] < where["convert"]
+    columns = {lines[where[name]].index(COMMANDS[name].help[:20]) for name in ("merge", "status", "convert")}
+    assert len(columns) == 1
+
+
+def test_verbose_shows_where_an_expected_error_comes_from(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit):
+        run(cli, ["plan", "missing.yaml"])
+    assert not caplog.records
+    with caplog.at_level(logging.DEBUG), pytest.raises(SystemExit):
+        run(cli, ["plan", "missing.yaml"])
+    assert "ConfigError" in caplog.text
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    line = line.replace("CPT", f"{sys.executable} -m megatron_cpt")
+    return subprocess.run(["bash", "-c", line], cwd=REPO, text=True, capture_output=True, check=False)
+
+
+def test_a_reader_who_leaves_is_no_error() -> None:
+    done = shell(f"CPT plan {EXAMPLE} | :; echo ${{PIPESTATUS[0]}}")
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+@pytest.mark.parametrize("line", [f"CPT plan {EXAMPLE}", f"CPT plan {EXAMPLE} --json", "CPT --help", "CPT --version"])
+def test_output_that_cannot_be_written_is_one_clear_error(line: str) -> None:
+    done = shell(f"{line} > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "error: the output could not be written: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("end", ["2> /dev/full", "2>&-", "2>&1 > /dev/null | :"])
+def test_errors_that_cannot_be_shown_keep_their_exit_code(end: str) -> None:
+    assert shell(f"CPT plan missing.yaml {end}; echo ${{PIPESTATUS[0]}}").stdout == "2\n"
+
+
+def test_closed_stdout_and_stderr_change_nothing() -> None:
+    assert shell(f"(CPT plan {EXAMPLE} >&- 2>&-; echo $? >&3) 3>&1").stdout == "0\n"

@@ -36,6 +36,37 @@ def test_convert_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     code, out, _ = command(capsys, "verify", tmp_path / "td", tmp_path / "back", "--json")
     result = json.loads(out)
     assert code == 0 and result["ok"] and result["logits"]["max_difference"] == 0.0
+    code, out, _ = command(capsys, "verify", tmp_path / "td", tmp_path / "back", "--no-logits", through="module")
+    assert code == 0 and "the same model" in out
+    with pytest.raises(SystemExit) as stopped:
+        run(cli, ["compare", str(tmp_path / "td"), str(tmp_path / "back"), "--no-logits"])
+    assert not stopped.value.code and capsys.readouterr().out == out
+
+
+def test_a_source_may_have_the_name_of_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_hf(tmp_path / "run").parent)
+    assert command(capsys, "run", "out", "--to", "hf")[0] == 0
+    (tmp_path / "run").rename(tmp_path / "verify")
+    assert command(capsys, "./verify", "again", "--to", "hf")[0] == 0
+    code, _, err = command(capsys, "verify", "again", "--to", "hf")  # this one is the comparison
+    assert code == 2 and "--to" in err
+
+
+def test_a_conversion_whose_summary_cannot_be_printed_is_done(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf")
+    line = f"{sys.executable} -m checkpoint_convert {source} {tmp_path / 'out'} --to hf --json"
+    done = subprocess.run(["bash", "-c", line + " > /dev/full"], text=True, capture_output=True, check=False)
+    assert done.returncode == 0 and "the work is done; its summary could not be printed" in done.stderr
+    assert "Traceback" not in done.stderr and (tmp_path / "out" / "conversion.json").is_file()
+    done = subprocess.run(
+        ["bash", "-c", line + " --overwrite 2>&1 | :; echo ${PIPESTATUS[0]}"],
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.stdout == "0\n"
 
 
 def test_verify_finds_one_changed_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
