@@ -102,8 +102,8 @@ def check_keys(wanted: dict[str, Any], folder: Path, *, surplus_allowed: Callabl
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise CheckpointError(
-            f"{folder} does not hold this model: {'; '.join(wrong[:5])}{more}",
-            hint="check that the model's config.json is the one that the checkpoint was written with",
+            f"cannot load checkpoint {folder}: {'; '.join(wrong[:5])}{more}",
+            hint="it is untouched; was it written with the config.json and the optimizer settings of this run?",
         )
 
 
