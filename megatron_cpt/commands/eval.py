@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from megatron_cpt.console import ProgressBar
 from megatron_cpt.errors import DataError
+
+if TYPE_CHECKING:
+    from checkpoint_convert.checkpoint import IndexedCheckpoint
+    from megatron_cpt.eval.settings import EvalSettings
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +30,37 @@ def eval_group() -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", required=True, multiple=True, help="PREFIX of a dataset, or text; may be given several times.")
 @click.option("--json-key", default="text", show_default=True, help="Key of the text in jsonl and parquet.")
-@click.option("--seq-length", type=click.IntRange(min=1), help="Tokens per block [default: 1024 or the model's limit].")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens to predict per data [default: all].")
+@click.option(
+    "--seq-length",
+    type=click.IntRange(min=1),
+    help="Tokens per block [default: the run's; else 1024 or the model's limit].",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens to predict per data [default: those that the run validates on; else all].",
+)
+@click.option(
+    "--document-attention/--no-document-attention",
+    default=None,
+    help="Whether a token attends to its own document only [default: as the run; else no].",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
 def perplexity(
-    model: Path, data: tuple[str, ...], json_key: str, seq_length: int | None, max_tokens: int | None, as_json: bool
+    model: Path,
+    data: tuple[str, ...],
+    json_key: str,
+    seq_length: int | None,
+    max_tokens: int | None,
+    document_attention: bool | None,
+    as_json: bool,
 ) -> None:
     """Perplexity of MODEL on a dataset or a text.
 
     MODEL is a Hugging Face directory (run by transformers), or a Megatron checkpoint or run folder (run by
     Megatron-Core in one process). The documents are packed and cut into blocks of --seq-length tokens; each token
-    but the first is predicted once, and the loss is the mean over all of them.
+    but the first is predicted once, and the loss is the mean over all of them. For a run and its checkpoints the
+    defaults are the run's own, and the number is that of its validation.
     """
     from checkpoint_convert.open import open_checkpoint
     from megatron_cpt.eval.model import load_scorer
@@ -44,14 +68,21 @@ def perplexity(
     from megatron_cpt.eval.token_stream import open_token_stream
 
     found = open_checkpoint(model)
-    length = _seq_length(seq_length, found.arch.max_position_embeddings, model)
+    used = _settings(found, model, seq_length, max_tokens, document_attention)
     streams = [open_token_stream(name, found.side_dir, found.arch.vocab_size, json_key) for name in data]
     logger.info("loading %s (%s)", found.path, found.format)
-    score = load_scorer(found, length)
+    scorer = load_scorer(found, used.seq_length, document_attention=used.document_attention)
     results: list[dict[str, Any]] = []
     for stream in streams:
         with ProgressBar(stream.name, 0, "tokens") as bar:
-            result = measure(score, stream, length, max_tokens, bar.update)
+            result = measure(
+                scorer,
+                stream,
+                used.seq_length,
+                used.max_tokens,
+                bar.update,
+                document_attention=used.document_attention,
+            )
         results.append(
             {
                 "model": str(model),
@@ -61,6 +92,7 @@ def perplexity(
                 "tokens": result.tokens,
                 "documents": result.documents,
                 "seq_length": result.seq_length,
+                "document_attention": used.document_attention,
             }
         )
     if as_json:
@@ -69,13 +101,28 @@ def perplexity(
     for row in results:
         click.echo(
             f"{row['data']}: perplexity {row['perplexity']:.4f}, loss {row['loss']:.6f} nats per token, "
-            f"{row['tokens']:,} tokens of {row['documents']:,} documents in blocks of {length}"
+            f"{row['tokens']:,} tokens of {row['documents']:,} documents in blocks of {used.seq_length}"
         )
 
 
-def _seq_length(asked: int | None, limit: int, model: Path) -> int:
-    if asked is None:
-        return min(DEFAULT_SEQ_LENGTH, limit)
-    if asked > limit:
-        raise DataError(f"--seq-length {asked} is more than {model} attends to ({limit})", hint=f"at most {limit}")
-    return asked
+def _settings(
+    found: IndexedCheckpoint,
+    model: Path,
+    seq_length: int | None,
+    max_tokens: int | None,
+    document_attention: bool | None,
+) -> EvalSettings:
+    """Return how to measure: what was asked for, then what the run did, then this command's defaults."""
+    from megatron_cpt.eval.settings import EvalSettings, settings_of_run
+
+    limit = found.arch.max_position_embeddings
+    if seq_length is not None and seq_length > limit:
+        raise DataError(f"--seq-length {seq_length} is more than {model} attends to ({limit})", hint=f"at most {limit}")
+    default = EvalSettings(min(DEFAULT_SEQ_LENGTH, limit), document_attention=False, max_tokens=None)
+    if found.run_config is not None and None in (seq_length, max_tokens, document_attention):
+        default = settings_of_run(found.run_config)
+    return EvalSettings(
+        default.seq_length if seq_length is None else seq_length,
+        default.document_attention if document_attention is None else document_attention,
+        default.max_tokens if max_tokens is None else max_tokens,
+    )

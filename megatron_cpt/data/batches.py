@@ -21,7 +21,7 @@ from megatron_cpt.data.blend import Blend
 from megatron_cpt.data.datasets import Datasets, SourcePlan, blend_of
 from megatron_cpt.data.epochs import EpochStream, build_indices
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.data.micro_batch import MicroBatch
+from megatron_cpt.data.micro_batch import MicroBatch, document_ids
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,6 @@ class BatchStream:
             }
             for sample in plan.samples
         ]
-
-
-def document_ids(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """[b, s] -> the number of the document within the sample that each token belongs to; EOD ends its own."""
-    ends = (tokens == eod_id).long()
-    return ends.cumsum(dim=1) - ends
 
 
 def open_batches(

@@ -40,6 +40,12 @@ SEQUENCE_AXES: dict[str, int | None] = {
 _ON_CPU = ("document_ids",)  # attention reads them there
 
 
+def document_ids(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
+    """Return the number of the document within its sample, [b, s], that each token belongs to; EOD ends its own."""
+    ends = (tokens == eod_id).long()
+    return ends.cumsum(dim=1) - ends
+
+
 def on_this_rank(
     batch: MicroBatch, device: torch.device, cp_rank: int, cp_size: int, term_axes: Mapping[str, int | None]
 ) -> MicroBatch:

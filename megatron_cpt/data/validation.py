@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from megatron_cpt.corpus.dataset.indexed import open_indexed
-from megatron_cpt.data.batches import document_ids
 from megatron_cpt.data.datasets import Dataset
-from megatron_cpt.data.micro_batch import MicroBatch
+from megatron_cpt.data.micro_batch import MicroBatch, document_ids
 
 
 class ValidationSet:

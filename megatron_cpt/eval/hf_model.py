@@ -1,17 +1,19 @@
-"""Score token blocks with plain `transformers`, as any user of the exported model would run it."""
+"""Score tokens with plain `transformers`, as any user of the exported model would run it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megatron_cpt.errors import CheckpointError, CptError
-from megatron_cpt.eval.perplexity import BlockScorer
+from megatron_cpt.eval.scorer import Scorer
 
 
-def hf_scorer(model_dir: Path) -> BlockScorer:
+def hf_scorer(model_dir: Path) -> Scorer:
     """Open a Hugging Face directory in the dtype of its weights, on the GPU where there is one.
 
     Raises:
@@ -37,13 +39,28 @@ def hf_scorer(model_dir: Path) -> BlockScorer:
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
         raise CheckpointError(f"the weights in {model_dir} do not fit its config.json: {wrong}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _HfScorer(model.to(device).eval(), device)
+
+
+class _HfScorer:
+    """See `Scorer`."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model, device
 
     @torch.inference_mode()
-    def score(inputs: torch.Tensor, labels: torch.Tensor) -> float:
-        logits = model(input_ids=inputs.to(device), use_cache=False).logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.to(device).flatten(), reduction="none")
-        return float(losses.double().sum())
+    def nll(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        tokens = tokens.to(self._device)
+        mask = None if document_ids is None else self._mask(document_ids.to(self._device))
+        logits = self._model(input_ids=tokens[:, :-1], attention_mask=mask, use_cache=False).logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+        return losses.view(len(tokens), -1)
 
-    return score
+    def _mask(self, document_ids: Tensor) -> Tensor:
+        """[b, n] -> [b, 1, n, n], added to the attention scores: earlier tokens of the same document are seen."""
+        length = document_ids.shape[1]
+        seen = document_ids[:, :, None] == document_ids[:, None, :]
+        seen &= torch.ones(length, length, dtype=torch.bool, device=self._device).tril()
+        lowest = torch.finfo(self._model.dtype).min
+        return torch.zeros(seen.shape, dtype=self._model.dtype, device=self._device).masked_fill(~seen, lowest)[:, None]

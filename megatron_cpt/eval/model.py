@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from checkpoint_convert.checkpoint import IndexedCheckpoint
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.eval.perplexity import BlockScorer
+from megatron_cpt.eval.scorer import Scorer
 
 
-def load_scorer(found: IndexedCheckpoint, seq_length: int) -> BlockScorer:
+def load_scorer(found: IndexedCheckpoint, seq_length: int, *, document_attention: bool = False) -> Scorer:
     """Load the model: a Hugging Face directory into transformers, a torch_dist checkpoint into Megatron-Core.
 
     Raises:
@@ -20,7 +20,7 @@ def load_scorer(found: IndexedCheckpoint, seq_length: int) -> BlockScorer:
     if found.format == "torch_dist":
         from megatron_cpt.eval.megatron_model import megatron_scorer
 
-        return megatron_scorer(found.path, found.arch, seq_length)
+        return megatron_scorer(found.path, found.arch, seq_length, document_attention)
     raise CheckpointError(
         f"{found.path} is a {found.format} checkpoint, which is only read by the converter",
         hint=f"megatron-cpt convert {found.path} DIR --to hf, then evaluate DIR",

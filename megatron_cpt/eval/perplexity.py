@@ -11,17 +11,16 @@ perplexity is exp(loss), not capped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_cpt.console import OnTokens
+from megatron_cpt.data.micro_batch import document_ids
 from megatron_cpt.errors import CptError, DataError
-
-# (inputs, labels), both int64 of shape (blocks, tokens) -> sum of negative log-likelihoods in nats
-BlockScorer = Callable[[torch.Tensor, torch.Tensor], float]
+from megatron_cpt.eval.scorer import Scorer
 
 TOKENS_PER_FORWARD = 1024  # short blocks are batched up to this; the result does not depend on it
 
@@ -33,6 +32,7 @@ class TokenStream:
     name: str
     tokens: np.ndarray  # 1-D, any integer type
     document_ends: np.ndarray  # 1-D ascending: tokens up to and including document i, empty documents left out
+    eod_id: int  # the token that ends a document
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,17 @@ class Perplexity:
 
 
 def perplexity(
-    score: BlockScorer,
+    scorer: Scorer,
     stream: TokenStream,
     seq_length: int,
     max_tokens: int | None = None,
     on_tokens: OnTokens = lambda done, total: None,
+    *,
+    document_attention: bool = False,
 ) -> Perplexity:
-    """Measure `score` on the first `max_tokens` predictions of `stream`; default: on all of it.
+    """Measure `scorer` on the first `max_tokens` predictions of `stream`; default: on all of it.
+
+    With `document_attention` no token attends beyond its document, as in a run with `model.document_attention`.
 
     Raises:
         DataError: the stream is too short to predict anything.
@@ -69,22 +73,24 @@ def perplexity(
             hint="give a dataset or text of at least two tokens",
         )
     nats, done = 0.0, 0
-    for inputs, labels in _batches(stream.tokens, predicted, seq_length):
-        batch_nats = score(inputs, labels)
+    for blocks in _batches(stream.tokens, predicted, seq_length):
+        apart = document_ids(blocks[:, :-1], stream.eod_id) if document_attention else None
+        losses = scorer.nll(blocks, apart)
+        batch_nats = float(losses.double().sum())
         if not math.isfinite(batch_nats):
             raise CptError(
-                f"the model's loss is {batch_nats} on tokens {done:,} to {done + labels.numel():,} of {stream.name}",
+                f"the model's loss is {batch_nats} on tokens {done:,} to {done + losses.numel():,} of {stream.name}",
                 hint="the weights are damaged, or the data was written with another tokenizer",
             )
         nats += batch_nats
-        done += labels.numel()
+        done += losses.numel()
         on_tokens(done, predicted)
     documents = int(np.searchsorted(stream.document_ends, predicted + 1, side="left")) + 1
     return Perplexity(nats / predicted, predicted, documents, seq_length)
 
 
-def _batches(tokens: np.ndarray, predicted: int, seq_length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Full blocks, several per batch, then the short one that remains."""
+def _batches(tokens: np.ndarray, predicted: int, seq_length: int) -> Iterator[torch.Tensor]:
+    """Full blocks of seq_length + 1 tokens, several per batch, then the short one that remains."""
     full, rest = divmod(predicted, seq_length)
     per_batch = max(1, TOKENS_PER_FORWARD // seq_length)
     for first in range(0, full, per_batch):
@@ -93,6 +99,7 @@ def _batches(tokens: np.ndarray, predicted: int, seq_length: int) -> Iterator[tu
         yield _batch(tokens, full * seq_length, 1, rest)
 
 
-def _batch(tokens: np.ndarray, start: int, blocks: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(tokens: np.ndarray, start: int, blocks: int, length: int) -> torch.Tensor:
+    """int64 [blocks, length + 1]: consecutive blocks share one token."""
     window = torch.from_numpy(np.asarray(tokens[start : start + blocks * length + 1]).astype(np.int64))
-    return window[:-1].view(blocks, length), window[1:].view(blocks, length)
+    return window.unfold(0, length + 1, length).contiguous()

@@ -62,7 +62,7 @@ def _dataset_stream(prefix: str, tokenizer_dir: Path) -> TokenStream:
     sequence_ends = np.cumsum(reader.sequence_lengths, dtype=np.int64)
     last_sequences = reader.document_indices[1:] - 1
     ends = sequence_ends[last_sequences[np.diff(reader.document_indices) > 0]]
-    return TokenStream(prefix, reader.tokens, ends)
+    return TokenStream(prefix, reader.tokens, ends, recorded.eod_id)
 
 
 def _text_stream(path: Path, tokenizer_dir: Path, json_key: str) -> TokenStream:
@@ -73,7 +73,7 @@ def _text_stream(path: Path, tokenizer_dir: Path, json_key: str) -> TokenStream:
     ids, lengths = tokenizer.encode_batch(texts)
     ends = np.cumsum(lengths)
     tokens = np.insert(ids, ends, tokenizer.eod_id)
-    return TokenStream(str(path), tokens, ends + np.arange(1, len(ends) + 1))
+    return TokenStream(str(path), tokens, ends + np.arange(1, len(ends) + 1), tokenizer.eod_id)
 
 
 def _documents(path: Path, json_key: str) -> Iterator[str]:
@@ -89,5 +89,5 @@ def _documents(path: Path, json_key: str) -> Iterator[str]:
         raise DataError(
             f"{first.path}, record {first.place}: {first.reason}, {first.detail} "
             f"({len(tally.rejects)} such of {tally.documents_read} documents)",
-            hint="mend the file, or state another --json-key",
+            hint="fix the file, or state another --json-key",
         )

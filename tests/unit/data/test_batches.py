@@ -21,7 +21,8 @@ from tests.synthetic_data import EOD, random_documents, write_dataset
 
 adapt_megatron_core_to_cpu()
 
-from megatron_cpt.data.batches import BatchStream, document_ids, open_batches  # noqa: E402
+from megatron_cpt.data.batches import BatchStream, open_batches  # noqa: E402
+from megatron_cpt.data.micro_batch import document_ids  # noqa: E402
 from megatron_cpt.data.validation import ValidationSet  # noqa: E402
 
 SEQ = 32

@@ -16,7 +16,7 @@ from megatron_cpt.cli import cli
 from megatron_cpt.errors import UserError
 from tests.unit.eval.conftest import TEXTS
 
-KEYS = {"model", "data", "loss", "perplexity", "tokens", "documents", "seq_length"}
+KEYS = {"model", "data", "loss", "perplexity", "tokens", "documents", "seq_length", "document_attention"}
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +51,22 @@ def test_text_output_names_the_data(model_dir: Path, text_file: Path) -> None:
     assert str(text_file) in _eval(model_dir, "--data", text_file, "--seq-length", 16)
 
 
-def test_megatron_core_agrees_with_transformers(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_megatron_core_agrees_with_transformers(model_dir: Path, tmp_path: Path) -> None:
     """In processes of their own: a process group and the engine's global state belong to one evaluation."""
 
     def command(*arguments: object) -> str:
         words = [sys.executable, "-m", "megatron_cpt", *map(str, arguments)]
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     command("convert", model_dir, tmp_path / "megatron", "--to", "torch_dist")
-    row = json.loads(command("eval", "perplexity", tmp_path / "megatron", "--data", text_file, "--json"))
-    here = json.loads(_eval(model_dir, "--data", text_file, "--json"))
-    shorter = json.loads(_eval(model_dir, "--data", text_file, "--seq-length", 32, "--json"))
+    common = ("--data", texts, "--json", "--document-attention")
+    row = json.loads(command("eval", "perplexity", tmp_path / "megatron", *common))
+    here = json.loads(_eval(model_dir, *common))
     assert row["loss"] == pytest.approx(here["loss"], abs=1e-6)
-    assert abs(shorter["loss"] - here["loss"]) > 1e-3  # negative control
+    for other in (("--seq-length", 32), ("--no-document-attention",)):  # negative controls
+        assert abs(json.loads(_eval(model_dir, *common, *other))["loss"] - here["loss"]) > 1e-3
     assert {key: row[key] for key in ("tokens", "documents")} == {key: here[key] for key in ("tokens", "documents")}
 
 

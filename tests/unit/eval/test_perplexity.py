@@ -19,7 +19,17 @@ SEQ_LENGTH = 8
 
 def _stream(length: int = 61, seed: int = 0) -> TokenStream:
     tokens = np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.uint16)
-    return TokenStream("test", tokens, np.array([9, 30, length]))
+    return TokenStream("test", tokens, np.array([9, 30, length]), 0)
+
+
+class Constant:
+    """A scorer that finds every token equally unlikely."""
+
+    def __init__(self, nats: float) -> None:
+        self.nats = nats
+
+    def nll(self, tokens: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.full(tokens[:, 1:].shape, self.nats)
 
 
 def _brute_force_loss(model_dir: Path, stream: TokenStream) -> float:
@@ -40,14 +50,14 @@ def _brute_force_loss(model_dir: Path, stream: TokenStream) -> float:
 def test_equals_brute_force_with_a_short_last_block(model_dir: Path) -> None:
     stream = _stream()
     assert (len(stream.tokens) - 1) % SEQ_LENGTH != 0  # else the last block would not be tested
-    score = hf_scorer(model_dir)
-    result = perplexity(score, stream, SEQ_LENGTH)
+    scorer = hf_scorer(model_dir)
+    result = perplexity(scorer, stream, SEQ_LENGTH)
     assert result.loss == pytest.approx(_brute_force_loss(model_dir, stream), abs=1e-6)
     assert result.tokens == len(stream.tokens) - 1
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     # negative control: another token order, and blocks of another length, are far outside that tolerance
-    other = perplexity(score, TokenStream("r", stream.tokens[::-1], stream.document_ends), SEQ_LENGTH)
-    longer = perplexity(score, stream, 2 * SEQ_LENGTH)
+    other = perplexity(scorer, TokenStream("r", stream.tokens[::-1], stream.document_ends, 0), SEQ_LENGTH)
+    longer = perplexity(scorer, stream, 2 * SEQ_LENGTH)
     assert abs(other.loss - result.loss) > 1e-3
     assert abs(longer.loss - result.loss) > 1e-3
 
@@ -55,43 +65,66 @@ def test_equals_brute_force_with_a_short_last_block(model_dir: Path) -> None:
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 17, 2500])
 @pytest.mark.parametrize("seq_length", [1, 8, 1024])
 def test_every_token_but_the_first_is_predicted_once(length: int, seq_length: int) -> None:
-    stream = TokenStream("count", np.arange(length), np.array([length]))
+    stream = TokenStream("count", np.arange(length), np.array([length]), 0)
     seen: list[int] = []
 
-    def score(inputs: torch.Tensor, labels: torch.Tensor) -> float:
-        assert torch.equal(inputs + 1, labels)
-        assert inputs.shape[1] <= seq_length
-        seen.extend(labels.flatten().tolist())
-        return float(labels.sum())
+    class Labels:
+        def nll(self, tokens: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+            assert torch.equal(tokens[:, :-1] + 1, tokens[:, 1:])
+            assert tokens.shape[1] <= seq_length + 1 and document_ids is None
+            seen.extend(tokens[:, 1:].flatten().tolist())
+            return tokens[:, 1:].float()
 
-    result = perplexity(score, stream, seq_length)
+    result = perplexity(Labels(), stream, seq_length)
     assert seen == list(range(1, length))
     assert result.loss == pytest.approx(sum(seen) / len(seen))  # weighted by tokens, not by blocks
 
 
+def test_documents_change_after_each_end_of_document() -> None:
+    stream = TokenStream("documents", np.array([5, 0, 5, 6, 0, 7, 8, 9]), np.array([2, 5, 8]), eod_id=0)
+    seen: list[list[int]] = []
+
+    class Documents(Constant):
+        def nll(self, tokens: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+            assert document_ids is not None
+            seen.extend(document_ids.tolist())
+            return super().nll(tokens)
+
+    perplexity(Documents(1.0), stream, 6, document_attention=True)
+    assert seen == [[0, 0, 1, 1, 1, 2], [0]]
+
+
+def test_a_token_is_scored_as_if_its_document_stood_alone(model_dir: Path) -> None:
+    scorer = hf_scorer(model_dir)
+    tokens = torch.tensor([[5, 9, 0, 7, 8, 11, 12]])
+    apart = scorer.nll(tokens, torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    assert torch.allclose(apart[:, 3:], scorer.nll(tokens[:, 3:]), atol=1e-6)
+    assert not torch.allclose(scorer.nll(tokens)[:, 3:], scorer.nll(tokens[:, 3:]), atol=1e-3)
+
+
 @pytest.mark.parametrize(("max_tokens", "documents"), [(5, 1), (8, 1), (9, 2), (29, 2), (30, 3), (10_000, 3)])
 def test_max_tokens_limits_tokens_and_documents(max_tokens: int, documents: int) -> None:
-    result = perplexity(lambda inputs, labels: 1.0, _stream(), SEQ_LENGTH, max_tokens)
+    result = perplexity(Constant(1.0), _stream(), SEQ_LENGTH, max_tokens)
     assert (result.tokens, result.documents) == (min(60, max_tokens), documents)
 
 
 def test_loss_above_twenty_is_not_capped() -> None:
-    result = perplexity(lambda inputs, labels: 25.0 * labels.numel(), _stream(), SEQ_LENGTH)
+    result = perplexity(Constant(25.0), _stream(), SEQ_LENGTH)
     assert result.perplexity == pytest.approx(math.exp(25.0))
 
 
 def test_progress_ends_at_the_total() -> None:
     reports: list[tuple[int, int]] = []
-    perplexity(lambda i, t: 0.0, _stream(2500), SEQ_LENGTH, on_tokens=lambda d, n: reports.append((d, n)))
+    perplexity(Constant(0.0), _stream(2500), SEQ_LENGTH, on_tokens=lambda d, n: reports.append((d, n)))
     assert reports[-1] == (2499, 2499)
     assert len(reports) > 1
 
 
 def test_nothing_to_predict_is_a_user_error() -> None:
     with pytest.raises(DataError, match="1 token"):
-        perplexity(lambda i, t: 0.0, TokenStream("one", np.array([3]), np.array([1])), SEQ_LENGTH)
+        perplexity(Constant(0.0), TokenStream("one", np.array([3]), np.array([1]), 0), SEQ_LENGTH)
 
 
 def test_nan_is_an_error() -> None:
     with pytest.raises(CptError, match="nan"):
-        perplexity(lambda i, t: float("nan"), _stream(), SEQ_LENGTH)
+        perplexity(Constant(float("nan")), _stream(), SEQ_LENGTH)
