@@ -153,9 +153,10 @@ def measure_saves(work: Path, data: Path, pairs: int) -> tuple[list[Save], list[
     from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
     adapt_megatron_core_to_cpu()
-    from megatron_cpt.launch.preflight import check_job
+    from megatron_cpt.config.load import load_config
+    from megatron_cpt.launch.preflight import check_run
     from megatron_cpt.runs.checkpoints import complete_checkpoints
-    from megatron_cpt.runs.folder import prepare_run_folder
+    from megatron_cpt.runs.folder import create_run_folder
     from megatron_cpt.runtime.distributed import init_runtime
     from megatron_cpt.train.checkpoint import CheckpointManager
     from megatron_cpt.train.position import Position
@@ -165,8 +166,10 @@ def measure_saves(work: Path, data: Path, pairs: int) -> tuple[list[Save], list[
     architecture = write_architecture(work / "small", SMALL)
     model = {"init_from": "random", "architecture": str(architecture), "check_start": False}
     budget = {"train_tokens": 512_000, "warmup_tokens": 0}
-    job = check_job(run_config(work, "saves", data, model=model, budget=budget, checkpoint={"keep_last": 1}), [])
-    folder, _ = prepare_run_folder(job.config, job.model_dir)
+    path = run_config(work, "saves", data, model=model, budget=budget, checkpoint={"keep_last": 1})
+    job = check_run(load_config(path), str(path))
+    folder = job.folder
+    create_run_folder(folder, job.config, job.model_dir)
     init_runtime(job.config)
     state = build_train_state(job.config, job.arch)
     manager = CheckpointManager(job.config, folder, 1, None, 0)

@@ -1,10 +1,9 @@
 """Continued pre-training of large language models on Megatron-Core, driven by token budgets.
 
-    from megatron_cpt import load_config, train
+    from megatron_cpt import load_config, run_training
 
     config = load_config("config.yaml", ["optimizer.lr=1e-5"])
-    if __name__ == "__main__":
-        train(config)
+    run_training(config)
 
 does what `megatron-cpt train config.yaml optimizer.lr=1e-5` does.
 """
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_cpt.config.load import load_config
+    from megatron_cpt.train.api import run_training
 
-__all__ = ["__version__", "load_config"]
+__all__ = ["__version__", "load_config", "run_training"]
 __version__ = "0.1.0"
 
 
@@ -25,4 +25,8 @@ def __getattr__(name: str) -> Any:  # imported on use, so that `megatron-cpt --h
         from megatron_cpt.config.load import load_config
 
         return load_config
+    if name == "run_training":
+        from megatron_cpt.train.api import run_training
+
+        return run_training
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+from megatron_cpt.config.load import load_config
 from megatron_cpt.console import print_summary
-from megatron_cpt.data.datasets import plan_sources
-from megatron_cpt.launch.preflight import check_job, index_cache_dir, standing_ledger
+from megatron_cpt.launch.preflight import index_cache_dir
+from megatron_cpt.launch.start import load_run
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
 
@@ -21,15 +22,14 @@ def index(config_path: Path, overrides: tuple[str, ...]) -> None:
     `train` builds what is missing itself, before its ranks connect; for large data it is cheaper to do it here, once.
     The indices lie in data.cache_dir and are keyed by the datasets' content.
     """
-    job = check_job(config_path, overrides)
-    ledger = standing_ledger(job)
-    plans = plan_sources(job.config, job.datasets, ledger)
+    run = load_run(load_config(config_path, overrides), str(config_path))
+    config = run.checked.config
     adapt_megatron_core_to_cpu()
     from megatron_cpt.data.batches import open_batches
 
-    cache_dir = index_cache_dir(job.config)
-    open_batches(job.config, job.datasets, ledger, plans, cache_dir)
-    for plan in plans:
+    cache_dir = index_cache_dir(config)
+    open_batches(config, run.checked.datasets, run.ledger, run.plans, cache_dir)
+    for plan in run.plans:
         click.echo(
             f"{plan.name}: {plan.needed_tokens:,} of {plan.available_tokens:,} tokens needed, "
             f"{plan.epochs_at_end:.2f} epochs at the end"

@@ -15,7 +15,7 @@ from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.phase import phase_at
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.launch.model_dir import architecture_dir
+from megatron_cpt.launch.origin import side_files_dir
 from megatron_cpt.train.schedule import draw_schedule, sample_schedule
 
 
@@ -31,7 +31,7 @@ def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
       megatron-cpt plan examples/qwen2_72b/config.yaml budget.train_tokens=1.5B parallel.pp=8
     """
     config = load_config(config_path, overrides)
-    arch = read_architecture(architecture_dir(config))
+    arch = read_architecture(side_files_dir(config.model))
     derived = derive(config, arch, origin=str(config_path))
     if as_json:
         click.echo(json.dumps(plan_json(config, arch, derived), indent=1))

@@ -1,7 +1,7 @@
 """Start the ranks of one machine, watch them, and end with one exit code and one message.
 
 Each rank is a process of its own (`python -m megatron_cpt.train.rank`) that writes to RUN/logs; rank 0 is also
-handed this process's stderr for its progress lines. When a rank fails the others are ended, and the error that it
+handed this process's console for its progress lines. When a rank fails the others are ended, and the error that it
 left behind is raised here.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -21,17 +22,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_cpt.errors import CptError, LaunchError
+from megatron_cpt.launch.console_descriptor import console_descriptor
+from megatron_cpt.launch.forwarded_signals import FORWARDED, ForwardedSignals, forwarded_signals
 from megatron_cpt.runs.exit_codes import STOPPED
 from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.runs.rank_errors import read_rank_error
 
 logger = logging.getLogger(__name__)
 
-CONSOLE_FD = "MEGATRON_CPT_CONSOLE_FD"  # file descriptor of the user's terminal, for rank 0
+CONSOLE_FD = "MEGATRON_CPT_CONSOLE_FD"  # file descriptor of the user's console, for rank 0
 RANK_COMMAND = (sys.executable, "-m", "megatron_cpt.train.rank")
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0  # for ranks whose peer failed to notice, and to say why
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_CHATTER = re.compile(
+    r"^\S+ \S+ (DEBUG|INFO) \[rank \d+\] (?!megatron_cpt)|^(DEBUG|INFO):|^> |Warning:|warnings\.warn\("
+)
 
 
 class RankFailure(CptError):
@@ -42,52 +47,45 @@ class RankFailure(CptError):
         self.exit_code = exit_code
 
 
-def under_launcher(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or srun has already started one process per rank."""
-    return "RANK" in environ and "WORLD_SIZE" in environ
+class StoppedAtOnce(CptError):
+    """The user pressed Ctrl-C twice."""
 
+    exit_code = 130
 
-def adopt_slurm_ranks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """torchrun's variables from srun's, for `srun --ntasks-per-node=GPUS`; empty without a job of several tasks."""
-    if "RANK" in environ or int(environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environ:
-        return {}
-    return {
-        "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": environ["SLURM_NTASKS"],
-        "LOCAL_RANK": environ["SLURM_LOCALID"],
-        "MASTER_PORT": environ.get("MASTER_PORT", str(20_000 + int(environ["SLURM_JOB_ID"]) % 20_000)),
-    }
+    def __init__(self) -> None:
+        super().__init__(
+            "stopped at once, without saving",
+            hint="start the same command again: it continues from the newest complete checkpoint",
+        )
 
 
 def run_ranks(folder: RunFolder, arguments: Sequence[str], world_size: int) -> int:
-    """Run `world_size` ranks with the command line `arguments`; the exit code all of them agreed on.
+    """Run `world_size` ranks with the command line `arguments`. Return the exit code all of them agreed on.
 
     Raises:
-        CptError: a rank failed; with its own message where it left one.
+        CptError: a rank failed, with its own message where it left one; or the user pressed Ctrl-C twice.
     """
     for rank in range(world_size):
         folder.rank_error(rank).unlink(missing_ok=True)
-    environ = _environment(world_size)
-    logs = [folder.rank_log(rank).open("ab") for rank in range(world_size)]
-    ranks: list[subprocess.Popen[bytes]] = []
-    previous = {s: signal.signal(s, lambda number, _: _forward(ranks, number)) for s in _FORWARDED}
-    try:
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(folder.rank_log(rank).open("ab")) for rank in range(world_size)]
+        written_before = [log.tell() for log in logs]  # by earlier attempts
+        console = stack.enter_context(console_descriptor())
+        ranks: list[subprocess.Popen[bytes]] = []
+        stack.callback(_kill, ranks)
+        signals = stack.enter_context(forwarded_signals(ranks))
+        environ = _environment(world_size)
         for rank, log in enumerate(logs):
-            ranks.append(_start(rank, arguments, environ, log))
-        codes = _wait(ranks)
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for log in logs:
-            log.close()
+            ranks.append(_start(rank, arguments, environ, log, console if rank == 0 else None))
+        codes = _wait(ranks, signals)
+    if signals.at_once:
+        raise StoppedAtOnce
+    if signals.stopping and all(code in (0, STOPPED) or -code in FORWARDED for code in codes):
+        return STOPPED if any(codes) else 0  # a rank that was not up yet dies of the signal itself
     failed = next((rank for rank in _first_failures(codes) if codes[rank] not in (0, STOPPED)), None)
     if failed is None:
         return max(codes)
-    raise _rank_failure(folder, failed, codes[failed], world_size)
+    raise _rank_failure(folder, failed, codes, written_before[failed])
 
 
 def _environment(world_size: int) -> dict[str, str]:
@@ -116,40 +114,40 @@ def free_port() -> int:
     raise LaunchError("no free port between 15000 and 30000", hint="close some of this machine's listening programs")
 
 
-def _start(rank: int, arguments: Sequence[str], environ: Mapping[str, str], log: BinaryIO) -> subprocess.Popen[bytes]:
+def _start(
+    rank: int, arguments: Sequence[str], environ: Mapping[str, str], log: BinaryIO, console: int | None
+) -> subprocess.Popen[bytes]:
     own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    console = (os.dup(sys.stderr.fileno()),) if rank == 0 else ()  # its own stderr becomes the log
-    if console:
-        own[CONSOLE_FD] = str(console[0])
-    process = subprocess.Popen(
+    if console is not None:
+        own[CONSOLE_FD] = str(console)
+    return subprocess.Popen(
         [*RANK_COMMAND, *arguments],
         env={**environ, **own},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        pass_fds=console,
+        pass_fds=() if console is None else (console,),
         start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
     )
-    for descriptor in console:
-        os.close(descriptor)
-    return process
 
 
-def _forward(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in ranks:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+            process.kill()
+            process.wait()
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: ForwardedSignals) -> list[int]:
     """Exit codes; once a rank failed, those that have not noticed within the grace time are killed."""
     kill_at: float | None = None
     while None in (codes := [process.poll() for process in ranks]):  # all of them: one may have died before rank 0
         time.sleep(_POLL_SECONDS)
+        signals.say_what_happens()
         failed = any(code not in (None, 0, STOPPED) for code in codes)
         if failed and kill_at is None:
             kill_at = time.monotonic() + _GRACE_SECONDS
-        if kill_at is not None and time.monotonic() > kill_at:
+        if signals.at_once or (kill_at is not None and time.monotonic() > kill_at):
             for process in ranks:
                 if process.poll() is None:
                     process.kill()
@@ -157,26 +155,30 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _first_failures(codes: Sequence[int]) -> list[int]:
-    """Ranks, those that said why first: a rank ended by a signal is mostly a victim of another."""
+    """Failed ranks, those that left a reason first; a rank killed by a signal usually died because of another."""
     return sorted(range(len(codes)), key=lambda rank: codes[rank] <= 1)
 
 
-def _rank_failure(folder: RunFolder, rank: int, code: int, world_size: int) -> CptError:
-    for candidate in [rank, *range(world_size)]:
+def _rank_failure(folder: RunFolder, rank: int, codes: Sequence[int], written_before: int) -> CptError:
+    for candidate in [rank, *range(len(codes))]:
         path = folder.rank_error(candidate)
         if path.exists():
             told = read_rank_error(path)
             return RankFailure(told.message, hint=told.hint, exit_code=told.exit_code)
+    code = codes[rank]
     how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    words = last_words(folder.rank_log(rank), written_before)
     return RankFailure(
-        f"rank {rank} {how}; the last lines of {folder.rank_log(rank)}:\n{_tail(folder.rank_log(rank))}",
+        f"rank {rank} {how}; the last lines of {folder.rank_log(rank)}:\n{words}",
         hint="start the same command again: it continues from the newest complete checkpoint",
         exit_code=code if code > 0 else 1,
     )
 
 
-def _tail(path: Path, lines: int = 12) -> str:
+def last_words(path: Path, offset: int, lines: int = 12) -> str:
+    """The end of a rank's log behind byte `offset`, without what other packages log of their normal work."""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 8192))
+        file.seek(max(offset, path.stat().st_size - 65_536))
         text = file.read().decode(errors="replace")
-    return "\n".join("  " + line for line in text.splitlines()[-lines:])
+    told = [line for line in text.splitlines() if line.strip() and not _CHATTER.search(line)]
+    return "\n".join("  " + line for line in told[-lines:]) or "  (nothing in this attempt)"

@@ -3,53 +3,51 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import read_architecture
-from megatron_cpt.budget import format_count
 from megatron_cpt.config.derive import Derived, derive
-from megatron_cpt.config.load import load_config
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.data.datasets import Datasets, SourcePlan, check_datasets
+from megatron_cpt.data.datasets import Datasets, check_datasets
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.launch.base_model import refuse_instruct_model
-from megatron_cpt.launch.model_dir import architecture_dir
+from megatron_cpt.launch.origin import Origin, model_dir, resolve_origin
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults, free_bytes
-from megatron_cpt.runs.folder import Change, RunFolder
+from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.runs.marker import Marker, read_marker
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run: its config, its model and its data, all checked."""
+class CheckedRun:
+    """A run that can start: its config, its model and its data, all checked."""
 
     config: RunConfig
     arch: Architecture
     derived: Derived
     datasets: Datasets
-    model_dir: Path
+    origin: Origin
+    model_dir: Path  # config.json and tokenizer
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(Path(self.config.folder))
 
 
-def check_job(config_path: Path, overrides: Sequence[str]) -> Job:
-    """Read and check everything that can be wrong before a process group exists.
+def check_run(config: RunConfig, named: str) -> CheckedRun:
+    """Check everything that can be wrong before a process group exists. `named` says in errors where `config` is from.
 
     Raises:
         UserError: the config, the model's files or a dataset.
     """
-    config = load_config(config_path, overrides)
     refuse_missing_trackers(config)
-    model_dir = architecture_dir(config)
-    refuse_instruct_model(config, model_dir)
-    arch = read_architecture(model_dir)
-    derived = derive(config, arch, origin=str(config_path))
-    return Job(config, arch, derived, check_datasets(config, arch, model_dir), model_dir)
+    origin, folder = resolve_origin(config.model.init_from), model_dir(config)
+    refuse_instruct_model(config, folder)
+    arch = read_architecture(folder)
+    derived = derive(config, arch, origin=named)
+    return CheckedRun(config, arch, derived, check_datasets(config, arch, folder), origin, folder)
 
 
 def refuse_missing_trackers(config: RunConfig) -> None:
@@ -83,12 +81,12 @@ def branch_point(config: RunConfig) -> tuple[Path, Marker] | None:
     return candidates[0]
 
 
-def standing_ledger(job: Job) -> Ledger:
+def standing_ledger(run: CheckedRun) -> Ledger:
     """The ledger to go on from: of the newest complete checkpoint, of the branch point, or an empty one."""
-    newest = complete_checkpoints(RunFolder(Path(job.config.folder)).checkpoints)
-    origin = newest[0] if newest else branch_point(job.config)
-    ledger = Ledger.from_json(origin[1].ledger) if origin else Ledger()
-    return ledger.with_sources(job.datasets.manifests(), job.config.batch.seq_length)
+    newest = complete_checkpoints(run.folder.checkpoints)
+    start = newest[0] if newest else branch_point(run.config)
+    ledger = Ledger.from_json(start[1].ledger) if start else Ledger()
+    return ledger.with_sources(run.datasets.manifests(), run.config.batch.seq_length)
 
 
 def predicted_checkpoint_bytes(config: RunConfig, arch: Architecture) -> int:
@@ -96,48 +94,15 @@ def predicted_checkpoint_bytes(config: RunConfig, arch: Architecture) -> int:
     return arch.num_parameters * ((2 if config.precision.dtype == "bf16" else 4) + 12)
 
 
-def check_free_space(job: Job) -> None:
-    """Raise CheckpointError when the run folder has no room for one checkpoint. Call it once the folder exists."""
-    root = RunFolder(Path(job.config.folder)).checkpoints
-    needed, free = predicted_checkpoint_bytes(job.config, job.arch), free_bytes(root)
+def check_free_space(run: CheckedRun) -> None:
+    """Raise CheckpointError when the storage of the run folder, which need not exist, has no room for a checkpoint."""
+    root = run.folder.checkpoints.absolute()
+    existing = next(path for path in (root, *root.parents) if path.is_dir())
+    needed, free = predicted_checkpoint_bytes(run.config, run.arch), free_bytes(existing)
     if free < needed:
         raise CheckpointError(
-            f"a checkpoint of this model needs about {needed:,} bytes, {free:,} are free in {root}",
+            f"a checkpoint of this model needs about {needed:,} bytes, {free:,} are free in {existing}",
             hint="free some space, or set run_dir to a folder on larger storage",
-        )
-
-
-def announce(job: Job, plans: Sequence[SourcePlan], changes: Sequence[Change]) -> None:
-    """Log what is about to be trained, what changed since the last start, and what the data gives."""
-    parallel, derived = job.config.parallel, job.derived
-    logger.info(
-        "%s: %s parameters on %d ranks (TP %d x PP %d x CP %d x DP %d)",
-        job.config.job_name,
-        f"{job.arch.num_parameters:,}",
-        derived.world_size,
-        parallel.tp,
-        parallel.pp,
-        parallel.cp,
-        derived.data_parallel_size,
-    )
-    logger.info(
-        "%s tokens = %s steps of %s tokens, %d micro-batches per step and rank",
-        format_count(derived.train_tokens),
-        f"{derived.train_iters:,}",
-        f"{derived.tokens_per_step:,}",
-        derived.gradient_accumulation_steps,
-    )
-    for note in derived.notes:
-        logger.info("note: %s", note)
-    for change in changes:
-        logger.info("changed since the last start: %s", change)
-    for plan in plans:
-        logger.info(
-            "source %s: %s tokens needed, an epoch has %s; %.2f epochs at the end",
-            plan.name,
-            format_count(plan.needed_tokens),
-            format_count(plan.available_tokens),
-            plan.epochs_at_end,
         )
 
 

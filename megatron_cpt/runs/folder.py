@@ -1,7 +1,7 @@
 """The folder of a run: its config, what it may be continued with, and where everything lies.
 
 RUN/resolved.yaml   the config in force, defaults written out        RUN/hf/      the model's side files
-RUN/history.jsonl   every start: when, where, what changed           RUN/logs/    one file per rank
+RUN/history.jsonl   every attempt: when, where, what changed           RUN/logs/    one file per rank
 RUN/metrics.jsonl   one line per logged step, validation, event      RUN/checkpoints/
 RUN/SAVE, RUN/STOP, RUN/KILL   switch files, see docs/recover.md
 """
@@ -30,14 +30,15 @@ from megatron_cpt.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-# A change of these makes it another run; everything else may change from one start to the next.
-_IDENTITY = ("job_name", "seed", "model.init_from", "model.architecture", "precision.dtype", "checkpoint.branch_from")
+# A change of these makes it another run, as does a change of the model's content (launch/identity.py); everything else
+# may change from one attempt to the next.
+_IDENTITY = ("job_name", "seed", "precision.dtype")
 _NO_SIDE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One config key that differs from the last start; None stands for "not set"."""
+    """One config key that differs from the last attempt; None stands for "not set"."""
 
     path: str
     old: Any
@@ -126,31 +127,20 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     return changes
 
 
-def prepare_run_folder(
-    config: RunConfig, model_dir: Path, *, accept_changes: bool = False
-) -> tuple[RunFolder, list[Change]]:
-    """Create the folder, or check that `config` may continue what is in it; one process calls this.
-
-    Returns the folder and what changed since the last start.
+def create_run_folder(folder: RunFolder, config: RunConfig, side_files: Path | None) -> None:
+    """Create the folder with the config in force, and a copy of the model's `side_files` if given; one process does.
 
     Raises:
-        CheckpointError: the folder cannot be written, or it is another run's and `accept_changes` is off.
+        CheckpointError: the folder cannot be written.
     """
-    folder = RunFolder(Path(config.folder))
     try:
         for path in (folder.root, folder.logs, folder.checkpoints, folder.hf):
             path.mkdir(parents=True, exist_ok=True)
-        (folder.root / ".writable").touch()
-        (folder.root / ".writable").unlink()
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    changes = check_continues(config, accept_changes=accept_changes)
-    try:
-        _copy_side_files(model_dir, folder.hf)
+        if side_files is not None:
+            _copy_side_files(side_files, folder.hf)
         write_atomically(folder.resolved, resolved_yaml(config).encode())
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    return folder, changes
 
 
 def _cannot_write(folder: RunFolder, error: OSError) -> CheckpointError:
@@ -160,25 +150,12 @@ def _cannot_write(folder: RunFolder, error: OSError) -> CheckpointError:
     )
 
 
-def check_continues(config: RunConfig, *, accept_changes: bool = False) -> list[Change]:
-    """What changed since the last start of the run in the folder, if there was one; nothing is written.
+def changes_since_last_attempt(folder: RunFolder, config: RunConfig) -> list[Change]:
+    """Every key that differs from the config in force, if the run has one; nothing is written.
 
     Raises:
-        CheckpointError: the folder is another run's and `accept_changes` is off.
+        CheckpointError: the folder's resolved.yaml is not the config of a run.
     """
-    folder = RunFolder(Path(config.folder))
-    changes = _changes_since_last_start(folder, config)
-    refused = [change for change in changes if change.path in _IDENTITY]
-    if refused and not accept_changes:
-        raise CheckpointError(
-            f"{folder.root} holds another run; its config differs in\n"
-            + "\n".join(f"  {change}" for change in changes),
-            hint="choose a new run_dir, or pass --accept-changes to continue this run with the new values",
-        )
-    return changes
-
-
-def _changes_since_last_start(folder: RunFolder, config: RunConfig) -> list[Change]:
     if not folder.resolved.exists():
         return []
     try:
@@ -190,11 +167,20 @@ def _changes_since_last_start(folder: RunFolder, config: RunConfig) -> list[Chan
     return [c for c in config_changes(old, resolved_dict(config)) if c.path != "run_dir"]
 
 
-def record_start(folder: RunFolder, config: RunConfig, changes: list[Change]) -> int:
-    """Append this start to history.jsonl; returns its number, from 1."""
-    lines = folder.history.read_text().splitlines() if folder.history.exists() else []
+def refused_changes(changes: list[Change]) -> list[Change]:
+    """Those that would make it another run."""
+    return [change for change in changes if change.path in _IDENTITY]
+
+
+def record_attempt(folder: RunFolder, changes: list[Change]) -> int:
+    """Append this attempt to history.jsonl. Return its number, from 1.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    number = count_attempts(folder) + 1
     entry = {
-        "start": len(lines) + 1,
+        "start": number,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "version": __version__,
@@ -206,7 +192,12 @@ def record_start(folder: RunFolder, config: RunConfig, changes: list[Change]) ->
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    return len(lines) + 1
+    return number
+
+
+def count_attempts(folder: RunFolder) -> int:
+    """How often the run was launched."""
+    return len(folder.history.read_text().splitlines()) if folder.history.exists() else 0
 
 
 def _copy_side_files(model_dir: Path, target: Path) -> None:

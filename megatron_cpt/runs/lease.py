@@ -102,6 +102,12 @@ def refuse_if_held(path: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> 
         raise _refusal(path, holder)
 
 
+def refuse_or_clear(path: Path) -> None:
+    """Raise CheckpointError when a living job holds the lease; remove a dead one's, so that nobody waits again."""
+    refuse_if_held(path)
+    path.unlink(missing_ok=True)
+
+
 def _beats(path: Path, holder: Holder, heartbeat_seconds: float) -> bool:
     """Whether the lease changes hands or its counter moves within a few heartbeats."""
     wait = _MISSED_BEATS * heartbeat_seconds

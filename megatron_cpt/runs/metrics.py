@@ -27,7 +27,7 @@ def read_rows(path: Path, offset: int = 0) -> tuple[list[Row], int]:
                 offset = 0
             file.seek(offset)
             whole, newline, _ = file.read().rpartition(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return [], 0
     rows = []
     for line in whole.splitlines():

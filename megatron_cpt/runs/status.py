@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.runs.checkpoints import list_checkpoints
-from megatron_cpt.runs.folder import RunFolder, read_resolved
+from megatron_cpt.runs.folder import RunFolder, count_attempts, read_resolved
 from megatron_cpt.runs.lease import HEARTBEAT_SECONDS, is_alive_here, read_lease
 from megatron_cpt.runs.metrics import latest_rows, read_rows
 from megatron_cpt.runs.rank_errors import read_rank_error
@@ -68,7 +68,7 @@ def read_status(root: Path) -> RunStatus:
         tokens_per_second=last["tokens_per_second"] if last else None,
         eta_seconds=last["eta_seconds"] if last else None,
         last_checkpoint=checkpoint_json(*saved[-1]) if saved else None,
-        starts=len(folder.history.read_text().splitlines()) if folder.history.exists() else 0,
+        starts=count_attempts(folder),
         unusable_checkpoints=[c.problem.message for c in checkpoints if c.problem is not None],
         steps_done_twice=sum("event" not in row for row in written) - len(steps),
         skipped_steps=sum(bool(row["skipped"]) for row in steps),

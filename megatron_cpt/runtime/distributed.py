@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -12,12 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import CptError, LaunchError
+from megatron_cpt.launch.place import check_variables, check_world_size
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_inits = itertools.count()  # a process may join and leave a job several times: each time has its own keys
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,11 @@ def init_runtime(config: RunConfig, *, timeout_minutes: float = 10.0) -> Runtime
     Raises:
         LaunchError: the number of processes contradicts the config, or there are fewer GPUs than processes.
     """
-    expected = config.parallel.world_size
-    rank, world_size, local_rank = _place(expected)
+    check_world_size(config.parallel.world_size)
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
     adapt_megatron_core_to_cpu()
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -48,30 +56,42 @@ def init_runtime(config: RunConfig, *, timeout_minutes: float = 10.0) -> Runtime
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    store = PrefixStore(f"groups/{next(_inits)}", meeting_store())
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    if all(name in os.environ for name in _TORCHRUN):
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     init_parallel_groups(config, timeout_minutes=timeout_minutes)
     return Runtime(rank, world_size, local_rank, device, backend)
 
 
-def _place(expected: int) -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's environment, or a job of one process."""
-    missing = [name for name in _TORCHRUN if name not in os.environ]
-    rank, world_size, local_rank = (
-        (0, 1, 0) if missing else tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    )
-    if world_size != expected:
-        found = f"{world_size} process{'es' if world_size > 1 else ''} started"
-        because = f" ({', '.join(missing)} not set: not under torchrun)" if missing else ""
+@functools.cache
+def meeting_store(timeout_minutes: float = 30.0) -> Store:
+    """The key-value store at which the ranks of torchrun or srun meet; one of its own for a job of one process.
+
+    Raises:
+        LaunchError: rank 0 cannot listen on MASTER_PORT, or the others do not reach it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return HashStore()
+    check_variables()
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(minutes=timeout_minutes)))
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(
-            f"parallel.nodes x parallel.gpus_per_node asks for {expected} processes, {found}{because}",
-            hint=f"start it with `torchrun --nproc-per-node N`, {expected} processes in all, or let "
-            "`megatron-cpt train` start them",
-        )
-    return rank, world_size, local_rank
+            f"rank {os.environ.get('RANK')} cannot meet the others at {where}: {str(error).splitlines()[0]}",
+            hint="is the port in use, or the host not reachable? set MASTER_ADDR to the host of rank 0 and MASTER_PORT "
+            "to a free port",
+        ) from error
+    return store
+
+
+def tell_ranks(store: Store, text: str, wait_seconds: float = 60.0) -> None:
+    """Give `text` to every other rank as the key `prepared`, and wait until they have it, lest the store end first."""
+    store.set("prepared", text)
+    others = [f"heard/{rank}" for rank in range(1, int(os.environ.get("WORLD_SIZE", "1")))]
+    with contextlib.suppress(RuntimeError):  # one that never came: its absence is noticed when the groups are made
+        if others:
+            store.wait(others, datetime.timedelta(seconds=wait_seconds))
 
 
 def init_parallel_groups(config: RunConfig, *, timeout_minutes: float = 10.0) -> None:

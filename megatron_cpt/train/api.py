@@ -1,28 +1,88 @@
-"""The Python way into a run: the same checks, processes and run folder as `megatron-cpt train`."""
+"""Start or continue a run: what `megatron-cpt train` and `from megatron_cpt import run_training` do."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import logging
+import os
+from collections.abc import Callable, Sequence
 
-import yaml
-
+from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.errors import LaunchError
+from megatron_cpt.launch.local import run_ranks
+from megatron_cpt.launch.place import adopt_slurm_ranks, check_variables, check_world_size, rank_here, under_launcher
+from megatron_cpt.launch.start import PreparedRun, prepare
+from megatron_cpt.runs.checkpoints import complete_checkpoints
+from megatron_cpt.runs.exit_codes import FINISHED, STOPPED
+
+logger = logging.getLogger(__name__)
 
 
-def train_config(config: RunConfig, overrides: Sequence[str] = (), *, accept_changes: bool = False) -> int:
-    """Start the run or continue it from its newest complete checkpoint; the exit code of `megatron-cpt train`.
+def run_training(config: RunConfig, overrides: Sequence[str] = (), *, accept_changes: bool = False) -> int:
+    """Start the run of `config`, or continue it from its newest complete checkpoint.
 
-    Ranks are processes of their own, which read the config from a file, as they do under the command.
+    An ordinary function: it may be called from a script, a thread or a notebook. It starts one process per rank of this
+    machine and returns when they have ended; in a process that torchrun or srun started it is that rank.
+
+    Args:
+        config: from `load_config`.
+        overrides: `key.sub=value` each, as on the command line.
+        accept_changes: continue although seed, name, precision or the model's content changed.
+
+    Returns:
+        The exit code of `megatron-cpt train`: 0 finished, 75 stopped after saving, 76 do not restart.
 
     Raises:
         CptError: what is wrong with the config, the model, the data or the run folder, or a rank's own error.
     """
-    from megatron_cpt.commands.train import train
+    named = "the config given to run_training"
 
-    with tempfile.TemporaryDirectory(prefix="megatron-cpt-") as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        assert train.callback is not None
-        return int(train.callback(path, tuple(overrides), accept_changes))
+    def read() -> RunConfig:
+        return build_config(config.model_dump(mode="json"), overrides, origin=named) if overrides else config
+
+    return start_run(read, named, accept_changes=accept_changes)
+
+
+def start_run(read_config: Callable[[], RunConfig], named: str, *, accept_changes: bool) -> int:
+    """Prepare the run once per job, and train it. Return the exit code.
+
+    `read_config` is called by the one process that prepares; `named` says in errors where its config is from.
+
+    Raises:
+        CptError: as `run_training`.
+    """
+    os.environ.update(adopt_slurm_ranks())
+
+    def prepare_here() -> PreparedRun:
+        config = read_config()
+        if under_launcher():
+            check_world_size(config.parallel.world_size)
+        elif config.parallel.nodes > 1:
+            raise LaunchError(
+                f"parallel.nodes = {config.parallel.nodes}: one machine cannot start the others",
+                hint="submit slurm/qwen2_72b_cpt.sbatch, or run this command under torchrun on every node",
+            )
+        return prepare(config, named, accept_changes=accept_changes)
+
+    if under_launcher():
+        if os.environ["WORLD_SIZE"] != "1":
+            check_variables()
+        from megatron_cpt.train.rank import join_run
+
+        return join_run(prepare_here, rank_here())
+    run = prepare_here()
+    if run.finished:
+        logger.info("%s", finished_text(run))
+        return FINISHED
+    code = run_ranks(run.folder, [str(run.folder.root), "--prepared"], run.checked.derived.world_size)
+    if code == STOPPED:
+        logger.info("stopped; the same command continues")
+    return code
+
+
+def finished_text(run: PreparedRun) -> str:
+    """What to say of a run whose budget is trained."""
+    return (
+        f"{run.folder.root} is finished: {run.ledger.tokens:,} tokens trained, the last checkpoint is "
+        f"{complete_checkpoints(run.folder.checkpoints)[0][0]}. Raise budget.train_tokens to go on."
+    )

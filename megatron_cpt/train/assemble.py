@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,14 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_cpt.budget import format_count
-from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.console import ConsoleHandler
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.validation import ValidationSet
-from megatron_cpt.launch.preflight import Job, branch_point, predicted_checkpoint_bytes
-from megatron_cpt.runs.checkpoints import complete_checkpoints
-from megatron_cpt.runs.folder import RunFolder
+from megatron_cpt.launch.preflight import CheckedRun, branch_point, predicted_checkpoint_bytes
+from megatron_cpt.launch.start import PreparedRun
+from megatron_cpt.runs.folder import RunFolder, count_attempts
 from megatron_cpt.runs.lease import Lease
 from megatron_cpt.runtime.distributed import Runtime
 from megatron_cpt.train.checkpoint import CheckpointManager
@@ -30,38 +27,38 @@ from megatron_cpt.train.loop import LoopContext, train
 from megatron_cpt.train.metrics import MetricsFile
 from megatron_cpt.train.metrics_rows import StepReporter
 from megatron_cpt.train.position import Position
-from megatron_cpt.train.state import build_train_state
+from megatron_cpt.train.state import build_train_state, initial_weights
 from megatron_cpt.train.trackers import open_trackers
 from megatron_cpt.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-def train_job(
-    job: Job,
-    folder: RunFolder,
+def train_run(
+    run: PreparedRun,
     batches: BatchStream,
     runtime: Runtime,
     lease: Lease | None,
     watchdog: Watchdog,
     clock: LapClock,
 ) -> int:
-    """Build everything, continue from the newest sound checkpoint, and train; the exit code.
+    """Build everything, continue from the newest sound checkpoint, and train. Return the exit code.
 
-    `clock` has timed the start so far; all of it goes into the start's row of metrics.jsonl.
+    `clock` has timed the start so far; all of it goes into the row `start` of metrics.jsonl.
     """
-    config = job.config
-    start = _shared_start_number(folder)
-    checkpoints = CheckpointManager(config, folder, start, lease, predicted_checkpoint_bytes(config, job.arch))
+    job, config, folder = run.checked, run.checked.config, run.folder
+    attempt = _shared_attempt(folder)
+    checkpoints = CheckpointManager(config, folder, attempt, lease, predicted_checkpoint_bytes(config, job.arch))
     chosen = checkpoints.choose() or branch_point(config)
     # A checkpoint sets every weight: then the base model's are not read at all.
-    state = build_train_state(resolve_init_from(job), job.arch, set_weights=None if chosen is None else _leave_unset)
+    set_weights = initial_weights(job.origin, job.arch, config.seed) if chosen is None else _leave_unset
+    state = build_train_state(config, job.arch, set_weights=set_weights)
     clock.lap("model")
     position = Position() if chosen is None else checkpoints.load(state, *chosen)
     clock.lap("checkpoint")
     ledger = position.ledger.with_sources(job.datasets.manifests(), config.batch.seq_length)
     position = dataclasses.replace(position, ledger=ledger)
-    report = _open_reporter(job, folder, start, position.ledger)
+    report = _open_reporter(job, folder, attempt, position.ledger)
     report.event(
         "start",
         position,
@@ -70,7 +67,7 @@ def train_job(
         setup_seconds=clock.rounded(),
     )
     minutes = config.failure.wall_time_minutes
-    run = LoopContext(
+    context = LoopContext(
         config,
         job.derived,
         parallel_state.get_data_parallel_rank(),
@@ -88,7 +85,7 @@ def train_job(
         report,
     )
     try:
-        return train(run, position)
+        return train(context, position)
     finally:
         report.close()
 
@@ -96,37 +93,24 @@ def train_job(
 def _leave_unset(chunks: list[GPTModel]) -> None: ...
 
 
-def resolve_init_from(job: Job) -> RunConfig:
-    """The config with a run folder in `model.init_from` replaced by its newest complete checkpoint."""
-    origin = Path(job.config.model.init_from)
-    newest = complete_checkpoints(origin / "checkpoints")
-    if not newest:
-        return job.config
-    model = job.config.model.model_copy(update={"init_from": str(newest[0][0])})
-    return job.config.model_copy(update={"model": model})
-
-
-def _shared_start_number(folder: RunFolder) -> int:
-    """Rank 0's count of the starts of this run, on every rank."""
-    numbers = [len(folder.history.read_text().splitlines()) if dist.get_rank() == 0 else 0]
+def _shared_attempt(folder: RunFolder) -> int:
+    """Rank 0's count of the attempts of this run, on every rank."""
+    numbers = [count_attempts(folder) if dist.get_rank() == 0 else 0]
     dist.broadcast_object_list(numbers)
     return numbers[0]
 
 
-def _open_reporter(job: Job, folder: RunFolder, start: int, ledger: Ledger) -> StepReporter:
+def _open_reporter(job: CheckedRun, folder: RunFolder, attempt: int, ledger: Ledger) -> StepReporter:
     names = [dataset.name for dataset in job.datasets.train]
     seq_length = job.config.batch.seq_length
     if dist.get_rank() != 0:
         return StepReporter(job.arch, job.derived, seq_length, names, None, None)
-    metrics = MetricsFile(folder.metrics, start, open_trackers(job.config, folder))
-    console = open_console()
-    if console is not sys.stderr:  # else the log goes there already
-        logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(console))
-    view = ConsoleView(console, job.derived.train_tokens, ledger.tokens)
+    metrics = MetricsFile(folder.metrics, attempt, open_trackers(job.config, folder))
+    view = ConsoleView(open_console(), job.derived.train_tokens, ledger.tokens)
     return StepReporter(job.arch, job.derived, seq_length, names, metrics, view)
 
 
-def _first_line(job: Job, position: Position, checkpoint: Path | None) -> str:
+def _first_line(job: CheckedRun, position: Position, checkpoint: Path | None) -> str:
     tokens = format_count(job.derived.train_tokens)
     if checkpoint is None:
         return f"training {tokens} tokens from {job.config.model.init_from}"

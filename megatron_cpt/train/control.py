@@ -1,6 +1,6 @@
 """Requests from outside the loop: signals, switch files and the wall-time limit, agreed by all ranks at a step's end.
 
-    SIGTERM, SIGUSR1, RUN/STOP, wall-time limit,
+    SIGTERM, SIGUSR1, Ctrl-C, SIGHUP, RUN/STOP, the wall-time limit,
     or the process that started the ranks is gone  save, then exit 75
     RUN/SAVE                                       save and go on
     RUN/KILL                                       exit 76 at once, without saving
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from megatron_cpt.train.stop_signals import describe_signal, handle_stop_signals
+
 logger = logging.getLogger(__name__)
 
 SAVE, STOP, KILL = "SAVE", "STOP", "KILL"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,9 @@ class Control:
         self.started = time.monotonic()
         self._signal: int | None = None
         self._parent = os.getppid()
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+        handle_stop_signals(self._on_signal)
         if dist.get_rank() == 0:
-            for name in (STOP, SAVE):  # left from before this start; KILL stays until a person removes it
+            for name in (STOP, SAVE):  # left from before this attempt; KILL stays until a person removes it
                 (root / name).unlink(missing_ok=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -69,7 +68,7 @@ class Control:
         if save and dist.get_rank() == 0:
             (self.root / SAVE).unlink(missing_ok=True)
         reasons = [
-            f"signal {signal.Signals(number).name}" if number else "",
+            describe_signal(number) if number else "",
             "the wall-time limit" if limit else "",
             "the end of the process that started the ranks" if orphaned else "",
             f"the file {self.root / STOP}" if stop else "",

@@ -1,8 +1,10 @@
 """One rank of a training job, from its command line to its exit code.
 
-    python -m megatron_cpt.train.rank CONFIG [--accept-changes] [key=value ...]
+    python -m megatron_cpt.train.rank RUN --prepared                        a parent process has prepared the folder RUN
+    python -m megatron_cpt.train.rank CONFIG [--accept-changes] [key=value ...]     under torchrun or srun
 
-`megatron-cpt train` starts it for each rank of one machine; under torchrun or srun it is the process itself.
+Under torchrun or srun rank 0 prepares the run, and tells the others through the store at which all ranks meet; they
+never read the user's file.
 """
 
 from __future__ import annotations
@@ -16,111 +18,165 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import psutil
 
-from megatron_cpt.data.datasets import plan_sources
+from megatron_cpt.config.load import build_config, load_config
+from megatron_cpt.console import ConsoleHandler
 from megatron_cpt.errors import CptError
-from megatron_cpt.launch.local import CONSOLE_FD, adopt_slurm_ranks
-from megatron_cpt.launch.preflight import Job, announce, check_free_space, check_job, index_cache_dir, standing_ledger
-from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FAILED
-from megatron_cpt.runs.folder import RunFolder, prepare_run_folder, record_start
+from megatron_cpt.launch.local import CONSOLE_FD, RankFailure
+from megatron_cpt.launch.place import rank_here
+from megatron_cpt.launch.preflight import index_cache_dir
+from megatron_cpt.launch.start import KillSwitchSet, PreparedRun, load_prepared, load_run
+from megatron_cpt.runs.exit_codes import FAILED, FINISHED, STOPPED
+from megatron_cpt.runs.folder import RunFolder, resolved_dict
 from megatron_cpt.runs.lease import Lease
+from megatron_cpt.runs.rank_errors import RankError, leave_rank_error
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
+from megatron_cpt.train.api import finished_text, start_run
 from megatron_cpt.train.clock import LapClock
+from megatron_cpt.train.console_view import open_console
+from megatron_cpt.train.stop_signals import StopInSetup, stop_in_setup
 from megatron_cpt.train.watchdog import Watchdog, phase_timeouts
 
-logger = logging.getLogger(__name__)
-
-
-def run_rank(job: Job, clock: LapClock, accept_changes: bool = False) -> int:
-    """Train as the rank that the environment names; the exit code."""
-    adapt_megatron_core_to_cpu()
-    from megatron_cpt.data.batches import open_batches
-    from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
-    from megatron_cpt.train.assemble import train_job
-
-    clock.lap("import_engine")
-    config = job.config
-    folder, lease, rank = RunFolder(Path(config.folder)), None, int(os.environ.get("RANK", "0"))
-    watchdog = Watchdog(phase_timeouts(config.failure), partial(_leave_error, folder, rank))
-    folder.rank_error(rank).unlink(missing_ok=True)  # of an earlier start
-    if rank == 0 and CONSOLE_FD not in os.environ:  # else the parent has done it
-        _, changes = prepare_run_folder(config, job.model_dir, accept_changes=accept_changes)
-        record_start(folder, config, changes)
-        check_free_space(job)
-    if folder.kill_switch.exists():
-        logger.error("%s is there: remove it to let this run start", folder.kill_switch)
-        return DO_NOT_RESTART
-    if rank == 0:
-        lease = Lease(folder.lease)
-        lease.acquire()
-    ledger = standing_ledger(job)
-    plans = plan_sources(config, job.datasets, ledger)
-    if rank == 0 and CONSOLE_FD not in os.environ:
-        announce(job, plans, changes)
-    batches = open_batches(config, job.datasets, ledger, plans, index_cache_dir(config))
-    clock.lap("data_indices")
-    # Longer than every phase: the watchdog, which says where each rank stands, comes first.
-    runtime = init_runtime(config, timeout_minutes=1.5 * max(phase_timeouts(config.failure).values()) / 60)
-    clock.lap("process_groups")
-    code = train_job(job, folder, batches, runtime, lease, watchdog, clock)
-    shutdown_runtime()
-    if lease is not None:
-        lease.release()
-    return code
+logger = logging.getLogger("megatron_cpt.train.rank")  # __name__ is __main__ in a rank that a parent started
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    clock = LapClock({"import_python": time.time() - psutil.Process().create_time()})
+    """Be one rank. Return its exit code."""
     parser = argparse.ArgumentParser(prog="megatron_cpt.train.rank")
-    parser.add_argument("config", type=Path)
+    parser.add_argument("source", type=Path, metavar="CONFIG_OR_RUN")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--accept-changes", action="store_true")
+    parser.add_argument("--prepared", action="store_true")
     arguments = parser.parse_args(argv)
-    os.environ.update(adopt_slurm_ranks())
-    rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format=f"%(asctime)s %(levelname)s [rank {rank}] %(name)s: %(message)s",
-    )
-    folder: RunFolder | None = None
+    source = arguments.source
+    if arguments.prepared:
+        return _run_to_exit_code(partial(load_prepared, RunFolder(source)), rank_here(), RunFolder(source))
+    read = partial(load_config, source, arguments.overrides)
     try:
-        job = check_job(arguments.config, arguments.overrides)
-        folder = RunFolder(Path(job.config.folder))
-        clock.lap("checks")
-        return run_rank(job, clock, arguments.accept_changes)
+        return start_run(read, str(source), accept_changes=arguments.accept_changes)
+    except CptError as error:  # of the environment: a rank's own errors have become exit codes
+        logger.error("%s", error)
+        return error.exit_code
+
+
+def join_run(prepare: Callable[[], PreparedRun], rank: int) -> int:
+    """Be the rank that torchrun or srun started: rank 0 calls `prepare`, the others wait. Return the exit code."""
+    return _run_to_exit_code(partial(_prepare_once, prepare, rank), rank, None)
+
+
+def _prepare_once(prepare: Callable[[], PreparedRun], rank: int) -> PreparedRun:
+    """The prepared run on every rank, or rank 0's error on every rank."""
+    adapt_megatron_core_to_cpu()
+    from megatron_cpt.runtime.distributed import meeting_store, tell_ranks
+
+    if rank == 0:
+        try:
+            run = prepare()
+        except CptError as error:
+            told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            tell_ranks(meeting_store(), json.dumps({"error": told}))
+            raise
+        tell_ranks(meeting_store(), json.dumps({"config": resolved_dict(run.checked.config)}))
+        return run
+    answer = json.loads(meeting_store().get("prepared"))
+    meeting_store().set(f"heard/{rank}", "1")
+    if "error" in answer:
+        told = answer["error"]
+        raise RankFailure(f"rank 0: {told['message']}", hint=told["hint"], exit_code=told["exit_code"])
+    config = build_config(answer["config"], origin=f"{answer['config']['run_dir']}/resolved.yaml")
+    return load_run(config, "the config of rank 0")
+
+
+def _run_to_exit_code(get_run: Callable[[], PreparedRun], rank: int, folder: RunFolder | None) -> int:
+    """Get the run and train it; every way to end becomes an exit code and a file that says why."""
+    clock = LapClock({"import_python": time.time() - psutil.Process().create_time()})
+    _log_to(rank)
+    leave_error = partial(_leave_error, folder, rank)
+    try:
+        with stop_in_setup():
+            run = get_run()
+            leave_error = partial(_leave_error, run.folder, rank)
+            clock.lap("checks")
+            if run.finished:
+                logger.info("%s", finished_text(run))
+                return FINISHED
+            return _train(run, rank, clock)
+    except StopInSetup as stopped:
+        logger.info("%s before the first step: nothing was trained, the same command continues", stopped)
+        return STOPPED
     except CptError as error:
         logger.error("%s", error)
-        _leave_error(folder, rank, error.message, error.hint, error.exit_code)
+        leave_error(error.message, error.hint, error.exit_code)
         return error.exit_code
     except Exception as error:
         traceback.print_exc()
-        where = f"; details in {folder.rank_log(rank)}" if folder else ""
-        _leave_error(
-            folder,
-            rank,
-            f"rank {rank} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{where}",
+        what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        leave_error(
+            f"rank {rank} failed: {what}; details in its log",
             "start the same command again: it continues from the newest complete checkpoint",
             FAILED,
         )
         return FAILED
 
 
+def _train(run: PreparedRun, rank: int, clock: LapClock) -> int:
+    """Build indices, join the other ranks, and train. Return the exit code."""
+    config, folder = run.checked.config, run.folder
+    folder.rank_error(rank).unlink(missing_ok=True)  # of an earlier attempt
+    watchdog = Watchdog(phase_timeouts(config.failure), partial(_leave_error, folder, rank))
+    if rank == 0:
+        logger.info("loading Megatron-Core")
+    adapt_megatron_core_to_cpu()
+    from megatron_cpt.data.batches import open_batches
+    from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
+    from megatron_cpt.train.assemble import train_run
+
+    clock.lap("import_engine")
+    if folder.kill_switch.exists():
+        raise KillSwitchSet(folder)
+    lease = Lease(folder.lease) if rank == 0 else None
+    if lease is not None:
+        lease.acquire()
+        logger.info("opening the data")
+    try:
+        batches = open_batches(config, run.checked.datasets, run.ledger, run.plans, index_cache_dir(config))
+        clock.lap("data_indices")
+        # Longer than every phase: the watchdog, which says where each rank stands, comes first.
+        runtime = init_runtime(config, timeout_minutes=1.5 * max(phase_timeouts(config.failure).values()) / 60)
+        clock.lap("process_groups")
+        code = train_run(run, batches, runtime, lease, watchdog, clock)
+        shutdown_runtime()
+        return code
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _log_to(rank: int) -> None:
+    """Everything to this rank's log, its stderr; of rank 0 also to the console of whoever started it."""
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format=f"%(asctime)s %(levelname)s [rank {rank}] %(name)s: %(message)s",
+    )
+    if rank == 0 and CONSOLE_FD in os.environ:
+        logging.getLogger("megatron_cpt").addHandler(ConsoleHandler(open_console()))
+
+
 def _leave_error(folder: RunFolder | None, rank: int, message: str, hint: str | None, code: int) -> None:
     """Tell the process that started the ranks why this one ends."""
     if folder is not None and folder.logs.is_dir():
-        told = json.dumps({"message": message, "hint": hint, "exit_code": code})
-        with contextlib.suppress(OSError):  # a full disk: the log has said it
-            folder.rank_error(rank).write_text(told, encoding="utf-8")
+        leave_rank_error(folder.rank_error(rank), RankError(message, hint, code))
 
 
 if __name__ == "__main__":
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stdout.flush()
     code = main()
     logging.shutdown()
     for child in multiprocessing.active_children():  # Megatron-Core's writer: os._exit would orphan it

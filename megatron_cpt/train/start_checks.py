@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 
 from megatron_cpt.data.micro_batch import MicroBatch
 from megatron_cpt.errors import CheckpointError
+from megatron_cpt.launch.origin import resolve_origin
 from megatron_cpt.model.build import DTYPES
 from megatron_cpt.runtime.distributed import failing_together
 from megatron_cpt.train.state import TrainState
@@ -60,7 +61,7 @@ def check_start(state: TrainState, batch: MicroBatch) -> None:
 
 def _compare_with_transformers(state: TrainState, batch: MicroBatch, loss: float) -> None:
     config = state.config
-    dtype, model_dir = config.precision.dtype, Path(config.model.init_from)
+    dtype, model_dir = config.precision.dtype, resolve_origin(config.model.init_from).weights
     if reason := _why_not(model_dir, state.arch.num_parameters * DTYPES[dtype].itemsize, state.arch.num_parameters):
         logger.info("first loss %.4f; not compared with transformers: %s", loss, reason)
         return

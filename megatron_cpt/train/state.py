@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,10 +25,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.launch.origin import Origin, resolve_origin
 from megatron_cpt.model.build import DTYPES, build_model
 from megatron_cpt.model.gpu_options import optimizer_settings
 from megatron_cpt.model.load_hf import load_hf_weights, random_weights
-from megatron_cpt.model.load_megatron import is_megatron_checkpoint, load_megatron_weights
+from megatron_cpt.model.load_megatron import load_megatron_weights
 from megatron_cpt.runtime.adamw import select_adam
 from megatron_cpt.train.terms import Penalty
 
@@ -77,7 +77,9 @@ def build_train_state(
         CheckpointError: the weights are missing, damaged or of another model; on every rank.
     """
     chunks = build_model(config, arch)
-    (set_weights or initial_weights(config, arch))(chunks)
+    if set_weights is None:
+        set_weights = initial_weights(resolve_origin(config.model.init_from), arch, config.seed)
+    set_weights(chunks)
     model_config = chunks[0].config
     wrapped: list[Any] = [Float16Module(model_config, c) for c in chunks] if model_config.bf16 else list(chunks)
     ddp_config = DistributedDataParallelConfig(
@@ -98,14 +100,13 @@ def build_train_state(
     return TrainState(config, arch, model_config, ddp, optimizer, adam)
 
 
-def initial_weights(config: RunConfig, arch: Architecture) -> SetWeights:
-    """How `model.init_from` sets the weights: the word `random`, a Megatron checkpoint or a Hugging Face directory."""
-    origin = config.model.init_from
-    if origin == "random":
-        return lambda chunks: random_weights(chunks, arch, config.seed)
-    if is_megatron_checkpoint(Path(origin)):
-        return lambda chunks: load_megatron_weights(chunks, Path(origin))
-    return lambda chunks: load_hf_weights(chunks, origin, arch)
+def initial_weights(origin: Origin, arch: Architecture, seed: int) -> SetWeights:
+    """How the weights of a run's origin are set."""
+    if origin.kind == "random":
+        return lambda chunks: random_weights(chunks, arch, seed)
+    if origin.kind == "torch_dist":
+        return lambda chunks: load_megatron_weights(chunks, origin.weights)
+    return lambda chunks: load_hf_weights(chunks, origin.weights, arch)
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:

@@ -22,7 +22,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def refuse(*_: object) -> int:
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr("megatron_cpt.commands.train.run_ranks", refuse)
+    monkeypatch.setattr("megatron_cpt.train.api.run_ranks", refuse)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     write_model(tmp_path / "model")

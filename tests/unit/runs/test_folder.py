@@ -9,12 +9,28 @@ import pytest
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.runs.folder import config_changes, prepare_run_folder, record_start, resolved_dict
+from megatron_cpt.runs.folder import (
+    Change,
+    RunFolder,
+    changes_since_last_attempt,
+    config_changes,
+    create_run_folder,
+    record_attempt,
+    refused_changes,
+    resolved_dict,
+)
 
 
 def make(folder: Path, **changes: Any) -> RunConfig:
     raw = {"job_name": "t", "run_dir": str(folder / "run"), "model": {"init_from": "m"}}
     return build_config(raw | changes)
+
+
+def prepare(config: RunConfig, model_dir: Path) -> tuple[RunFolder, list[Change]]:
+    folder = RunFolder(Path(config.folder))
+    changes = changes_since_last_attempt(folder, config)
+    create_run_folder(folder, config, model_dir)
+    return folder, changes
 
 
 @pytest.fixture
@@ -27,15 +43,15 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 def test_side_files_travel_and_weights_do_not(tmp_path: Path, model_dir: Path) -> None:
-    folder, changes = prepare_run_folder(make(tmp_path), model_dir)
+    folder, changes = prepare(make(tmp_path), model_dir)
     assert changes == []
     assert {p.name for p in folder.hf.iterdir()} == {"config.json", "tokenizer.json", "merges.txt"}
-    assert prepare_run_folder(make(tmp_path), folder.hf)[1] == []  # from its own copy: nothing is lost
+    assert prepare(make(tmp_path), folder.hf)[1] == []  # from its own copy: nothing is lost
     assert len(list(folder.hf.iterdir())) == 3
 
 
 def test_a_new_budget_batch_layout_or_rate_continues_the_run(tmp_path: Path, model_dir: Path) -> None:
-    prepare_run_folder(make(tmp_path), model_dir)
+    prepare(make(tmp_path), model_dir)
     legal = make(
         tmp_path,
         budget={"train_tokens": "10M"},
@@ -45,42 +61,33 @@ def test_a_new_budget_batch_layout_or_rate_continues_the_run(tmp_path: Path, mod
         eval={"every": "1M"},
         data={"train": [{"name": "a", "prefix": "a"}]},
     )
-    folder, changes = prepare_run_folder(legal, model_dir)
+    folder, changes = prepare(legal, model_dir)
     shown = [str(change) for change in changes]
     assert "budget.train_tokens: 1638400 -> 10000000" in shown
     assert "optimizer.lr: 5e-05 -> 0.0001" in shown
     assert len(shown) == 7
-    assert record_start(folder, legal, changes) == 1
-    assert record_start(folder, legal, []) == 2
+    assert record_attempt(folder, changes) == 1
+    assert record_attempt(folder, []) == 2
     entries = [json.loads(line) for line in folder.history.read_text().splitlines()]
     assert entries[0]["changes"][0]["path"] == changes[0].path
 
 
 @pytest.mark.parametrize(
     ("change", "path"),
-    [
-        ({"seed": 9}, "seed"),
-        ({"model": {"init_from": "other"}}, "model.init_from"),
-        ({"precision": {"dtype": "fp32"}}, "precision.dtype"),
-    ],
+    [({"seed": 9}, "seed"), ({"job_name": "u"}, "job_name"), ({"precision": {"dtype": "fp32"}}, "precision.dtype")],
 )
-def test_another_runs_folder_is_refused_with_the_difference(
+def test_seed_name_and_precision_make_it_another_run(
     tmp_path: Path, model_dir: Path, change: dict[str, Any], path: str
 ) -> None:
-    prepare_run_folder(make(tmp_path), model_dir)
-    other = make(tmp_path, **change)
-    with pytest.raises(CheckpointError, match="another run") as caught:
-        prepare_run_folder(other, model_dir)
-    assert f"{path}: " in caught.value.message
-    assert "--accept-changes" in str(caught.value.hint)
-    _, changes = prepare_run_folder(other, model_dir, accept_changes=True)
-    assert [c.path for c in changes] == [path]
+    prepare(make(tmp_path), model_dir)
+    _, changes = prepare(make(tmp_path, optimizer={"lr": 1e-4}, **change), model_dir)
+    assert [c.path for c in refused_changes(changes)] == [path]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, model_dir: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(CheckpointError, match="cannot write the run folder"):
-        prepare_run_folder(make(tmp_path), model_dir)
+        prepare(make(tmp_path), model_dir)
 
 
 def test_a_resolved_config_reads_back(tmp_path: Path, model_dir: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from megatron_cpt.cli import cli, run
 from megatron_cpt.config.load import build_config
 from megatron_cpt.runs.checkpoints import checkpoint_path, seal
-from megatron_cpt.runs.folder import RunFolder, record_start, resolved_yaml
+from megatron_cpt.runs.folder import RunFolder, record_attempt, resolved_yaml
 from megatron_cpt.runs.lease import Lease, refuse_if_held
 from megatron_cpt.runs.marker import Marker
 from megatron_cpt.train.metrics import MetricsFile
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> RunFolder:
     made.logs.mkdir()
     made.checkpoints.mkdir()
     made.resolved.write_text(resolved_yaml(config))
-    record_start(made, config, [])
+    record_attempt(made, [])
     return made
 
 
@@ -97,7 +97,7 @@ def test_a_run_from_its_start_to_its_end(folder: RunFolder, capsys: pytest.Captu
     lease.release()
     assert state(folder, capsys)["state"] == "interrupted"
     # the second start repeats steps 5 and 6
-    record_start(folder, build_config({"job_name": "job", "model": {"init_from": "m"}}), [])
+    record_attempt(folder, [])
     metrics = write_steps(folder, 2, range(5, 11))
     metrics.write(event="validation", iteration=10, name="held_out", loss=1.5)
     metrics.write(event="finished", iteration=10)
