@@ -14,9 +14,10 @@ from megatron_cpt.budget import format_count
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import SourcePlan, plan_sources
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.errors import CheckpointError, ConfigError, CptError
+from megatron_cpt.errors import CheckpointError, ConfigError, CptError, LaunchError
 from megatron_cpt.launch.identity import Identity, check_identity, identity_of, write_identity
 from megatron_cpt.launch.origin import side_files_dir
+from megatron_cpt.launch.place import check_world_size, under_launcher
 from megatron_cpt.launch.preflight import CheckedRun, branch_point, check_free_space, check_run, standing_ledger
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART
@@ -57,6 +58,13 @@ class PreparedRun:
     def folder(self) -> RunFolder:
         return self.checked.folder
 
+    def describe_end(self) -> str:
+        """What to say of a finished run."""
+        return (
+            f"{self.folder.root} is finished: {self.ledger.tokens:,} tokens trained, the last checkpoint is "
+            f"{complete_checkpoints(self.folder.checkpoints)[0][0]}. Raise budget.train_tokens to go on."
+        )
+
 
 def load_run(config: RunConfig, named: str) -> PreparedRun:
     """Check `config` and find its place in the data; nothing is written.
@@ -79,9 +87,11 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
 
     Raises:
         KillSwitchSet: RUN/KILL keeps the run from starting.
-        UserError: the config, the model, the data, the disk, or the folder is another run's or is being written.
+        UserError: the config, the model, the data, the disk, the number of processes; or the folder is another run's or
+            is being written.
     """
     run = load_run(config, named)
+    _check_processes(config)
     folder = run.folder
     if folder.kill_switch.exists():
         raise KillSwitchSet(folder)
@@ -98,6 +108,16 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
     record_attempt(folder, changes)
     _announce(run, changes)
     return run
+
+
+def _check_processes(config: RunConfig) -> None:
+    if under_launcher():
+        check_world_size(config.parallel.world_size)
+    elif config.parallel.nodes > 1:
+        raise LaunchError(
+            f"parallel.nodes = {config.parallel.nodes}: one machine cannot start the others",
+            hint="submit slurm/qwen2_72b_cpt.sbatch, or run this command under torchrun on every node",
+        )
 
 
 def _is_finished(run: PreparedRun) -> bool:

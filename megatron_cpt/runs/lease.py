@@ -105,7 +105,8 @@ def refuse_if_held(path: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> 
 def refuse_or_clear(path: Path) -> None:
     """Raise CheckpointError when a living job holds the lease; remove a dead one's, so that nobody waits again."""
     refuse_if_held(path)
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # no folder yet, or one that cannot be written: making it says so
+        path.unlink()
 
 
 def _beats(path: Path, holder: Holder, heartbeat_seconds: float) -> bool:

@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.local import run_ranks
-from megatron_cpt.launch.place import adopt_slurm_ranks, check_variables, check_world_size, rank_here, under_launcher
+from megatron_cpt.launch.place import adopt_slurm_ranks, under_launcher
 from megatron_cpt.launch.start import PreparedRun, prepare
-from megatron_cpt.runs.checkpoints import complete_checkpoints
 from megatron_cpt.runs.exit_codes import FINISHED, STOPPED
 
 logger = logging.getLogger(__name__)
@@ -54,35 +52,17 @@ def start_run(read_config: Callable[[], RunConfig], named: str, *, accept_change
     os.environ.update(adopt_slurm_ranks())
 
     def prepare_here() -> PreparedRun:
-        config = read_config()
-        if under_launcher():
-            check_world_size(config.parallel.world_size)
-        elif config.parallel.nodes > 1:
-            raise LaunchError(
-                f"parallel.nodes = {config.parallel.nodes}: one machine cannot start the others",
-                hint="submit slurm/qwen2_72b_cpt.sbatch, or run this command under torchrun on every node",
-            )
-        return prepare(config, named, accept_changes=accept_changes)
+        return prepare(read_config(), named, accept_changes=accept_changes)
 
     if under_launcher():
-        if os.environ["WORLD_SIZE"] != "1":
-            check_variables()
         from megatron_cpt.train.rank import join_run
 
-        return join_run(prepare_here, rank_here())
+        return join_run(prepare_here)
     run = prepare_here()
     if run.finished:
-        logger.info("%s", finished_text(run))
+        logger.info("%s", run.describe_end())
         return FINISHED
     code = run_ranks(run.folder, [str(run.folder.root), "--prepared"], run.checked.derived.world_size)
     if code == STOPPED:
         logger.info("stopped; the same command continues")
     return code
-
-
-def finished_text(run: PreparedRun) -> str:
-    """What to say of a run whose budget is trained."""
-    return (
-        f"{run.folder.root} is finished: {run.ledger.tokens:,} tokens trained, the last checkpoint is "
-        f"{complete_checkpoints(run.folder.checkpoints)[0][0]}. Raise budget.train_tokens to go on."
-    )

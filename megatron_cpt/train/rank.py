@@ -28,15 +28,14 @@ from megatron_cpt.config.load import build_config, load_config
 from megatron_cpt.console import ConsoleHandler
 from megatron_cpt.errors import CptError
 from megatron_cpt.launch.local import CONSOLE_FD, RankFailure
-from megatron_cpt.launch.place import rank_here
+from megatron_cpt.launch.place import adopt_slurm_ranks, rank_here
 from megatron_cpt.launch.preflight import index_cache_dir
-from megatron_cpt.launch.start import KillSwitchSet, PreparedRun, load_prepared, load_run
+from megatron_cpt.launch.start import KillSwitchSet, PreparedRun, load_prepared, load_run, prepare
 from megatron_cpt.runs.exit_codes import FAILED, FINISHED, STOPPED
 from megatron_cpt.runs.folder import RunFolder, resolved_dict
 from megatron_cpt.runs.lease import Lease
 from megatron_cpt.runs.rank_errors import RankError, leave_rank_error
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
-from megatron_cpt.train.api import finished_text, start_run
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.console_view import open_console
 from megatron_cpt.train.stop_signals import StopInSetup, stop_in_setup
@@ -53,30 +52,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--accept-changes", action="store_true")
     parser.add_argument("--prepared", action="store_true")
     arguments = parser.parse_args(argv)
-    source = arguments.source
+    source, folder = arguments.source, RunFolder(arguments.source)
     if arguments.prepared:
-        return _run_to_exit_code(partial(load_prepared, RunFolder(source)), rank_here(), RunFolder(source))
-    read = partial(load_config, source, arguments.overrides)
-    try:
-        return start_run(read, str(source), accept_changes=arguments.accept_changes)
-    except CptError as error:  # of the environment: a rank's own errors have become exit codes
-        logger.error("%s", error)
-        return error.exit_code
+        return _run_to_exit_code(partial(load_prepared, folder), rank_here(), folder)
+    os.environ.update(adopt_slurm_ranks())
+    return join_run(
+        lambda: prepare(load_config(source, arguments.overrides), str(source), accept_changes=arguments.accept_changes)
+    )
 
 
-def join_run(prepare: Callable[[], PreparedRun], rank: int) -> int:
-    """Be the rank that torchrun or srun started: rank 0 calls `prepare`, the others wait. Return the exit code."""
-    return _run_to_exit_code(partial(_prepare_once, prepare, rank), rank, None)
+def join_run(prepare_here: Callable[[], PreparedRun]) -> int:
+    """Be the rank that torchrun or srun started: rank 0 calls `prepare_here`, the others wait. Return the exit code."""
+    return _run_to_exit_code(partial(_prepare_once, prepare_here, rank_here()), rank_here(), None)
 
 
-def _prepare_once(prepare: Callable[[], PreparedRun], rank: int) -> PreparedRun:
+def _prepare_once(prepare_here: Callable[[], PreparedRun], rank: int) -> PreparedRun:
     """The prepared run on every rank, or rank 0's error on every rank."""
     adapt_megatron_core_to_cpu()
     from megatron_cpt.runtime.distributed import meeting_store, tell_ranks
 
     if rank == 0:
         try:
-            run = prepare()
+            run = prepare_here()
         except CptError as error:
             told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
             tell_ranks(meeting_store(), json.dumps({"error": told}))
@@ -103,7 +100,7 @@ def _run_to_exit_code(get_run: Callable[[], PreparedRun], rank: int, folder: Run
             leave_error = partial(_leave_error, run.folder, rank)
             clock.lap("checks")
             if run.finished:
-                logger.info("%s", finished_text(run))
+                logger.info("%s", run.describe_end())
                 return FINISHED
             return _train(run, rank, clock)
     except StopInSetup as stopped:
