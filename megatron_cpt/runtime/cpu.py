@@ -8,22 +8,27 @@ the CPU and passes everything else on to the real torch. Nothing else in the pro
 calls on tensors (`.cuda()`, `.type()`) are wrapped, and answer differently to Megatron-Core's modules only.
 
 `torch.cuda.is_available()` is never faked. With a newer Megatron-Core, check `_MODULE_EDITS` first: it holds
-every place that depends on the engine's internals. Tested with 0.16.1.
+every place that depends on the engine's internals; names that differ between versions are in `compat.py`.
 """
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import importlib.machinery
+import importlib.util
 import logging
 import queue
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from megatron_cpt.runtime.compat import TRITON_MODULES, WRITE_RESULTS_QUEUES, engine_version
 
 _ENGINE = "megatron.core"
 _FACTORIES = (
@@ -36,7 +41,11 @@ def adapt_megatron_core_to_cpu() -> bool:
     """Make `import megatron.core` work without CUDA; return whether anything was adapted.
 
     Call it before the first import of Megatron-Core; further calls do nothing.
+
+    Raises:
+        LaunchError: Megatron-Core is missing, twice there, or of a version that the project is not proven with.
     """
+    engine_version()
     if torch.cuda.is_available():
         return False
     if any(isinstance(finder, _EngineFinder) for finder in sys.meta_path):
@@ -70,6 +79,8 @@ class _EngineFinder:
 
 class _EngineLoader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
+        if module.__name__ in TRITON_MODULES and importlib.util.find_spec("triton") is None:
+            module.__dict__["__builtins__"] = vars(builtins) | {"__import__": _import_without_triton}
         super().exec_module(module)
         if module.__dict__.get("torch") is torch:
             module.torch = _TORCH_ON_CPU  # type: ignore[attr-defined]
@@ -194,8 +205,9 @@ def _keep_results_in_process(writer: ModuleType) -> None:
     def results(*args: Any) -> Any:
         return queue.Queue()
 
-    writer._get_write_results_queue = results  # type: ignore[attr-defined]  # the name in 0.16
-    writer.get_write_results_queue = results  # type: ignore[attr-defined]  # the name in 0.19
+    for name in WRITE_RESULTS_QUEUES:
+        if hasattr(writer, name):
+            setattr(writer, name, results)
 
 
 def _skip_exchange_of_one(buffers: ModuleType) -> None:
@@ -215,6 +227,14 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
     return among
 
+
+def _import_without_triton(name: str, *args: Any, **kwargs: Any) -> ModuleType:
+    """`__import__` of a module of GPU kernels where triton, which would compile them, is not installed."""
+    return _NO_TRITON if name.partition(".")[0] == "triton" else builtins.__import__(name, *args, **kwargs)
+
+
+_NO_TRITON = ModuleType("triton")
+_NO_TRITON.__dict__.update(jit=lambda kernel: kernel, language=types.SimpleNamespace(constexpr=None))
 
 _MODULE_EDITS: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.jit": _do_not_compile,

@@ -48,6 +48,7 @@ from megatron_cpt.runs.folder import RunFolder, resolved_yaml
 from megatron_cpt.runs.lease import Lease
 from megatron_cpt.runs.marker import Marker
 from megatron_cpt.runs.retention import Retention
+from megatron_cpt.runtime.compat import begin_save
 from megatron_cpt.runtime.distributed import failing_together
 from megatron_cpt.train.checkpoint_errors import SaveFailed, named_failure, save_failed
 from megatron_cpt.train.checkpoint_space import CheckpointSpace
@@ -130,14 +131,8 @@ class CheckpointManager:
         with gathered_parameters(state), named_failure(partial):
             saved = saved_state(state)
             self._plan_anew_if_changed(saved, state.device)
-            request = dist_checkpointing.save(
-                saved,
-                str(partial),
-                self._strategy,
-                validate_access_integrity=not self._validated,
-                async_sharded_save=True,
-            )
-            assert request is not None
+            assert self._strategy is not None
+            request = begin_save(saved, partial, self._strategy, validate=not self._validated)
             self._validated = True
             if self._staging is not None:
                 request = in_thread(request, self._staging if asynchronous else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_cpt.runtime.compat import TRITON_MODULES
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="inert where CUDA is available")
@@ -122,3 +124,27 @@ import megatron.core.fusions.fused_bias_swiglu as fused
 print("TORCHDYNAMO_DISABLE" in os.environ, type(fused.swiglu).__name__)
 """
     assert run_python(code) == "False function"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
+@pytest.mark.parametrize("name", TRITON_MODULES)
+def test_kernels_for_a_gpu_are_importable_without_triton_and_nothing_else_sees_one(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "paged_stash.py"
+    source.write_text(
+        "import triton\nimport triton.language as tl\nimport sys\n"
+        "@triton.jit\ndef kernel(SIZE: tl.constexpr): return SIZE\nseen = 'triton' in sys.modules\n"
+    )
+    code = f"""
+import importlib.util
+from megatron_cpt.runtime import cpu
+loader = cpu._EngineLoader({name!r}, {str(source)!r})
+module = importlib.util.module_from_spec(importlib.util.spec_from_loader({name!r}, loader))
+loader.exec_module(module)
+print(module.kernel(3), module.seen)
+other = cpu._EngineLoader("megatron.core.other", {str(source)!r})
+try:
+    other.exec_module(importlib.util.module_from_spec(importlib.util.spec_from_loader("megatron.core.other", other)))
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert run_python(code).splitlines() == ["3 False", "triton"]
