@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # not an Excep
 
 from checkpoint_convert.torch_dist import EXTRA_STATE, NOT_WEIGHTS, OUTPUT
 from megatron_cpt.errors import CheckpointError
+from megatron_cpt.runtime.compat import COMMON_STATE
 from megatron_cpt.runtime.distributed import failing_together
 
 
@@ -95,7 +96,7 @@ def check_keys(wanted: dict[str, Any], folder: Path, *, surplus_allowed: Callabl
     of_ranks: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, mine)
     asked = {key for keys in of_ranks for key in keys if EXTRA_STATE not in key}
-    stored = {shard.key for shard in load_sharded_metadata(str(folder)).values()}
+    stored = {shard.key for shard in load_sharded_metadata(str(folder)).values()} - {COMMON_STATE}
     surplus = {key for key in stored - asked if EXTRA_STATE not in key and not surplus_allowed(key)}
     wrong = [f"{key} is missing" for key in sorted(asked - stored)]
     wrong += [f"{key} belongs to nothing in the model" for key in sorted(surplus)]

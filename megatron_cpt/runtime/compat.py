@@ -28,6 +28,9 @@ WRITE_RESULTS_QUEUES = ("_get_write_results_queue", "get_write_results_queue")
 # mixtures of experts on a GPU, and a build of torch for the CPU brings no triton.
 TRITON_MODULES = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
 
+# 0.19 puts what is not sharded (settings of the optimizer, arguments of Megatron-LM) under this key among the shards.
+COMMON_STATE = "common_state"
+
 
 @functools.cache
 def engine_version() -> tuple[int, int]:
@@ -43,8 +46,8 @@ def begin_save(
     """Plan the save of a sharded state dict whose factories are applied; its files are written by the request.
 
     0.17 made nvidia-resiliency-ext the default writer; the one asked for here is in every version.
-    0.19 puts what is not sharded into the shards instead of `common.pt`; `common.pt` is written as well, and every
-    version reads it.
+    0.19 writes `COMMON_STATE` instead of the file `common.pt`; here the file is written as well, and every version
+    reads it.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
