@@ -118,11 +118,12 @@ class IndexedCheckpoint:
     weights: Weights
     iteration: int | None = None
     run_config: Path | None = None  # resolved.yaml of the run that trained it
+    unknown_fields: tuple[str, ...] = ()  # `name = value` of what Megatron stored and `megatron_fields` does not know
 
 
 @contextlib.contextmanager
 def clear_os_errors(what: str) -> Iterator[None]:
-    """What the file system refuses is the user's to mend: one line, no traceback."""
+    """Errors of the file system are for the user to fix: one line, no traceback."""
     try:
         yield
     except OSError as error:
@@ -133,8 +134,8 @@ def clear_os_errors(what: str) -> Iterator[None]:
 
 
 _OS_HINTS = {
-    errno.ENOSPC: "free some disk space and start again: it goes on from here",
-    errno.EDQUOT: "your quota is used up; free some space and start again: it goes on from here",
+    errno.ENOSPC: "free some disk space and start again: it continues from here",
+    errno.EDQUOT: "your quota is used up; free some space and start again: it continues from here",
     errno.EACCES: "check the owner and permissions of the folder",
     errno.EPERM: "check the owner and permissions of the folder",
     errno.EROFS: "the file system is read-only; name another folder",

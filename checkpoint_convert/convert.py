@@ -106,7 +106,7 @@ def _warn_of_grid(arch: Architecture, tp: int) -> None:
 def convert(source: IndexedCheckpoint, final: Path, options: Options) -> dict[str, Any]:
     """Write the checkpoint to the folder `final` and return its receipt. Nothing appears there before the end.
 
-    Raises MismatchError (exit 1) when weights do not match, ConversionError for all else that a user can mend.
+    Raises MismatchError (exit 1) when weights do not match, ConversionError for everything else that a user can fix.
     """
     with clear_os_errors(f"cannot write {final}"):
         return _convert(source, final, options)
@@ -115,6 +115,9 @@ def convert(source: IndexedCheckpoint, final: Path, options: Options) -> dict[st
 def _convert(source: IndexedCheckpoint, final: Path, options: Options) -> dict[str, Any]:
     started = time.time()
     _check_places(source, final, options)
+    if source.unknown_fields:
+        shown = ", ".join(source.unknown_fields[:8]) + (", ..." if len(source.unknown_fields) > 8 else "")
+        log.warning("fields of Megatron that this version does not know, all named in the receipt: %s", shown)
     target = plan(source, partial_path(final), options)
     with PartialFolder(final, _plan_id(source, target, options)) as partial:
         old = partial.finished_records()
@@ -149,7 +152,7 @@ def _check_places(source: IndexedCheckpoint, final: Path, options: Options) -> N
 
 
 def _plan_id(source: IndexedCheckpoint, target: Target, options: Options) -> str:
-    """Identifies source files and planned bytes: the same plan may go on where a killed run stopped."""
+    """Return a hash of the source files and the planned bytes: the same plan may continue a killed conversion."""
     digest = hashlib.sha256(megatron_cpt.__version__.encode())
     digest.update(repr({k: v for k, v in asdict(options).items() if k not in ("workers", "read_back")}).encode())
     for path in sorted({e.path for t in source.weights.tensors.values() for e in t.extents}):
@@ -175,7 +178,7 @@ def _check_space(target: Target, folder: Path) -> None:
 def _stream(
     source: IndexedCheckpoint, target: Target, partial: PartialFolder, old: dict[str, TensorRecord], options: Options
 ) -> tuple[dict[str, TensorRecord], int]:
-    """Copy all tensors but those of `old` that are proven to be in place; their number is returned too."""
+    """Copy every tensor not already proven complete by an earlier run. Return all records and the number skipped."""
     weights = source.weights
     copied_bytes = sum(tensor.nbytes for tensor in weights.copies) * 2
     with (
@@ -185,7 +188,7 @@ def _stream(
     ):
         proven = _prove(Copier(targets, None, progress.advance), target, old, options.workers)
         if old:
-            log.info("going on: %d of %d tensors are in place", len(proven), len(weights.tensors))
+            log.info("continuing: %d of %d tensors are in place", len(proven), len(weights.tensors))
         partial.start_journal(proven)
         copier = Copier(sources, targets, progress.advance)
         compare_copies(copier, weights.tensors, weights.copies)
@@ -209,7 +212,7 @@ def _prove(copier: Copier, target: Target, records: dict[str, TensorRecord], wor
 
 
 def _check_against_receipt(source: IndexedCheckpoint, records: dict[str, TensorRecord]) -> bool:
-    """A source that we wrote must still hold what its receipt says. Whether there is such a receipt."""
+    """Check a source that we wrote against its receipt. Return whether it has one."""
     path = (source.path.parent if source.format == "legacy" else source.path) / RECEIPT
     if not path.is_file():
         return False
@@ -229,7 +232,7 @@ def _check_against_receipt(source: IndexedCheckpoint, records: dict[str, TensorR
 
 
 def _integrity(source: IndexedCheckpoint, receipt: bool) -> str:
-    """By what the source's bytes were found to be those that were saved."""
+    """Return how the integrity of the source was checked, for the receipt."""
     if receipt:
         return f"sha256 of {RECEIPT}"
     tensors = source.weights.tensors.values()
@@ -246,7 +249,7 @@ def _check_values(records: dict[str, TensorRecord], options: Options) -> None:
     bad = {name: record.nonfinite_rows for name, record in records.items() if record.nonfinite_rows}
     if bad and not options.allow_nonfinite:
         lines = "\n  ".join(f"{name}: {count} rows" for name, count in list(bad.items())[:40])
-        hint = "look at the source; --dtype float16 overflows above 65504; --allow-nonfinite writes them all the same"
+        hint = "look at the source; --dtype float16 overflows above 65504; --allow-nonfinite writes them anyway"
         raise MismatchError(f"NaN or infinity in {len(bad)} tensors\n  {lines}", hint=hint)
 
 
@@ -336,6 +339,7 @@ def _receipt(
             "bytes": weights.nbytes,
             "fingerprint": fingerprint([(weights.tensors[n], r.sha256) for n, r in records.items()]),
             "ignored": weights.ignored,
+            "unknown_megatron_fields": list(source.unknown_fields),
         },
         "target": {
             "path": str(final),

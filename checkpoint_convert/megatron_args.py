@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 from checkpoint_convert.checkpoint import MismatchError
+from checkpoint_convert.megatron_config import LLAMA3_SCALING
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.tensors import MegatronTensor
+
+log = logging.getLogger(__name__)
 
 
 def megatron_args(
@@ -14,7 +18,7 @@ def megatron_args(
 ) -> argparse.Namespace:
     """Names of Megatron-LM's command line, so that `--use-checkpoint-args` builds this model."""
     dtype = next(iter(dtypes.values()))
-    return argparse.Namespace(
+    args = argparse.Namespace(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
@@ -44,6 +48,12 @@ def megatron_args(
         virtual_pipeline_model_parallel_size=vpp,
         iteration=iteration,
     )
+    if (scaling := arch.rope_scaling) is not None:
+        constants = {name: getattr(scaling, name) for name in LLAMA3_SCALING}
+        if constants != LLAMA3_SCALING:  # by names of our own, which the reader knows
+            vars(args).update({f"rope_scaling_{name}": value for name, value in constants.items()})
+            log.warning("Megatron-LM's --use-rope-scaling has constants %s, this model %s", LLAMA3_SCALING, constants)
+    return args
 
 
 def tensor_dtype(tensor: MegatronTensor, dtypes: dict[str, str]) -> str:

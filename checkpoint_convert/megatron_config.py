@@ -1,95 +1,41 @@
-"""Which model a Megatron checkpoint is, by what Megatron itself stored: a config.json made or checked from it.
-
-Megatron-Bridge writes `run_config.yaml` into the iteration's folder; its `model` section holds the fields of
-Megatron-Core's TransformerConfig. Megatron-LM stores its command line, an argparse.Namespace, as `args` in
-`common.pt` (torch_dist) or in each rank's file (legacy). Both name the same facts; neither holds a tokenizer.
-"""
+"""A config.json made from what Megatron stored, or checked against it; `megatron_fields` says what a field means."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from checkpoint_convert.checkpoint import MismatchError
-from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.families import FAMILIES
+from checkpoint_convert.megatron_fields import FACTS, changes_the_model, is_known
+from checkpoint_convert.stored_model import HINT, StoredModel
+from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling
+from megatron_cpt.architecture.families import FAMILIES, architecture_from_config
 from megatron_cpt.architecture.families.family import Config
 from megatron_cpt.errors import ConversionError
 
-BRIDGE_CONFIG = "run_config.yaml"
-HINT = "give --hf-config DIR, the Hugging Face folder of the base model (config.json and tokenizer)"
-
-# Architecture's field -> its name in Megatron-Bridge's `model` section, its name among Megatron-LM's args
-FIELDS: dict[str, tuple[str, str]] = {
-    "num_layers": ("num_layers", "num_layers"),
-    "hidden_size": ("hidden_size", "hidden_size"),
-    "ffn_hidden_size": ("ffn_hidden_size", "ffn_hidden_size"),
-    "num_attention_heads": ("num_attention_heads", "num_attention_heads"),
-    "head_dim": ("kv_channels", "kv_channels"),
-    "rms_norm_eps": ("layernorm_epsilon", "norm_epsilon"),
-    "rope_theta": ("rotary_base", "rotary_base"),
-    "qkv_bias": ("add_qkv_bias", "add_qkv_bias"),
-    "qk_norm": ("qk_layernorm", "qk_layernorm"),
-}
-# What must hold for a model of our families: field -> allowed values. Absent fields pass.
-REQUIRED: dict[str, tuple[Any, ...]] = {
-    "normalization": ("RMSNorm",),
-    "add_bias_linear": (False,),
-    "gated_linear_unit": (True,),
-    "swiglu": (True,),
-    "position_embedding_type": ("rope",),
-    "rotary_percent": (1.0, None),
-    "num_moe_experts": (None, 0),
-    "num_experts": (None, 0),
-    "multi_latent_attention": (False, None),
-    "rotary_interleaved": (False, None),
-    "apply_residual_connection_post_layernorm": (False, None),
-    "seq_len_interpolation_factor": (None, 1, 1.0),
-    "rotary_seq_len_interpolation_factor": (None, 1, 1.0),
-    "window_size": (None,),
-}
 # Megatron-Core stores the factor only; these are constants of its rope scaling.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+NULL_TOKENIZER = "NullTokenizer"
 
 
-def stored_facts(folder: Path, *, trust_pickle: bool = False) -> tuple[dict[str, Any], Path] | None:
-    """Fields by Megatron-LM's or Megatron-Bridge's names and the file that holds them, None when there is none."""
-    path = folder / BRIDGE_CONFIG
-    if path.is_file():
-        return _bridge_facts(path), path
-    files = [folder / "common.pt", *sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))[:1]]
-    for path in files:
-        if path.is_file():
-            from checkpoint_convert.state_file import load_state
+def config_from_stored(stored: StoredModel, tokenizer_dir: Path | None) -> Config:
+    """A config.json for the model that Megatron stored; ConversionError where that does not suffice.
 
-            args = load_state(path, trust_pickle=trust_pickle).get("args")
-            return (dict(vars(args)), path) if args is not None else None
-    return None
-
-
-def _bridge_facts(path: Path) -> dict[str, Any]:
-    try:
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        nested = model.get("transformer") or {}
-        return {**model, **nested}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} has no readable `model` section: {error}", hint=HINT) from error
-
-
-def config_from_facts(facts: dict[str, Any], path: Path, dtype: str) -> Config:
-    """A config.json for the model that Megatron stored; ConversionError where that does not suffice."""
-    _refuse_other_models(facts, path)
-    known = _known(facts)
-    missing = [names for name, names in FIELDS.items() if name not in known and not name.startswith("q")]
-    if missing or facts.get("vocab_size") is None:
-        names = [name for pair in missing for name in dict.fromkeys(pair)] or ["vocab_size (padding left out)"]
-        raise ConversionError(f"{path} does not say {', '.join(names)}", hint=HINT)
-    qkv_bias, qk_norm = known.get("qkv_bias", False), known.get("qk_norm", False)
-    if qkv_bias and qk_norm:
+    The vocabulary comes from the stored `vocab_size`, else from the tokenizer.json of `tokenizer_dir`.
+    """
+    fields, path = stored.fields, stored.path
+    known = _known_facts(stored)
+    _refuse_switches(stored, _placeholder(known))  # first: a model of another kind lacks facts for that reason
+    missing = [names for name, names in FACTS.items() if name not in known and not name.startswith("q")]
+    if missing:
+        raise ConversionError(f"{path} does not say {', '.join(n for pair in missing for n in dict.fromkeys(pair))}",
+                              hint=HINT)  # fmt: skip
+    if known.get("qkv_bias") and known.get("qk_norm"):
         raise ConversionError(f"{path}: no supported family has both add_qkv_bias and qk_layernorm", hint=HINT)
-    family = FAMILIES["qwen3" if qk_norm else "qwen2" if qkv_bias else "llama"]
+    family = FAMILIES["qwen3" if known.get("qk_norm") else "qwen2" if known.get("qkv_bias") else "llama"]
     config: Config = {
         "model_type": family.name,
         "architectures": [family.hf_class],
@@ -99,58 +45,144 @@ def config_from_facts(facts: dict[str, Any], path: Path, dtype: str) -> Config:
         "num_attention_heads": known["num_attention_heads"],
         "num_key_value_heads": known["num_query_groups"],
         "head_dim": known["head_dim"],
-        "vocab_size": facts["vocab_size"],
-        "max_position_embeddings": facts.get("max_position_embeddings") or facts.get("seq_length") or 4096,
+        "vocab_size": _vocab_size(stored, tokenizer_dir),
+        "max_position_embeddings": fields.get("max_position_embeddings") or fields.get("seq_length") or 4096,
         "rms_norm_eps": known["rms_norm_eps"],
         "rope_theta": known["rope_theta"],
         "hidden_act": "silu",
         "tie_word_embeddings": known.get("tie_word_embeddings", False),
-        "torch_dtype": dtype,
+        "torch_dtype": "float16" if fields.get("fp16") else "bfloat16" if fields.get("bf16", True) else "float32",
     }
-    if facts.get("use_rope_scaling") or facts.get("rope_scaling"):
-        factor = float(facts.get("rope_scaling_factor") or 8.0)
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}
+    if fields.get("tokenizer_type") == NULL_TOKENIZER:
+        config["eos_token_id"] = config["vocab_size"] - 1
+    scaling = known.get("rope_scaling")
+    if scaling is not None:
+        names = ("factor", *LLAMA3_SCALING)
+        config["rope_scaling"] = {"rope_type": "llama3", **{name: getattr(scaling, name) for name in names}}
     return config
 
 
-def check_facts(facts: dict[str, Any], path: Path, arch: Architecture, side_dir: Path) -> None:
-    """Raise MismatchError when config.json contradicts what Megatron stored: names and shapes do not show it all."""
-    wrong = [
-        f"{name}: {value} there, {getattr(arch, name)} in config.json"
-        for name, value in _known(facts).items()
-        if getattr(arch, name) != value
-    ]
+def check_stored(stored: Sequence[StoredModel], arch: Architecture, config_path: Path) -> list[str]:
+    """Refuse what Megatron stored when it is not the model of config.json: names and shapes do not show it all.
+
+    Returns the fields that the list of `megatron_fields` does not know, as `name = value`, for the receipt.
+
+    Raises:
+        ConversionError: a switch changes the mathematics in a way that our families do not compute.
+        MismatchError: a fact contradicts config.json.
+    """
+    unknown = []
+    for model in stored:
+        _refuse_switches(model, arch)
+        wrong = [
+            f"{name}: {value} there, {getattr(arch, name)} in config.json"
+            for name, value in _known_facts(model).items()
+            if getattr(arch, name) != value
+        ]
+        if wrong:
+            lines = "\n  ".join(wrong)
+            raise MismatchError(
+                f"{config_path} contradicts {model.path}\n  {lines}",
+                hint="is it the config.json of the model that was trained?",
+            )
+        unknown += [f"{name} = {value!r}" for name, value in model.fields.items() if not is_known(name)]
+    return unknown
+
+
+def _refuse_switches(model: StoredModel, arch: Architecture) -> None:
+    wrong = [f"{name} = {value!r}" for name, value in model.fields.items() if changes_the_model(name, value, arch)]
     if wrong:
-        lines = "\n  ".join(wrong)
-        raise MismatchError(
-            f"{side_dir}/config.json contradicts {path}\n  {lines}", hint="is --hf-config the model that was trained?"
+        raise ConversionError(
+            f"{model.path} describes a model that is not supported: {', '.join(wrong)}",
+            hint="no supported family computes this: the conversion would give another model, whatever its config.json",
         )
 
 
-def _known(facts: dict[str, Any]) -> dict[str, Any]:
+def _placeholder(known: dict[str, Any]) -> Architecture:
+    """An architecture with the known head size, for the switches that are compared with it."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 1, "intermediate_size": 1, "num_attention_heads": 1}
+    config = {"model_type": "llama", **sizes, "vocab_size": 1, "max_position_embeddings": 1, "rms_norm_eps": 1e-6}
+    return replace(architecture_from_config(config), head_dim=known.get("head_dim", 1))
+
+
+def _known_facts(stored: StoredModel) -> dict[str, Any]:
     """The facts by Architecture's names; fields that were not stored are left out."""
+    fields = stored.fields
     known: dict[str, Any] = {}
-    for name, names in FIELDS.items():
-        value = next((facts[key] for key in names if facts.get(key) is not None), None)
+    for name, names in FACTS.items():
+        value = next((fields[key] for key in names if fields.get(key) is not None), None)
         if value is not None:
-            known[name] = float(value) if name in ("rms_norm_eps", "rope_theta") else value
-    heads = facts.get("num_attention_heads")
+            known[name] = _number(stored, names, value)
+    heads = known.get("num_attention_heads")
     if heads is not None:
-        grouped = facts.get("group_query_attention", True)  # Megatron-LM's switch beside the number
-        known["num_query_groups"] = (facts.get("num_query_groups") if grouped else None) or heads
-    if heads is not None and "head_dim" not in known and facts.get("hidden_size") is not None:
-        known["head_dim"] = facts["hidden_size"] // heads
-    if facts.get("share_embeddings_and_output_weights") is not None:
-        known["tie_word_embeddings"] = bool(facts["share_embeddings_and_output_weights"])
-    elif facts.get("untie_embeddings_and_output_weights") is not None:
-        known["tie_word_embeddings"] = not facts["untie_embeddings_and_output_weights"]
+        grouped = fields.get("group_query_attention", True)  # Megatron-LM's switch beside the number
+        known["num_query_groups"] = (fields.get("num_query_groups") if grouped else None) or heads
+    if heads is not None and "head_dim" not in known and "hidden_size" in known:
+        known["head_dim"] = known["hidden_size"] // heads
+    if fields.get("share_embeddings_and_output_weights") is not None:
+        known["tie_word_embeddings"] = bool(fields["share_embeddings_and_output_weights"])
+    elif fields.get("untie_embeddings_and_output_weights") is not None:
+        known["tie_word_embeddings"] = not fields["untie_embeddings_and_output_weights"]
+    if fields.keys() & {"use_rope_scaling", "rope_scaling", "scale_factor"}:
+        known["rope_scaling"] = _rope_scaling(fields)
     return known
 
 
-def _refuse_other_models(facts: dict[str, Any], path: Path) -> None:
-    wrong = [f"{k} = {facts[k]!r}" for k, allowed in REQUIRED.items() if k in facts and facts[k] not in allowed]
-    activation = facts.get("activation_func")
-    if activation is not None and "silu" not in str(activation):
-        wrong.append(f"activation_func = {activation!r}")
-    if wrong:
-        raise ConversionError(f"{path} describes a model that is not supported: {', '.join(wrong)}", hint=HINT)
+def _number(stored: StoredModel, names: tuple[str, ...], value: Any) -> Any:
+    """A size or a number as our facts hold it; a list or a text in its place is another model's."""
+    if not isinstance(value, (int, float)):
+        raise ConversionError(
+            f"{stored.path} says {' / '.join(dict.fromkeys(names))} = {value!r}: not one number", hint=HINT
+        )
+    return float(value) if names[0] in ("layernorm_epsilon", "rotary_base") else value
+
+
+def _rope_scaling(fields: dict[str, Any]) -> Llama3RopeScaling | None:
+    """Megatron-LM's `use_rope_scaling`, Megatron-Bridge's `rope_scaling` or its Llama 3.1 provider's own fields."""
+    bridge_llama = fields.get("scale_factor") is not None
+    if not (fields.get("use_rope_scaling") or fields.get("rope_scaling") or bridge_llama):
+        return None
+    factor = fields.get("scale_factor") if bridge_llama else fields.get("rope_scaling_factor")
+
+    def number(bridge: str, ours: str, default: float) -> float:
+        found = fields.get(bridge) if bridge_llama else fields.get(ours)
+        return float(default if found is None else found)
+
+    low, high, context = LLAMA3_SCALING.values()
+    return Llama3RopeScaling(
+        factor=float(8.0 if factor is None else factor),
+        low_freq_factor=number("low_freq_factor", "rope_scaling_low_freq_factor", low),
+        high_freq_factor=number("high_freq_factor", "rope_scaling_high_freq_factor", high),
+        original_max_position_embeddings=int(
+            number("old_context_len", "rope_scaling_original_max_position_embeddings", context)
+        ),
+    )
+
+
+def _vocab_size(stored: StoredModel, tokenizer_dir: Path | None) -> int:
+    """Rows of the embedding without padding."""
+    fields = stored.fields
+    if fields.get("vocab_size") is not None:
+        one_more = fields.get("tokenizer_type") == NULL_TOKENIZER  # its EOD comes after the ids that were asked for
+        return int(_number(stored, ("vocab_size",), fields["vocab_size"])) + one_more
+    if tokenizer_dir is not None:
+        return tokenizer_rows(tokenizer_dir / "tokenizer.json")
+    padded, kind, name = (fields.get(key) for key in ("padded_vocab_size", "tokenizer_type", "tokenizer_model"))
+    raise ConversionError(
+        f"{stored.path} does not say vocab_size: {kind or 'a tokenizer'} ({name}) decided it, and is not here; with "
+        f"padding it is {padded}",
+        hint="give --hf-config DIR with the base model's config.json and tokenizer; the folder of the tokenizer alone "
+        "will do (tokenizer.json), and both may also lie beside latest_checkpointed_iteration.txt",
+    )
+
+
+def tokenizer_rows(path: Path) -> int:
+    """One more than the largest id of a tokenizer.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in content.get("added_tokens", [])]
+        return int(1 + max([*ids, *added]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{path} is not a tokenizer: {error!r}", hint="copy the tokenizer again") from error

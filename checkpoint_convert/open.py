@@ -12,7 +12,8 @@ from pathlib import Path
 from checkpoint_convert.checkpoint import Format, IndexedCheckpoint, StoredTensor, Weights, clear_os_errors
 from checkpoint_convert.hf import is_hf, read_hf
 from checkpoint_convert.legacy import TRACKER, is_legacy, read_legacy
-from checkpoint_convert.megatron_config import BRIDGE_CONFIG, HINT, check_facts, config_from_facts, stored_facts
+from checkpoint_convert.megatron_config import check_stored, config_from_stored
+from checkpoint_convert.stored_model import BRIDGE_CONFIG, HINT, StoredModel, read_stored_models
 from checkpoint_convert.torch_dist import read_torch_dist
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import architecture_from_config, read_architecture, read_config
@@ -21,6 +22,7 @@ from megatron_cpt.architecture.tensors import hf_tensor_shapes
 from megatron_cpt.errors import ConversionError
 
 log = logging.getLogger(__name__)
+CONFIG = "config.json"
 BEST = "best.json"
 RUN_CONFIG = "resolved.yaml"
 COMPLETE = "complete.json"  # our trainer's mark of a finished save
@@ -54,16 +56,13 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
     of_a_run = (folder.parent.parent / RUN_CONFIG).is_file() and folder.parent.name == "checkpoints"
     if of_a_run and not (folder / COMPLETE).is_file():
         raise ConversionError(f"{folder} was not saved to its end: it has no {COMPLETE}", hint="take another iteration")
-    side_dir = folder if kind == "hf" else _find_side_dir(folder, hf_config)
-    if side_dir is None:
-        side_dir, config = _config_of_megatron(folder, trust_pickle)
-        arch = architecture_from_config(config)
+    if kind == "hf":
+        side_dir, config, arch, unknown = folder, read_config(folder), read_architecture(folder), []
     else:
-        config, arch = read_config(side_dir), read_architecture(side_dir)
-        if kind != "hf" and (hf_config is not None or (folder / BRIDGE_CONFIG).is_file()):
-            stored = stored_facts(folder, trust_pickle=trust_pickle)
-            if stored is not None:
-                check_facts(*stored, arch, side_dir)
+        stored = read_stored_models(folder)
+        side_dir, config = _config_of_megatron(folder, hf_config, stored)
+        arch = architecture_from_config(config)
+        unknown = check_stored(stored, arch, side_dir / CONFIG)
     weights = _read(kind, folder, arch, trust_pickle, shapes_only)
     dtype = Counter(tensor.dtype for tensor in weights.tensors.values()).most_common(1)[0][0]
     found = ITERATION.search(folder.name)
@@ -76,6 +75,7 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
         weights,
         int(found.group(1)) if found else None,
         next(iter(runs), None),
+        tuple(unknown),
     )
 
 
@@ -138,28 +138,42 @@ def _chosen_iteration(folder: Path, best: bool) -> Path:
     return folder / name
 
 
-def _config_of_megatron(folder: Path, trust_pickle: bool) -> tuple[Path, Config]:
-    """A config.json made from what Megatron stored, and where a tokenizer may lie (Megatron-Bridge's `tokenizer`)."""
-    stored = stored_facts(folder, trust_pickle=trust_pickle)
-    if stored is None:
+def _config_of_megatron(folder: Path, hf_config: Path | None, stored: list[StoredModel]) -> tuple[Path, Config]:
+    """The folder of a Megatron checkpoint's tokenizer, and its config.json: the one there, or one that is made."""
+    side_dir = _find_side_dir(folder, hf_config)
+    if side_dir is not None and (side_dir / CONFIG).is_file():
+        return side_dir, read_config(side_dir)
+    if not stored:
         raise ConversionError(
-            f"{folder} does not say which model it is: no hf/config.json in or above it, no {BRIDGE_CONFIG}, no args",
+            f"{folder} does not say which model it is: no config.json in hf/, in or above it, or beside {TRACKER}; no "
+            f"{BRIDGE_CONFIG}, no args",
             hint=HINT,
         )
-    facts, path = stored
-    dtype = "float16" if facts.get("fp16") else "bfloat16" if facts.get("bf16", True) else "float32"
-    config = config_from_facts(facts, path, dtype)
-    log.warning("config.json is made from %s; --hf-config DIR takes the base model's own, and its tokenizer", path)
-    tokenizer = folder / "tokenizer"
-    return (tokenizer if tokenizer.is_dir() else folder), config
+    tokenizer = side_dir or _stored_tokenizer(folder, stored[0])
+    config = config_from_stored(stored[0], tokenizer)
+    log.warning(
+        "config.json is made from %s; --hf-config DIR takes the base model's own, and its tokenizer", stored[0].path
+    )
+    return tokenizer or folder, config
 
 
 def _find_side_dir(folder: Path, hf_config: Path | None) -> Path | None:
-    """Where config.json and the tokenizer of a Megatron checkpoint lie; None when it carries none."""
+    """Where config.json and the tokenizer of a Megatron checkpoint lie; None when it carries none.
+
+    In --hf-config; in `hf/` in or above the iteration (ours); beside the tracker or in the iteration (Pai-Megatron).
+    """
     if hf_config is not None:
         return hf_config.parent if hf_config.is_file() else hf_config
     in_series = ITERATION.search(folder.name) or folder.name == "release"
-    for parent in (folder, *folder.parents[:2]) if in_series else (folder,):
-        if (parent / "hf" / "config.json").is_file():
-            return parent / "hf"
-    return None
+    above = (folder, *folder.parents[:2]) if in_series else (folder,)
+    places = [parent / "hf" for parent in above] + [folder]
+    if in_series and (folder.parent / TRACKER).is_file():
+        places.append(folder.parent)
+    return next((place for place in places if (place / CONFIG).is_file()), None)
+
+
+def _stored_tokenizer(folder: Path, stored: StoredModel) -> Path | None:
+    """The tokenizer's folder: Megatron-Bridge's `tokenizer/`, beside the tracker, or the one that the args name."""
+    named = stored.fields.get("tokenizer_model")
+    places = [folder / "tokenizer", folder, folder.parent, *([Path(named)] if isinstance(named, str) else [])]
+    return next((place for place in places if (place / "tokenizer.json").is_file()), None)

@@ -1,7 +1,7 @@
 """An output folder in the making: NAME.partial, with a lock, and a journal of what is finished.
 
 After `kill -9` the same command finds the folder, proves each tensor of the journal by reading it back, and
-goes on with the rest. Only a finished conversion is renamed to its final name.
+continues with the rest. Only a finished conversion is renamed to its final name.
 """
 
 from __future__ import annotations

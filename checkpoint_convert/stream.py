@@ -149,7 +149,8 @@ def run_parallel(jobs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
             pool.shutdown(wait=True, cancel_futures=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise ConversionError(
-                    f"the disk is full: {error.strerror}", hint="free some space and start again: it goes on from here"
+                    f"the disk is full: {error.strerror}",
+                    hint="free some space and start again: it continues from here",
                 ) from error
             raise
         return [future.result() for future in futures]

@@ -1,7 +1,7 @@
 """The errors a user can meet, each one sentence with what, where and why, and a hint.
 
 CptError                exit 1
-|- UserError            exit 2: the user can mend it
+|- UserError            exit 2: the user can fix it
 |  |- ConfigError       the run's YAML or an override
 |  |- DataError         a corpus, a tokenizer, a .bin/.idx dataset or its manifest
 |  |- CheckpointError   a checkpoint or a run folder

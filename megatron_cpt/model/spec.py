@@ -49,7 +49,7 @@ def transformer_engine_is_usable() -> bool:
 
 
 def resolve_attention(asked: str) -> str:
-    """`auto` -> the fastest back end of this machine; ConfigError when `te` is asked for in vain."""
+    """`auto` -> the fastest back end of this machine; ConfigError when `te` is asked for and not available."""
     if asked == "auto":
         on_gpu = "te" if transformer_engine_is_usable() else "sdpa"
         return on_gpu if torch.cuda.is_available() else "block_causal"

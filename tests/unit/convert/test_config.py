@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ import yaml
 from checkpoint_convert.checkpoint import MismatchError
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.megatron_args import megatron_args
+from checkpoint_convert.megatron_config import check_stored
+from checkpoint_convert.megatron_fields import changes_the_model, is_known
 from checkpoint_convert.open import open_checkpoint
-from megatron_cpt.architecture.families import read_architecture
+from checkpoint_convert.stored_model import StoredModel
+from megatron_cpt.architecture.families import architecture_from_config, read_architecture
 from megatron_cpt.errors import ConversionError
 from tests.unit.convert.test_foreign import global_tensors, stacked, write_legacy
 from tests.unit.convert.tiny_checkpoints import assert_same_weights, write_hf
@@ -175,3 +180,231 @@ def test_nothing_says_which_model_it_is(tmp_path: Path) -> None:
     torch.save({"args": argparse.Namespace(num_layers=4)}, tmp_path / "ckpt" / "common.pt")
     with pytest.raises(ConversionError, match="does not say hidden_size"):
         open_checkpoint(tmp_path / "ckpt")
+
+
+# Values of Megatron's switches that give another model, by the names of both Megatron-LM and Megatron-Bridge.
+OTHER_MODELS: dict[str, Any] = {
+    "normalization": "LayerNorm",
+    "apply_layernorm_1p": True,
+    "layernorm_zero_centered_gamma": True,
+    "apply_residual_connection_post_layernorm": True,
+    "add_bias_linear": True,
+    "swiglu": False,
+    "gated_linear_unit": False,
+    "activation_func": "torch.nn.functional.gelu",
+    "activation_func_clamp_value": 7.0,
+    "glu_linear_offset": 1.0,
+    "squared_relu": True,
+    "quick_geglu": True,
+    "position_embedding_type": "none",
+    "rotary_percent": 0.5,
+    "rotary_interleaved": True,
+    "rotary_seq_len_interpolation_factor": 4,
+    "rope_type": "yarn",
+    "no_rope_freq": [0, 1, 0, 1],
+    "mrope_section": [8, 4, 4],
+    "softmax_type": "learnable",
+    "softmax_scale": 1.0,
+    "qk_l2_norm": True,
+    "window_size": (127, 0),
+    "window_attn_skip_freq": 2,
+    "attention_output_gate": True,
+    "multi_latent_attention": True,
+    "experimental_attention_variant": "gated_delta_net",
+    "num_experts": 8,
+    "mtp_num_layers": 1,
+    "is_hybrid_model": True,
+    "hybrid_override_pattern": "M*M*",
+    "heterogeneous_layers_config_path": "layers.json",
+    "spec": ["my.module", "my_spec"],
+    "rotary_base": [10000, 1000000],
+}
+LLAMA_CONFIG = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64}
+LLAMA_CONFIG |= {"num_attention_heads": 4, "vocab_size": 77, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_a_switch_that_changes_the_mathematics_is_refused_by_name(name: str) -> None:
+    arch = architecture_from_config(LLAMA_CONFIG)
+    with pytest.raises(ConversionError, match=name) as caught:
+        check_stored([StoredModel(Path("common.pt"), {name: OTHER_MODELS[name]})], arch, Path("config.json"))
+    assert caught.value.exit_code == 2 and caught.value.hint
+
+
+def test_values_that_change_nothing_pass() -> None:
+    arch = architecture_from_config(LLAMA_CONFIG)
+    fields = {"softmax_scale": 8**-0.5, "window_size": (-1, 0), "activation_func": "torch.nn.functional.silu"}
+    fields |= {"kv_lora_rank": 32, "moe_router_topk": 2, "rotary_percent": 1, "fp8": "hybrid", "glu_linear_offset": 0.0}
+    assert check_stored([StoredModel(Path("common.pt"), fields)], arch, Path("config.json")) == []
+    mistral = architecture_from_config(LLAMA_CONFIG | {"model_type": "mistral", "sliding_window": 16})
+    stored = [StoredModel(Path("common.pt"), {"window_size": (15, 0)})]
+    assert check_stored(stored, mistral, Path("config.json")) == []
+    with pytest.raises(ConversionError, match="window_size"):
+        check_stored(stored, arch, Path("config.json"))
+
+
+def test_every_field_of_megatron_core_is_on_the_list() -> None:
+    """A new version's fields show here; its defaults are either ours or a model that is refused."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    fields = [field for kind in (TransformerConfig, MLATransformerConfig) for field in dataclasses.fields(kind)]
+    assert len(fields) > 250
+    assert [field.name for field in fields if not is_known(field.name)] == []
+    arch = architecture_from_config(LLAMA_CONFIG)
+    gpt_defaults = {"normalization", "add_bias_linear", "gated_linear_unit", "activation_func"}
+    gpt_defaults |= {"multi_latent_attention", "rope_type"}  # of MLATransformerConfig
+    wrong = {field.name for field in fields if changes_the_model(field.name, field.default, arch)}
+    assert wrong <= gpt_defaults
+
+
+@pytest.mark.parametrize(
+    "entrance", ["args", "args and --hf-config", "args and hf/", "run_config.yaml and hf/", "legacy"]
+)
+def test_the_list_guards_every_entrance(tmp_path: Path, entrance: str) -> None:
+    """The same switch is refused wherever config.json comes from, and the control passes."""
+    hf = write_hf(tmp_path / "base", "llama")
+    args = megatron_args(read_architecture(hf), {"x": "bfloat16"}, 1, 1, None, 7)
+    folder = tmp_path / "ckpt"
+    hf_config = hf if entrance in ("args and --hf-config", "legacy") else None
+
+    def write(rotary_percent: float) -> None:
+        args.rotary_percent = rotary_percent
+        if entrance == "legacy":
+            shutil.rmtree(folder, ignore_errors=True)
+            write_legacy(hf, folder, {"args": args})
+        elif entrance.startswith("args"):
+            torch.save({"args": args, "iteration": 7}, folder / "common.pt")
+        else:
+            model = bridge_model(hf) | {"rotary_percent": rotary_percent}
+            (folder / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+
+    if entrance != "legacy":
+        dcp.save(dict(stacked(global_tensors(hf))), checkpoint_id=folder, no_dist=True)
+    if entrance.endswith("hf/"):
+        shutil.copytree(hf, folder / "hf")
+    write(1.0)
+    open_checkpoint(folder, hf_config=hf_config)
+    write(0.5)
+    with pytest.raises(ConversionError, match=r"not supported: rotary_percent = 0\.5"):
+        open_checkpoint(folder, hf_config=hf_config)
+
+
+@pytest.mark.parametrize(
+    ("stored", "scaling"),
+    [
+        ({"use_rope_scaling": True, "rope_scaling_factor": 8.0}, None),
+        ({"use_rope_scaling": False}, LLAMA3),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, LLAMA3),
+        ({"rope_scaling": True, "rope_scaling_factor": 8.0}, LLAMA3 | {"low_freq_factor": 2.0}),
+        ({"scale_factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 4096}, LLAMA3),
+    ],
+)
+def test_a_contradicting_rope_scaling_is_found(stored: dict[str, Any], scaling: dict[str, Any] | None) -> None:
+    arch = architecture_from_config(LLAMA_CONFIG | {"rope_scaling": scaling})
+    with pytest.raises(MismatchError, match="rope_scaling"):
+        check_stored([StoredModel(Path("common.pt"), stored)], arch, Path("config.json"))
+    same = {"scale_factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
+    arch = architecture_from_config(LLAMA_CONFIG | {"rope_scaling": LLAMA3})
+    assert check_stored([StoredModel(Path("common.pt"), same)], arch, Path("config.json")) == []
+
+
+def test_a_scaling_with_other_constants_survives_its_way_through_args(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "base", "llama", rope_scaling=LLAMA3 | {"original_max_position_embeddings": 4096})
+    convert(open_checkpoint(hf), tmp_path / "ckpt", Options(to="torch_dist"))
+    shutil.rmtree(tmp_path / "ckpt" / "hf")
+    assert open_checkpoint(tmp_path / "ckpt").arch == read_architecture(hf)
+
+
+def test_a_field_that_is_not_on_the_list_is_named_in_the_receipt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hf = write_hf(tmp_path / "base", "llama")
+    args = megatron_args(read_architecture(hf), {"x": "bfloat16"}, 1, 1, None, 7)
+    args.a_switch_of_tomorrow, args.lr = 3, 0.1
+    write_legacy(hf, tmp_path / "ckpt", {"args": args})
+    receipt = convert(open_checkpoint(tmp_path / "ckpt"), tmp_path / "out", Options(to="hf"))
+    assert receipt["source"]["unknown_megatron_fields"] == ["a_switch_of_tomorrow = 3"]
+    assert "a_switch_of_tomorrow = 3" in caplog.text
+
+
+def hf_tokenizer_checkpoint(tmp_path: Path, **changes: Any) -> tuple[Path, Path]:
+    """As Megatron-LM saves with a Hugging Face tokenizer: args.vocab_size is None. Returns base and iteration."""
+    hf = write_hf(tmp_path / "base", "llama")
+    args = megatron_args(read_architecture(hf), {"x": "bfloat16"}, 1, 1, None, 7)
+    args.vocab_size, args.padded_vocab_size = None, 256
+    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", "nowhere/tokenizer"
+    vars(args).update(changes)
+    folder = tmp_path / "series" / "iter_0000007"
+    dcp.save(dict(stacked(global_tensors(hf))), checkpoint_id=folder, no_dist=True)
+    torch.save({"args": args, "iteration": 7}, folder / "common.pt")
+    (tmp_path / "series" / "latest_checkpointed_iteration.txt").write_text("7")
+    return hf, folder
+
+
+def write_tokenizer(folder: Path, rows: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    vocabulary = {f"t{i}": i for i in range(rows - 1)}
+    content = {"model": {"type": "BPE", "vocab": vocabulary}, "added_tokens": [{"id": rows - 1, "content": "<eos>"}]}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_hugging_face_tokenizer_gives_the_vocabulary(tmp_path: Path) -> None:
+    """From the folder that --hf-config names, beside the tracker, or as the args say; else it is asked for."""
+    hf, folder = hf_tokenizer_checkpoint(tmp_path)
+    rows = read_architecture(hf).vocab_size
+    with pytest.raises(ConversionError, match=r"vocab_size: HuggingFaceTokenizer \(nowhere/tokenizer\)") as caught:
+        open_checkpoint(folder)
+    assert "--hf-config" in str(caught.value.hint)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", rows)
+    assert open_checkpoint(folder, hf_config=tokenizer).arch == read_architecture(hf)
+    receipt = convert(open_checkpoint(folder, hf_config=tokenizer), tmp_path / "out", Options(to="hf"))
+    assert "tokenizer.json" in receipt["side_files"]
+    assert_same_weights(hf, tmp_path / "out")
+    write_tokenizer(folder.parent, rows)
+    assert open_checkpoint(folder.parent).arch == read_architecture(hf)
+    (folder.parent / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConversionError, match="is not a tokenizer"):
+        open_checkpoint(folder.parent)
+
+
+def test_the_tokenizer_that_the_args_name_is_used_where_it_is(tmp_path: Path) -> None:
+    named = write_tokenizer(tmp_path / "named", 77)
+    hf, folder = hf_tokenizer_checkpoint(tmp_path, tokenizer_model=str(named))
+    opened = open_checkpoint(folder)
+    assert opened.arch == read_architecture(hf) and opened.side_dir == named
+
+
+def test_a_config_beside_the_tracker_is_found_and_checked(tmp_path: Path) -> None:
+    """Where Pai-Megatron puts the base model's files."""
+    hf, folder = hf_tokenizer_checkpoint(tmp_path)
+    config = json.loads((hf / "config.json").read_text())
+    (folder.parent / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder.parent, 77)
+    receipt = convert(open_checkpoint(folder.parent), tmp_path / "out", Options(to="hf"))
+    assert receipt["side_files"] == ["config.json", "tokenizer.json", "README.md"]
+    (folder.parent / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(MismatchError, match="rms_norm_eps"):
+        open_checkpoint(folder.parent)
+
+
+def test_a_null_tokenizer_has_one_row_more_than_it_was_asked_for(tmp_path: Path) -> None:
+    """`--vocab-size 76` means 77 rows, of which the last is the end of a document."""
+    hf, folder = hf_tokenizer_checkpoint(tmp_path, tokenizer_type="NullTokenizer", vocab_size=76)
+    convert(open_checkpoint(folder), tmp_path / "out", Options(to="hf"))
+    assert_same_weights(hf, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"]) == (77, 76)
+
+
+def test_reading_the_args_runs_no_code_of_the_file(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    hf, folder = hf_tokenizer_checkpoint(tmp_path)
+    state = torch.load(folder / "common.pt", weights_only=False)
+    state["args"].evil = Evil()
+    torch.save(state, folder / "common.pt")
+    open_checkpoint(folder, hf_config=hf)
+    assert not (tmp_path / "made").exists()
