@@ -6,7 +6,8 @@
 As Megatron-LM (core_v0.16.1) does: one dataset per JSON key; special tokens spelled in the text become ids, but not by
 the SentencePiece types; empty documents are kept; the end of a document is the tokenizer's own eos_token, even one that
 ends a chat turn; the tokenizer's beginning-of-sequence token is added only with --tokenizer-hf-include-special-tokens
-or --legacy-tokenizer. Unlike it: any unreadable line fails the run unless --max-reject-ratio allows it.
+or --legacy-tokenizer. Unlike it: any unreadable line fails the run unless --max-reject-ratio allows it, and a
+document that the tokenizer itself ends with the end of document is not given a second one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from megatron_cpt.commands.preprocess import outcome_text, unit_progress
 from megatron_cpt.console import print_summary
 from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema import parse_corpus
-from megatron_cpt.corpus.tokenizers.huggingface import stated_eos
 from megatron_cpt.corpus.tokenizers.load import find_tokenizer_file
+from megatron_cpt.corpus.tokenizers.stated_tokens import read_stated_tokens
 from megatron_cpt.corpus.tokenizers.tokenizer import CHAT_TURN_TOKENS
 from megatron_cpt.errors import ConfigError
 
@@ -92,7 +93,7 @@ def main(
 
 def own_eos(model: str) -> str | None:
     """The eos_token that the tokenizer's configuration states: Megatron-LM's end of document."""
-    eos = stated_eos(find_tokenizer_file(model).parent)
+    eos = read_stated_tokens(find_tokenizer_file(model).parent).eos
     if eos in CHAT_TURN_TOKENS:
         log.warning("documents end with %r, as Megatron-LM has it; for a base model state another --eod-token", eos)
     return eos

@@ -45,11 +45,10 @@ class BatchStream:
     """Reads samples. It has no position of its own: everything follows from the ledger it is handed."""
 
     def __init__(
-        self, blend: Blend, streams: dict[str, EpochStream], seq_length: int, document_end: int | None = None
+        self, blend: Blend, streams: dict[str, EpochStream], seq_length: int, *, documents_apart: bool = False
     ) -> None:
-        """`document_end` is the EOD id when documents are to be kept apart."""
         self.blend = blend
-        self.document_end = document_end
+        self.documents_apart = documents_apart
         self.streams = streams
         self.seq_length = seq_length
 
@@ -79,8 +78,9 @@ class BatchStream:
             "position_ids": torch.arange(self.seq_length).expand(len(samples), -1).contiguous(),
             "source": torch.tensor([names.index(sample.source) for sample in samples]),
         }
-        if self.document_end is not None:
-            batch["document_ids"] = document_ids(tokens, self.document_end)
+        if self.documents_apart:
+            ends = torch.tensor([[self.streams[sample.source].dataset.eod_id] for sample in samples])
+            batch["document_ids"] = document_ids(tokens, ends)
         return batch
 
     def documents(self, plan: StepPlan) -> list[dict[str, Any]]:
@@ -107,8 +107,8 @@ def open_batches(
     # From the first epoch on: the run may have to fall back to an older checkpoint than the one it was planned from.
     wanted = [(streams[plan.name], range(_last_epoch(plan) + 1)) for plan in plans]
     build_indices(wanted, cache_dir)
-    document_end = datasets.train[0].eod_id if config.model.document_attention else None
-    return BatchStream(blend_of(phase_at(config, ledger.tokens)), streams, config.batch.seq_length, document_end)
+    blend, apart = blend_of(phase_at(config, ledger.tokens)), config.model.document_attention
+    return BatchStream(blend, streams, config.batch.seq_length, documents_apart=apart)
 
 
 def _last_epoch(plan: SourcePlan) -> int:

@@ -18,6 +18,7 @@ from megatron_cpt.config.phase import Phase, phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest, manifest_hash, read_manifest
+from megatron_cpt.corpus.dataset.text_rules import difference, text_rules
 from megatron_cpt.corpus.tokenizers.load import tokenizer_fingerprint
 from megatron_cpt.data.blend import Blend, build_blend
 from megatron_cpt.data.ledger import Ledger
@@ -72,8 +73,9 @@ def check_datasets(config: RunConfig, arch: Architecture, model_dir: Path) -> Da
             hint="name a dataset: data: {train: [{name: domain, prefix: data/domain}]}",
         )
     fingerprint = _fingerprint(model_dir)
-    train = tuple(_check(s.name, s.prefix, arch, fingerprint) for s in config.data.train)
-    validation = tuple(_check(name, p, arch, fingerprint) for name, p in config.data.validation.items())
+    train = tuple(_check(s.name, s.prefix, config, arch, fingerprint) for s in config.data.train)
+    validation = tuple(_check(name, p, config, arch, fingerprint) for name, p in config.data.validation.items())
+    _warn_of_differences((*train, *validation))
     for dataset in train:
         if dataset.tokens <= config.batch.seq_length:
             raise DataError(
@@ -105,8 +107,28 @@ def _fingerprint(model_dir: Path) -> str | None:
     return None
 
 
-def _check(name: str, prefix: str, arch: Architecture, fingerprint: str | None) -> Dataset:
+def _warn_of_differences(datasets: Sequence[Dataset]) -> None:
+    """Say where two datasets of a run were not written by the same rules, which nothing later shows."""
+    first, known = datasets[0], read_manifest(datasets[0].prefix)
+    for dataset in datasets[1:]:
+        manifest = read_manifest(dataset.prefix)
+        found = difference(text_rules(manifest), text_rules(known))
+        if manifest.append_eod != known.append_eod:
+            ends = {True: "ends documents with EOD", False: "does not end them so"}
+            found = f"the first {ends[manifest.append_eod]}, the second {ends[known.append_eod]}"
+        elif manifest.append_eod and dataset.eod_id != first.eod_id:
+            found = f"EOD: {manifest.tokenizer.eod_token!r} against {known.tokenizer.eod_token!r}"
+        if found:
+            logger.warning("datasets %r and %r were not written by the same rules: %s", dataset.name, first.name, found)
+
+
+def _check(name: str, prefix: str, config: RunConfig, arch: Architecture, fingerprint: str | None) -> Dataset:
     manifest = read_manifest(prefix)
+    if config.model.document_attention and not manifest.append_eod:
+        raise DataError(
+            f"model.document_attention keeps documents apart by their EOD, and those of {name!r} have none",
+            hint="preprocess the text again with --append-eod, or set model.document_attention: false",
+        )
     _check_tokenizer(name, manifest, arch, fingerprint)
     _check_ids(name, prefix, manifest)
     return Dataset(

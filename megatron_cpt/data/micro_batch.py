@@ -40,9 +40,17 @@ SEQUENCE_AXES: dict[str, int | None] = {
 _ON_CPU = ("document_ids",)  # attention reads them there
 
 
-def document_ids(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """Return the number of the document within its sample, [b, s], that each token belongs to; EOD ends its own."""
-    ends = (tokens == eod_id).long()
+def document_ids(tokens: torch.Tensor, eod_ids: int | torch.Tensor) -> torch.Tensor:
+    """Number the documents within each sample: the one that each token belongs to; EOD ends its own.
+
+    Args:
+        tokens: int64 [b, s].
+        eod_ids: the EOD of all samples, or of each, int64 [b, 1]: every data source may have its own.
+
+    Returns:
+        int64 [b, s].
+    """
+    ends = (tokens == eod_ids).long()
     return ends.cumsum(dim=1) - ends
 
 

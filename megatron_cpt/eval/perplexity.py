@@ -63,7 +63,7 @@ def perplexity(
     With `document_attention` no token attends beyond its document, as in a run with `model.document_attention`.
 
     Raises:
-        DataError: the stream is too short to predict anything.
+        DataError: the stream is too short to predict anything, or its documents cannot be kept apart.
         CptError: the model gave NaN or infinity.
     """
     predicted = len(stream.tokens) - 1 if max_tokens is None else min(len(stream.tokens) - 1, max_tokens)
@@ -71,6 +71,11 @@ def perplexity(
         raise DataError(
             f"{stream.name} holds {len(stream.tokens)} token(s): nothing to predict",
             hint="give a dataset or text of at least two tokens",
+        )
+    if document_attention and not (stream.tokens[stream.document_ends - 1] == stream.eod_id).all():
+        raise DataError(
+            f"model.document_attention keeps documents apart by their EOD, and not all of {stream.name} have one",
+            hint="preprocess the text again with --append-eod",
         )
     nats, done = 0.0, 0
     for blocks in _batches(stream.tokens, predicted, seq_length):

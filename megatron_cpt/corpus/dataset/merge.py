@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_cpt import __version__
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord, read_manifest
+from megatron_cpt.corpus.dataset.text_rules import TextRules, common_rules, difference, text_rules
 from megatron_cpt.corpus.dataset.writer import refuse_existing, write_files
 from megatron_cpt.corpus.staging import staging_folder
 from megatron_cpt.errors import DataError
@@ -35,7 +36,8 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bo
         sources=_merged_sources(manifests),
         rejects=dict(sum((Counter(m.rejects) for m in manifests), Counter[str]())),
         config={
-            "merged": [{"prefix": p, "bin_sha256": m.bin_sha256} for p, m in zip(prefixes, manifests, strict=True)]
+            "merged": [{"prefix": p, "bin_sha256": m.bin_sha256} for p, m in zip(prefixes, manifests, strict=True)],
+            "text_rules": common_rules(manifests),
         },
     )
     with staging_folder(output_prefix, "merge") as staging:
@@ -51,12 +53,21 @@ def check_same_tokenizer(prefixes: Sequence[str], manifests: Sequence[Manifest])
         tokenizer = manifest.tokenizer
         return tokenizer.fingerprint, tokenizer.eod_id, manifest.dtype, manifest.append_eod
 
+    kinds: dict[TextRules, str] = {}  # one dataset of each kind met so far: a few, however many datasets there are
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         if identity(manifest) != identity(manifests[0]):
             raise DataError(
                 f"{prefix} and {prefixes[0]} differ in tokenizer, EOD or dtype: one dataset cannot hold both",
                 hint="preprocess both with the same tokenizer and the same --append-eod",
             )
+        rules = text_rules(manifest)
+        for known, other in kinds.items():
+            if found := difference(rules, known):
+                raise DataError(
+                    f"{prefix} and {other} differ in how text became ids ({found}): one dataset cannot hold both",
+                    hint="preprocess both with the same special_tokens_in_text and post_processor",
+                )
+        kinds.setdefault(rules, prefix)
 
 
 def _merged_sources(manifests: Sequence[Manifest]) -> tuple[SourceRecord, ...]:

@@ -11,6 +11,7 @@ from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.dataset.columns import Selection, count_kept
 from megatron_cpt.corpus.dataset.indexed import IndexedReader
 from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord
+from megatron_cpt.corpus.dataset.text_rules import common_rules
 from megatron_cpt.corpus.dataset.writer import write_files
 from megatron_cpt.corpus.staging import staging_folder
 
@@ -46,7 +47,10 @@ def write_chosen(prefix: str, chosen: Sequence[ChosenDocuments], rejects: dict[s
         input_bytes=sum(one.manifest.input_bytes for one in chosen),
         sources=tuple(sources),
         rejects=rejects,
-        config={"from": [{"prefix": one.reader.prefix, "bin_sha256": one.manifest.bin_sha256} for one in chosen]},
+        config={
+            "from": [{"prefix": one.reader.prefix, "bin_sha256": one.manifest.bin_sha256} for one in chosen],
+            "text_rules": common_rules([one.manifest for one in chosen]),
+        },
     )
     with staging_folder(prefix, "rewrite") as staging:
         return write_files(staging, "rewritten", prefix, template, lambda: (one.selection for one in chosen))

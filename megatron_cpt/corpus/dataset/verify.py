@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest, idx_path, read_manifest
+from megatron_cpt.corpus.dataset.text_rules import text_rules
 from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from megatron_cpt.corpus.tokenizers.tokenizer import CorpusTokenizer
 from megatron_cpt.errors import DataError
@@ -49,6 +50,8 @@ def verify_dataset(prefix: str, tokenizer_path: str | None = None) -> Verificati
     results["sha256 of .idx"] = [] if same else ["the content of .idx is not what was written"]
     if manifest.append_eod and not any(results.values()):
         results["every document ends with EOD"] = _eod_problems(manifest, reader)
+        if text_rules(manifest).text_gives_special_ids is False:
+            results["EOD stands nowhere else"] = _inner_eod_problems(manifest, reader)
     if tokenizer_path is not None:
         tokenizer = load_tokenizer(tokenizer_path, eod_token=manifest.tokenizer.eod_token, backend="reference")
         results["tokenizer fingerprint; a sample decodes"] = _tokenizer_problems(manifest, reader, tokenizer)
@@ -106,6 +109,15 @@ def _eod_problems(manifest: Manifest, reader: IndexedReader) -> list[str]:
     ends = reader.sequence_pointers[last] // reader.tokens.itemsize + reader.sequence_lengths[last] - 1
     wrong = int((reader.tokens[ends] != manifest.tokenizer.eod_id).sum()) if len(ends) else 0
     return [f"{wrong:,} documents do not end with EOD {manifest.tokenizer.eod_id}"] if wrong else []
+
+
+def _inner_eod_problems(manifest: Manifest, reader: IndexedReader) -> list[str]:
+    """With one EOD at the end of each document, any further one stands inside of a document."""
+    found = 0
+    for start in range(0, reader.token_count, TOKENS_PER_BLOCK):
+        found += int((reader.tokens[start : start + TOKENS_PER_BLOCK] == manifest.tokenizer.eod_id).sum())
+    inner = found - int((np.diff(reader.document_indices) > 0).sum())
+    return [f"EOD {manifest.tokenizer.eod_id} stands {inner:,} times before the end of a document"] if inner else []
 
 
 def _tokenizer_problems(manifest: Manifest, reader: IndexedReader, tokenizer: CorpusTokenizer) -> list[str]:

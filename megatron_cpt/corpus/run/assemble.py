@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_cpt import __version__
 from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.dataset.columns import Selection, count_kept
 from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord
+from megatron_cpt.corpus.dataset.text_rules import TextRules
 from megatron_cpt.corpus.dataset.writer import write_files
 from megatron_cpt.corpus.documents import DocumentCounts
 from megatron_cpt.corpus.run.corpus_run import CorpusRun
@@ -43,7 +44,7 @@ class Assembly:
             bin_sha256="",
             idx_sha256="",
             tokenizer=self.run.tokenizer.record(),
-            append_eod=self.run.corpus.append_eod,
+            append_eod=self.run.has_eod,
             sources=self._sources(counts),
             rejects=self.rejects,
             config=self._config(),
@@ -77,6 +78,9 @@ class Assembly:
     def _config(self) -> dict[str, Any]:
         """What the manifest says of the run: the corpus, the plan's identity, and what the corpus's rules removed."""
         config = self.run.corpus.model_dump(mode="json")
+        tokenizer = self.run.tokenizer
+        rules = TextRules(self.run.corpus.special_tokens_in_text, tokenizer.prefix_ids, tokenizer.suffix_ids)
+        config |= {"text_rules": asdict(rules)}
         config |= {"plan": self.run.fingerprint, "documents_read": self.done.documents_read}
         if self.run.passages:
             config["passages_removed"] = sum(record.passages_removed for record in self.done.records)

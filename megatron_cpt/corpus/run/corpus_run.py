@@ -57,6 +57,11 @@ class CorpusRun:
         return staging_path(self.corpus.output_prefix)
 
     @property
+    def has_eod(self) -> bool:
+        """Whether every document ends with the EOD, by the corpus's word or by the tokenizer's."""
+        return self.corpus.append_eod or self.tokenizer.ends_with_eod
+
+    @property
     def splits(self) -> list[str]:
         return list(self.corpus.split) or [WHOLE]
 

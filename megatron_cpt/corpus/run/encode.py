@@ -20,7 +20,7 @@ def encode_documents(run: CorpusRun, batch: Batch, tally: UnitTally) -> tuple[Ba
     ids, lengths = tokenizer.encode_batch(pieces)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
         raise AssertionError(f"{tokenizer.backend} gave an id outside 0..{tokenizer.vocab_size - 1}")
-    if run.corpus.append_eod:
+    if run.corpus.append_eod and not tokenizer.ends_with_eod:
         ids, lengths = append_eod(ids, lengths, per_document, tokenizer.eod_id)
     if chunking.mode == "tokens":
         ids, lengths, per_document = chunk_tokens(ids, lengths, chunking.size, chunking.overlap)
@@ -30,9 +30,7 @@ def encode_documents(run: CorpusRun, batch: Batch, tally: UnitTally) -> tuple[Ba
         per_document = np.bincount(owner[filled], minlength=len(batch))
         lengths = lengths[filled]
     encoded = Encoded(ids, lengths, per_document)
-    if run.corpus.special_tokens_in_text == "reject" and tokenizer.special_ids:
-        return _reject_special(run, batch, tally, encoded)
-    return batch, encoded
+    return _check_special(run, batch, tally, encoded)
 
 
 def append_eod(ids: Ids, lengths: Lengths, per_document: Array, eod_id: int) -> tuple[Ids, Lengths]:
@@ -51,13 +49,24 @@ def append_eod(ids: Ids, lengths: Lengths, per_document: Array, eod_id: int) -> 
     return out, longer
 
 
-def _reject_special(run: CorpusRun, batch: Batch, tally: UnitTally, encoded: Encoded) -> tuple[Batch, Encoded]:
-    """Reject documents in which a special token is spelled out (the EOD that ends them does not count)."""
-    special = np.isin(encoded.ids, np.array(sorted(run.tokenizer.special_ids), np.int32))
-    document_tokens = encoded.document_tokens()
-    found = np.bincount(np.repeat(np.arange(len(batch)), document_tokens)[special], minlength=len(batch))
-    allowed = (document_tokens > 0) & run.corpus.append_eod & (run.tokenizer.eod_id in run.tokenizer.special_ids)
-    wanted = found <= allowed
-    if wanted.all():
+def _check_special(run: CorpusRun, batch: Batch, tally: UnitTally, encoded: Encoded) -> tuple[Batch, Encoded]:
+    """Reject documents that hold what is not theirs: the EOD before their end, or any special token on `reject`.
+
+    The EOD can come out of plain text where it is a token of the model's vocabulary like any other.
+    """
+    tokenizer, mode = run.tokenizer, run.corpus.special_tokens_in_text
+    if mode == "parse":
         return batch, encoded
-    return tally.reject_where(batch, wanted.tolist(), "special_token_in_text"), encoded.select(wanted)
+    special = (
+        np.isin(encoded.ids, np.array(sorted(tokenizer.special_ids), np.int32))
+        if mode == "reject"
+        else encoded.ids == tokenizer.eod_id
+    )
+    document_tokens = encoded.document_tokens()
+    allowed = (document_tokens > 0) & run.has_eod
+    if int(special.sum()) == int(allowed.sum()):  # each filled document ends with one
+        return batch, encoded
+    found = np.bincount(np.repeat(np.arange(len(batch)), document_tokens)[special], minlength=len(batch))
+    reason = "special_token_in_text" if mode == "reject" else "end_of_document_in_text"
+    wanted = found <= allowed
+    return tally.reject_where(batch, wanted.tolist(), reason), encoded.select(wanted)

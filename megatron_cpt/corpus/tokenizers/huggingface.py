@@ -6,11 +6,18 @@ import logging
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import orjson
 
 from megatron_cpt.corpus.tokenizers import tokenizer as interface
+from megatron_cpt.corpus.tokenizers.stated_tokens import (
+    StatedTokens,
+    read_stated_tokens,
+    with_named_tokens,
+    with_numbered_tokens,
+)
 from megatron_cpt.corpus.tokenizers.tokenizer import CorpusTokenizer, EncodeBatch, Ids, Lengths
 from megatron_cpt.errors import DataError
 
@@ -26,16 +33,18 @@ def load(
     sample: Sequence[str],
 ) -> CorpusTokenizer:
     """Read `file`, resolve the EOD, and choose the encoder by the self-check on `sample`."""
-    raw = interface.read_json(file)
-    added = raw.get("added_tokens", [])
-    vocabulary = _vocabulary(raw, file)
-    special = [str(token["content"]) for token in added if token.get("special")]
-    eod, eod_id = interface.resolve_eod(vocabulary, eod_token, stated_eos(file.parent), file)
-    reference, decode = _reference(file, split_special, post_processor)
-    name, encode = "tokenizers", reference
+    raw, stated = _read(file)
+    eod, eod_id = interface.resolve_eod(_vocabulary(raw, file), _special(raw), eod_token, stated.eos, file)
+    encoded = raw if split_special else with_named_tokens(raw, stated)
+    encoded = _special_by_role(encoded, eod)
+    vocabulary, special = _vocabulary(encoded, file), _special(encoded)
+    text = orjson.dumps(encoded).decode()
+    reference = _Reference(text, file, split_special, post_processor)
+    name, encode = "tokenizers", cast(EncodeBatch, reference.encode_batch)
     if backend == "auto":
-        texts = [*sample, *special, " ".join(special)]
-        name, encode = _fastest(file, split_special, post_processor, reference, texts)
+        spelled = sorted(special, key=vocabulary.__getitem__)
+        texts = [*sample, *spelled, " ".join(spelled)]
+        name, encode = _fastest(text, split_special, post_processor, reference.encode_batch, texts)
     return CorpusTokenizer(
         name=file.parent.name if file.name == "tokenizer.json" else file.stem,
         kind="huggingface",
@@ -44,10 +53,23 @@ def load(
         vocab_size=max(vocabulary.values()) + 1,
         eod_id=eod_id,
         eod_token=eod,
-        special_ids=frozenset(vocabulary[token] for token in special),
+        special_ids=frozenset({eod_id, *(vocabulary[token] for token in special)}),
         encode_batch=encode,
-        decode=decode,
+        decode=reference.decode,
+        prefix_ids=reference.prefix_ids,
+        suffix_ids=reference.suffix_ids,
     )
+
+
+def fingerprint(file: Path) -> str:
+    """Fingerprint of a tokenizer.json with the tokens that the files beside it number."""
+    return interface.fingerprint_of_json(_read(file)[0])
+
+
+def _read(file: Path) -> tuple[dict[str, Any], StatedTokens]:
+    raw, stated = interface.read_json(file), read_stated_tokens(file.parent)
+    _vocabulary(raw, file)
+    return with_numbered_tokens(raw, stated), stated
 
 
 def _vocabulary(raw: dict[str, Any], file: Path) -> dict[str, int]:
@@ -60,45 +82,54 @@ def _vocabulary(raw: dict[str, Any], file: Path) -> dict[str, int]:
     return vocab | {str(token["content"]): int(token["id"]) for token in raw.get("added_tokens", [])}
 
 
-def stated_eos(folder: Path) -> str | None:
-    """`eos_token` of tokenizer_config.json beside the tokenizer, if it states one."""
-    config = folder / "tokenizer_config.json"
-    if not config.is_file():
-        return None
-    eos = interface.read_json(config).get("eos_token")
-    if isinstance(eos, dict):
-        eos = eos.get("content")
-    return eos if isinstance(eos, str) else None
+def _special(raw: dict[str, Any]) -> set[str]:
+    return {str(token["content"]) for token in raw.get("added_tokens", []) if token.get("special")}
 
 
-def _reference(file: Path, split_special: bool, post_processor: bool) -> tuple[EncodeBatch, Any]:
-    from tokenizers import Tokenizer
+def _special_by_role(raw: dict[str, Any], eod: str) -> dict[str, Any]:
+    """Flag the EOD special: an added token that is not is found in text even where special tokens are split."""
+    tokens = raw.get("added_tokens", [])
+    return raw | {"added_tokens": [token | {"special": True} if token["content"] == eod else token for token in tokens]}
 
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{file} is not a tokenizer: {error}", hint="copy the tokenizer again") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = split_special
 
-    def encode_batch(texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        rows = [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=post_processor)]
+class _Reference:
+    """The `tokenizers` library, by which every other encoder is judged."""
+
+    def __init__(self, text: str, file: Path, split_special: bool, post_processor: bool) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{file} is not a tokenizer: {error}", hint="copy the tokenizer again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = split_special
+        self._post_processor = post_processor
+        self.prefix_ids, self.suffix_ids = self._added_ids() if post_processor else ((), ())
+        if post_processor and not self.prefix_ids and not self.suffix_ids:
+            log.warning("post_processor is on, but the tokenizer %s adds nothing to a text", file)
+
+    def _added_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        bare, whole = (self._tokenizer.encode("a b", add_special_tokens=added).ids for added in (False, True))
+        return interface.added_by_post_processor(bare, whole)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=self._post_processor)
+        rows = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
 
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
-
-    return encode_batch, decode
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def _fastest(
-    file: Path, split_special: bool, post_processor: bool, reference: EncodeBatch, sample: Sequence[str]
+    text: str, split_special: bool, post_processor: bool, reference: EncodeBatch, sample: Sequence[str]
 ) -> tuple[str, EncodeBatch]:
-    """fastokens when it loads the file and agrees with the reference on the sample, else the reference."""
+    """fastokens when it loads the tokenizer and agrees with the reference on the sample, else the reference."""
     try:
-        fast = _fastokens(file, split_special, post_processor)
+        fast = _fastokens(text, split_special, post_processor)
         if interface.encodings_equal(reference, fast, sample):
             return "fastokens", fast
         reason = f"its ids differ from the reference on the self-check sample of {len(sample)} texts"
@@ -108,10 +139,10 @@ def _fastest(
     return "tokenizers", reference
 
 
-def _fastokens(file: Path, split_special: bool, post_processor: bool) -> EncodeBatch:
+def _fastokens(text: str, split_special: bool, post_processor: bool) -> EncodeBatch:
     import fastokens
 
-    tokenizer = fastokens.Tokenizer.from_file(str(file))
+    tokenizer = fastokens.Tokenizer.from_json_str(text)
     tokenizer.no_truncation()
 
     def encode_batch(texts: Sequence[str]) -> tuple[Ids, Lengths]:

@@ -15,8 +15,6 @@ from megatron_cpt.corpus.tokenizers.self_check import SELF_CHECK_SAMPLE
 from megatron_cpt.corpus.tokenizers.tokenizer import (
     CorpusTokenizer,
     SpecialTokensInText,
-    fingerprint_of_json,
-    read_json,
 )
 from megatron_cpt.errors import DataError
 
@@ -69,7 +67,7 @@ def tokenizer_fingerprint(path: str | Path) -> str:
     """sha256 of what decides the ids; equal for two copies of one tokenizer wherever they lie."""
     file = find_tokenizer_file(path)
     if file.suffix == ".json":
-        return fingerprint_of_json(read_json(file))
+        return huggingface.fingerprint(file)
     if _is_tiktoken(file):
         return tiktoken.fingerprint(file)
     return hashlib.sha256(file.read_bytes()).hexdigest()

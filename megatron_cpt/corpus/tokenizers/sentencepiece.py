@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.corpus.tokenizers import tokenizer as interface
+from megatron_cpt.corpus.tokenizers.stated_tokens import StatedTokens, read_stated_tokens
 from megatron_cpt.corpus.tokenizers.tokenizer import CorpusTokenizer, EncodeBatch, Ids, Lengths
 from megatron_cpt.errors import DataError
 
@@ -28,7 +29,10 @@ def load(file: Path, eod_token: str | None, split_special: bool, bos: bool = Fal
     vocabulary = {processor.id_to_piece(i): i for i in range(count)}
     special = {p: i for p, i in vocabulary.items() if processor.is_control(i)}
     own_eos = processor.id_to_piece(processor.eos_id()) if processor.eos_id() >= 0 else None
-    eod, eod_id = interface.resolve_eod(vocabulary, eod_token, own_eos, file)
+    stated = read_stated_tokens(file.parent)
+    _refuse_other_tokens(stated, vocabulary, processor, file)
+    eod, eod_id = interface.resolve_eod(vocabulary, special, eod_token, stated.eos or own_eos, file)
+    prefix_ids = (_bos_id(processor, file),) if bos else ()
     encode_batch = _plain(processor) if split_special else _parsing(processor, special)
     return CorpusTokenizer(
         name=file.stem,
@@ -38,10 +42,32 @@ def load(file: Path, eod_token: str | None, split_special: bool, bos: bool = Fal
         vocab_size=count,
         eod_id=eod_id,
         eod_token=eod,
-        special_ids=frozenset(special.values()),
-        encode_batch=_with_bos(encode_batch, _bos_id(processor, file)) if bos else encode_batch,
+        special_ids=frozenset({eod_id, *special.values()}),
+        encode_batch=_with_bos(encode_batch, *prefix_ids) if bos else encode_batch,
         decode=lambda ids: str(processor.decode(list(ids))),
+        prefix_ids=prefix_ids,
     )
+
+
+def _refuse_other_tokens(stated: StatedTokens, vocabulary: dict[str, int], processor: Any, file: Path) -> None:
+    """Refuse tokens of the model's folder that the .model does not know: AutoTokenizer would give other ids."""
+    for index, token in stated.numbered:
+        piece = vocabulary.get(token["content"])
+        if piece == index and not (processor.is_byte(piece) or _is_plain(processor, piece)):
+            continue
+        raise DataError(
+            f"{stated.where} states the token {token['content']!r} = {index}, which {file.name} "
+            + ("does not have" if piece is None else f"has as the {'plain ' if piece == index else ''}piece {piece}"),
+            hint="write a tokenizer.json with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "
+            "transformers, or give a copy of the .model alone",
+        )
+
+
+def _is_plain(processor: Any, piece: int) -> bool:
+    """Whether a piece is one of text: neither control nor unknown nor defined by the user."""
+    if processor.is_control(piece) or processor.is_unknown(piece):
+        return False
+    return bool(processor.get_score(piece) != 0.0)  # the score of a user-defined piece is 0
 
 
 def _flat(rows: list[list[int]]) -> tuple[Ids, Lengths]:

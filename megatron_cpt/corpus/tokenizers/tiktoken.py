@@ -51,7 +51,7 @@ def load(
     ranks = _ranks(file)
     special: dict[str, int] = settings["special_tokens"]
     vocabulary = {token.decode("utf-8", "replace"): rank for token, rank in ranks.items()} | special
-    eod, eod_id = interface.resolve_eod(vocabulary, eod_token, None, file)
+    eod, eod_id = interface.resolve_eod(vocabulary, special, eod_token, None, file)
     normalize = settings.get("normalize")
     reference, decode = _reference(file, ranks, settings, split_special)
     name, encode = "tiktoken", reference
@@ -67,7 +67,7 @@ def load(
         vocab_size=max(*ranks.values(), *special.values()) + 1,
         eod_id=eod_id,
         eod_token=eod,
-        special_ids=frozenset(special.values()),
+        special_ids=frozenset({eod_id, *special.values()}),
         encode_batch=lambda texts: encode([_normalized(text, normalize) for text in texts]),
         decode=decode,
     )

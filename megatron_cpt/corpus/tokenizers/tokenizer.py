@@ -5,9 +5,10 @@
 For `tokenizer.json` the reference is Hugging Face `tokenizers`; `fastokens` replaces it when both give the
 same ids on a sample that is encoded at start, else the reference is used and a line says so.
 
-End of document (EOD): stated by `eod_token`, else the first of these that the vocabulary has: `<|endoftext|>`,
+End of document (EOD): stated by `eod_token`, else the first of these that is a special token here: `<|endoftext|>`,
 `<|end_of_text|>`, the `eos_token` of tokenizer_config.json unless it ends a chat turn, `</s>`, `<eos>`.
-A chat-turn token such as `<|im_end|>` is used only when it is stated.
+A chat-turn token such as `<|im_end|>` is used only when it is stated. Whatever token it is, its role makes it special:
+text that spells it does not become it, unless special tokens in the text are parsed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,9 +60,16 @@ class CorpusTokenizer:
     vocab_size: int
     eod_id: int
     eod_token: str
-    special_ids: frozenset[int]
+    special_ids: frozenset[int]  # the EOD is always one of them
     encode_batch: EncodeBatch
     decode: Callable[[Sequence[int]], str]
+    prefix_ids: tuple[int, ...] = ()  # what encode_batch puts before every text (post_processor)
+    suffix_ids: tuple[int, ...] = ()  # and after it
+
+    @property
+    def ends_with_eod(self) -> bool:
+        """Whether encode_batch ends every text with the EOD itself."""
+        return self.suffix_ids[-1:] == (self.eod_id,)
 
     @property
     def dtype(self) -> str:
@@ -99,19 +107,35 @@ def fingerprint_of_json(raw: dict[str, Any]) -> str:
 
 
 def resolve_eod(
-    vocabulary: dict[str, int], eod_token: str | None, eos_token: str | None, where: Path
+    vocabulary: Mapping[str, int],
+    special: Collection[str],
+    eod_token: str | None,
+    eos_token: str | None,
+    where: Path,
 ) -> tuple[str, int]:
-    """The end-of-document token and its id by the order in the module's docstring."""
+    """Find the end-of-document token and its id by the order in the module's docstring.
+
+    Args:
+        vocabulary: every token and its id.
+        special: tokens that are special by the tokenizer's own word; a fallback is one of them.
+        eod_token: what the user states.
+        eos_token: what the tokenizer's configuration states.
+        where: the tokenizer's file, for errors.
+
+    Raises:
+        DataError: a stated token is not in the vocabulary, or there is none to fall back to.
+    """
+    stated, by = (eod_token, "end-of-document token") if eod_token is not None else (eos_token, "the stated eos_token")
+    if stated is not None and stated not in vocabulary:
+        raise DataError(
+            f"{by} {stated!r} is not in the vocabulary of {where}",
+            hint=f"state another with --eod-token; tokens it has: {_eod_candidates(vocabulary)}",
+        )
     if eod_token is not None:
-        if eod_token not in vocabulary:
-            raise DataError(
-                f"end-of-document token {eod_token!r} is not in the vocabulary of {where}",
-                hint=f"tokens it has: {_eod_candidates(vocabulary)}",
-            )
         return eod_token, vocabulary[eod_token]
-    stated = (eos_token,) if eos_token and eos_token not in CHAT_TURN_TOKENS else ()
-    for token in (*PREFERRED_EOD, *stated, *FALLBACK_EOD):
-        if token in vocabulary:
+    own = (eos_token,) if eos_token and eos_token not in CHAT_TURN_TOKENS else ()
+    for token in (*PREFERRED_EOD, *own, *FALLBACK_EOD):
+        if token in special or token in own:
             return token, vocabulary[token]
     raise DataError(
         f"{where} has no known end-of-document token",
@@ -119,7 +143,18 @@ def resolve_eod(
     )
 
 
-def _eod_candidates(vocabulary: dict[str, int]) -> str:
+def added_by_post_processor(bare: Sequence[int], whole: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what stands before and after the ids of a text, given its ids without and with the post-processor."""
+    for start in range(len(whole) - len(bare) + 1):
+        if list(whole[start : start + len(bare)]) == list(bare):
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    raise DataError(
+        "the tokenizer's post-processor changes the ids of a text instead of adding to them",
+        hint="leave post_processor off",
+    )
+
+
+def _eod_candidates(vocabulary: Mapping[str, int]) -> str:
     marked = [token for token in vocabulary if token.startswith(("<|", "</", "<e"))]
     return (
         ", ".join(repr(token) for token in sorted(marked, key=vocabulary.__getitem__)[:12]) or "none marked as special"

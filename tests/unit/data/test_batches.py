@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,25 @@ def test_validation_predicts_every_token_once(data: Path, micro: int, dp: int, l
     assert count == (limit or len(stream) - 1)
 
 
+def test_each_source_ends_its_documents_with_its_own_eod(data: Path, tmp_path: Path) -> None:
+    """Source a ends documents with 0; here b does with 3, a token like any other in a."""
+    config = make_config(data, a=1.0, b=1.0)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"document_attention": True})})
+    datasets = datasets_of(config)
+    other = replace(datasets.train[1], eod_id=3)
+    ledger = Ledger().with_sources(datasets.manifests(), SEQ)
+    datasets = Datasets((datasets.train[0], other), ())
+    stream = open_batches(config, datasets, ledger, plan_sources(config, datasets, ledger), tmp_path / "cache")
+    seen = set()
+    for batch in stream.micro_batches(stream.plan_step(ledger, 40), 4, 0, 1):
+        for row, source in enumerate(batch["source"].tolist()):
+            tokens, eod = batch["tokens"][row].tolist(), (0, 3)[source]
+            ends = [int(token == eod) for token in tokens]
+            assert batch["document_ids"][row].tolist() == [sum(ends[:i]) for i in range(len(ends))]
+            seen.add((source, sum(ends) > 0, any(token == (3, 0)[source] for token in tokens)))
+    assert {(0, True, True), (1, True, True)} <= seen  # both EODs stood in both sources
+
+
 def test_document_ids_change_after_each_end_of_document() -> None:
     tokens = torch.tensor([[5, 6, 0, 7, 0, 0, 8], [0, 1, 1, 1, 1, 1, 0]])
-    assert document_ids(tokens, 0).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert document_ids(tokens, torch.tensor([[0], [0]])).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]

@@ -81,7 +81,7 @@ def test_every_token_but_the_first_is_predicted_once(length: int, seq_length: in
 
 
 def test_documents_change_after_each_end_of_document() -> None:
-    stream = TokenStream("documents", np.array([5, 0, 5, 6, 0, 7, 8, 9]), np.array([2, 5, 8]), eod_id=0)
+    stream = TokenStream("documents", np.array([5, 0, 5, 6, 0, 7, 8, 0]), np.array([2, 5, 8]), eod_id=0)
     seen: list[list[int]] = []
 
     class Documents(Constant):
@@ -92,6 +92,13 @@ def test_documents_change_after_each_end_of_document() -> None:
 
     perplexity(Documents(1.0), stream, 6, document_attention=True)
     assert seen == [[0, 0, 1, 1, 1, 2], [0]]
+
+
+def test_documents_without_eod_cannot_be_kept_apart() -> None:
+    stream = TokenStream("documents", np.array([5, 0, 5, 6, 7, 8]), np.array([2, 4, 6]), eod_id=0)
+    assert perplexity(Constant(1.0), stream, 4).tokens == 5
+    with pytest.raises(DataError, match="not all of documents have one"):
+        perplexity(Constant(1.0), stream, 4, document_attention=True)
 
 
 def test_a_token_is_scored_as_if_its_document_stood_alone(model_dir: Path) -> None:
