@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from typing import NamedTuple, NoReturn
 
@@ -18,6 +19,8 @@ from megatron_cpt.console import ConsoleHandler, guarded_output
 from megatron_cpt.errors import CptError
 
 log = logging.getLogger(__name__)
+
+COMPLETION = "_MEGATRON_CPT_COMPLETE"  # set by a shell that asks for completions: docs/install.md
 
 
 class Entry(NamedTuple):
@@ -33,6 +36,7 @@ class Entry(NamedTuple):
 
 _COMMANDS = "megatron_cpt.commands"
 COMMANDS: dict[str, Entry] = {
+    "env": Entry("Setup", f"{_COMMANDS}.env:env", "Show versions, devices, what is available and what is missing."),
     "preprocess": Entry("Data", f"{_COMMANDS}.preprocess:preprocess", "Tokenise raw text into .bin/.idx datasets."),
     "inspect": Entry("Data", f"{_COMMANDS}.dataset:inspect", "Show a dataset's manifest, statistics and documents."),
     "verify": Entry("Data", f"{_COMMANDS}.dataset:verify", "Prove a dataset sound in one pass."),
@@ -111,6 +115,8 @@ def run(command: click.Command, argv: list[str] | None = None, prog: str | None 
 
     A reader who leaves (`| head`) changes nothing; any other failure to write what was asked for is exit 1.
     """
+    if COMPLETION in os.environ:  # click answers a shell in bytes, which the guard does not take
+        sys.exit(_run(command, argv, prog))
     with guarded_output() as stdout:
         code = _run(command, argv, prog)
         stdout.flush()
@@ -131,6 +137,14 @@ def _run(command: click.Command, argv: list[str] | None, prog: str | None) -> in
     except click.ClickException as error:
         error.show()
         return 2
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "megatron_cpt", "checkpoint_convert"):
+            raise
+        log.debug("details", exc_info=True)
+        click.echo(f"error: the Python package {missing} is not installed in {sys.prefix}", err=True)
+        click.echo("hint: make setup completes a half-installed environment; megatron-cpt env shows the rest", err=True)
+        return 1
     except CptError as error:
         log.debug("details", exc_info=True)
         click.echo(f"error: {error.message}", err=True)

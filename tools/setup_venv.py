@@ -33,9 +33,10 @@ NETWORK_WORDS = re.compile(
     r"Network is unreachable|Connection refused|connection broken",
     re.IGNORECASE,
 )
+# pip knows the version of torch's metadata, which may lack the build that torch.__version__ ends in.
 TORCH_PROBE = (
-    "import json, sys, torch\n"
-    "print(json.dumps({'version': torch.__version__, 'file': torch.__file__, 'cuda': torch.version.cuda,\n"
+    "import importlib.metadata, json, sys, torch\n"
+    "print(json.dumps({'version': importlib.metadata.version('torch'), 'file': torch.__file__,\n"
     " 'path': [p for p in sys.path if p.endswith(('site-packages', 'dist-packages'))]}))"
 )
 
@@ -47,6 +48,7 @@ class Choice:
     torch: str = "pip"  # or "system"
     extras: str = "dev,quickstart"
     wheelhouse: str | None = None  # a folder: install from it alone
+    python: str = sys.executable
 
 
 class SetupError(Exception):
@@ -84,6 +86,8 @@ def setup(options: argparse.Namespace) -> None:
     """Bring `.venv` below the project to what the options ask for; a second call does nothing."""
     venv: Path = options.project / ".venv"
     choice = choose(options, venv / ".setup.json")
+    if choice.python != sys.executable and Path(choice.python).exists():  # the one that .venv was made with
+        os.execv(choice.python, [choice.python, *sys.argv, "--python-was-named"])
     wheelhouse = read_wheelhouse(choice.wheelhouse)
     if options.extras is None and "extras" in wheelhouse:
         choice = replace(choice, extras=wheelhouse["extras"])
@@ -118,7 +122,8 @@ def choose(options: argparse.Namespace, standing: Path) -> Choice:
     if torch not in ("pip", "system"):
         raise SetupError(f"TORCH={torch} is neither pip nor system", "make setup, or make setup TORCH=system")
     wheelhouse = str(options.wheelhouse.resolve()) if options.wheelhouse else before.wheelhouse
-    return Choice(torch, options.extras or before.extras, wheelhouse)
+    python = sys.executable if options.python_was_named else before.python
+    return Choice(torch, options.extras or before.extras, wheelhouse, python)
 
 
 def fingerprint(project: Path, choice: Choice) -> str:
@@ -185,7 +190,7 @@ def _is_proven(python: Path) -> bool:
 
 
 def system_torch(python: str) -> dict[str, Any]:
-    """Version, file, CUDA version and package folders of the torch that an interpreter has of its own."""
+    """Version, file and package folders of the torch that an interpreter has of its own."""
     done = _output([python, "-c", TORCH_PROBE])
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it ended without a message"]
@@ -272,6 +277,8 @@ def raise_pip_failure(errors: str, wheelhouse: str | None) -> NoReturn:
     again = "the next make continues"
     match = re.search(r"(?:No matching distribution found for|satisfies the requirement) (\S+)", errors)
     package = match.group(1).rstrip(".;") if match else None
+    if "ResolutionImpossible" in errors:
+        raise SetupError("pip found versions that exclude each other; it names them above", again)
     if "No space left on device" in errors:
         raise SetupError("the disk is full", f"free some space (torch alone needs up to 8 GB); {again}")
     if wheelhouse is not None and package:

@@ -15,6 +15,7 @@ from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
+from megatron_cpt.launch.environment import refuse_broken_environment
 from megatron_cpt.launch.origin import Origin, model_dir, resolve_origin
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults, free_bytes
 from megatron_cpt.runs.folder import RunFolder
@@ -41,8 +42,9 @@ def check_run(config: RunConfig, named: str) -> CheckedRun:
     """Check everything that can be wrong before a process group exists. `named` says in errors where `config` is from.
 
     Raises:
-        UserError: Megatron-Core, the config, the model's files or a dataset.
+        UserError: this environment, Megatron-Core, the config, the model's files or a dataset.
     """
+    refuse_broken_environment()
     check_engine()
     refuse_missing_trackers(config)
     origin, folder = resolve_origin(config.model.init_from), model_dir(config)

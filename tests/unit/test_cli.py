@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,22 @@ def test_errors_that_cannot_be_shown_keep_their_exit_code(end: str) -> None:
 
 def test_closed_stdout_and_stderr_change_nothing() -> None:
     assert shell(f"(CPT plan {EXAMPLE} >&- 2>&-; echo $? >&3) 3>&1").stdout == "0\n"
+
+
+@pytest.mark.parametrize(("words", "offered"), [("pl", "plain,plan"), ("status --js", "plain,--json")])
+def test_a_shell_completes_commands_and_flags(words: str, offered: str) -> None:
+    line = f"megatron-cpt {words}"
+    environment = {**os.environ, "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    environment["_MEGATRON_CPT_COMPLETE"] = "bash_complete"
+    command = [sys.executable, "-m", "megatron_cpt"]
+    done = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=False, env=environment)
+    assert done.stdout.split() == [offered], done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_documented_completion_scripts_name_the_command(shell: str) -> None:
+    assert f"_MEGATRON_CPT_COMPLETE={shell}_source" in (REPO / "docs" / "install.md").read_text()
+    environment = {**os.environ, "_MEGATRON_CPT_COMPLETE": f"{shell}_source"}
+    command = [sys.executable, "-m", "megatron_cpt"]
+    done = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=False, env=environment)
+    assert f"_MEGATRON_CPT_COMPLETE={shell}_complete" in done.stdout and "megatron-cpt" in done.stdout, done.stderr

@@ -130,7 +130,7 @@ def with_torch(tmp_path_factory: pytest.TempPathFactory) -> str:
     site = next((home / "lib").glob("python*/site-packages"))
     (site / "torch").mkdir()
     (site / "torch" / "__init__.py").write_text(
-        "__version__ = '2.11.0a0+container'\nclass version:\n    cuda = '13.0'\n"
+        "__version__ = '2.11.0a0+container.cuda'\nclass version:\n    cuda = '13.0'\n"
     )
     (site / "torch-2.11.0a0+container.dist-info").mkdir()
     metadata = "Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0a0+container\n"
@@ -150,7 +150,7 @@ def test_setup_on_the_systems_torch_installs_no_second_one(tmp_path: Path, with_
     shown = subprocess.run(
         [venv / "bin" / "python", "-c", "import torch; print(torch.__version__)"], text=True, capture_output=True
     )
-    assert shown.stdout.strip() == "2.11.0a0+container"
+    assert shown.stdout.strip() == "2.11.0a0+container.cuda"
 
     # A plain call afterwards keeps the choice, and one that is satisfied does nothing.
     again = run_setup(folder)
