@@ -40,13 +40,14 @@ adapt_megatron_core_to_cpu()
 
 from megatron_cpt.architecture.families import read_architecture  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
+from megatron_cpt.config.trainable import trainable_of  # noqa: E402
 from megatron_cpt.data.micro_batch import MicroBatch  # noqa: E402
 from megatron_cpt.model.spec import resolve_attention  # noqa: E402
 from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402
 from megatron_cpt.train import step as step_module  # noqa: E402
 from megatron_cpt.train.state import TrainState, build_train_state, unwrap  # noqa: E402
 from megatron_cpt.train.step import train_step  # noqa: E402
-from megatron_cpt.train.throughput import flops_per_token, peak_flops  # noqa: E402
+from megatron_cpt.train.throughput import peak_flops  # noqa: E402
 
 Step = Callable[[], float]
 Batches = list[MicroBatch]
@@ -285,7 +286,8 @@ def on_gpu(size: str, args: argparse.Namespace, ceiling: float) -> dict[str, Any
     init_parallel_groups(config)
     batches = microbatches(arch.vocab_size, args)
     per_step = args.global_batch_size * args.seq_length
-    flops, peak = flops_per_token(arch, args.seq_length), peak_flops(torch.cuda.get_device_name(device))
+    flops = trainable_of(config, arch).flops_per_token(args.seq_length)
+    peak = peak_flops(torch.cuda.get_device_name(device))
     result: dict[str, Any] = {"size": size, "layers": layers, "parameters": arch.num_parameters, "ceiling": ceiling}
 
     def note(name: str, step: Step) -> None:

@@ -10,6 +10,7 @@ from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.data.datasets import Datasets, check_datasets
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import CheckpointError, ConfigError
@@ -93,16 +94,11 @@ def standing_ledger(run: CheckedRun) -> Ledger:
     return ledger.with_sources(run.datasets.manifests(), run.config.batch.seq_length)
 
 
-def predicted_checkpoint_bytes(config: RunConfig, arch: Architecture) -> int:
-    """Size of a checkpoint: the weights, and fp32 weights and two moments for the optimizer."""
-    return arch.num_parameters * ((2 if config.precision.dtype == "bf16" else 4) + 12)
-
-
 def check_free_space(run: CheckedRun) -> None:
     """Raise CheckpointError when the storage of the run folder, which need not exist, has no room for a checkpoint."""
     root = run.folder.checkpoints.absolute()
     existing = next(path for path in (root, *root.parents) if path.is_dir())
-    needed, free = predicted_checkpoint_bytes(run.config, run.arch), free_bytes(existing)
+    needed, free = trainable_of(run.config, run.arch).checkpoint_bytes(), free_bytes(existing)
     if free < needed:
         raise CheckpointError(
             f"a checkpoint of this model needs about {needed:,} bytes, {free:,} are free in {existing}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +42,8 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 BLOCK_BYTES = 2 * 2**20  # of what is read at once
 SHOWN_FAULTS = 10
+
+InBase = Callable[[str], bool]  # name in a checkpoint -> whether the base model has this weight
 
 
 class WeightSource(Protocol):
@@ -122,23 +124,32 @@ class RandomSource:
         return torch.empty(shape).normal_(0.0, self._std, generator=generator)
 
 
-def load_hf_weights(chunks: Iterable[GPTModel], model_dir: str | Path, arch: Architecture) -> None:
-    """Set every parameter of this rank's chunks from a Hugging Face folder.
+def every_weight(name: str) -> bool:
+    """The base model has all weights of the model; with adapters it has not."""
+    return True
+
+
+def load_hf_weights(
+    chunks: Iterable[GPTModel], model_dir: str | Path, arch: Architecture, in_base: InBase = every_weight
+) -> None:
+    """Set every parameter of this rank's chunks that is `in_base` from a Hugging Face folder.
 
     Raises:
         CheckpointError: on every rank when any rank meets a missing, truncated, surplus, misshapen or NaN tensor.
     """
     with failing_together(), Files() as files:
-        load_weights(chunks, FolderSource(Path(model_dir), arch, files), arch, str(model_dir))
+        load_weights(chunks, FolderSource(Path(model_dir), arch, files), arch, str(model_dir), in_base)
 
 
-def random_weights(chunks: Iterable[GPTModel], arch: Architecture, seed: int) -> None:
-    """Set every parameter of this rank's chunks to random values that do not depend on the layout."""
-    load_weights(chunks, RandomSource(arch, seed), arch, "random weights")
+def random_weights(chunks: Iterable[GPTModel], arch: Architecture, seed: int, in_base: InBase = every_weight) -> None:
+    """Set every parameter of this rank's chunks that is `in_base` to random values that do not depend on the layout."""
+    load_weights(chunks, RandomSource(arch, seed), arch, "random weights", in_base)
 
 
-def load_weights(chunks: Iterable[GPTModel], source: WeightSource, arch: Architecture, origin: str) -> None:
-    """Set every parameter of the chunks from `source`; no collective operation.
+def load_weights(
+    chunks: Iterable[GPTModel], source: WeightSource, arch: Architecture, origin: str, in_base: InBase = every_weight
+) -> None:
+    """Set every parameter of the chunks that is `in_base` from `source`; no collective operation.
 
     Raises:
         CheckpointError: naming every parameter of which an element is set twice, not at all, or to no finite number.
@@ -149,6 +160,8 @@ def load_weights(chunks: Iterable[GPTModel], source: WeightSource, arch: Archite
     faults: list[str] = []
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
+            if not in_base(global_name(chunk, name)):
+                continue
             tensor = tensors.get(global_name(chunk, name))
             if tensor is None:
                 faults.append(f"{name} has no weights in a Hugging Face model of this family")

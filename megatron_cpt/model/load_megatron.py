@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # not an Excep
 
 from checkpoint_convert.torch_dist import EXTRA_STATE, NOT_WEIGHTS, OUTPUT
 from megatron_cpt.errors import CheckpointError
+from megatron_cpt.model.load_hf import InBase, every_weight, global_name
 from megatron_cpt.runtime.compat import COMMON_STATE
 from megatron_cpt.runtime.distributed import failing_together
 
@@ -30,18 +31,16 @@ def is_megatron_checkpoint(folder: Path) -> bool:
     return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()
 
 
-def load_megatron_weights(chunks: list[GPTModel], folder: Path) -> None:
-    """Set every parameter of this rank's chunks from a torch_dist checkpoint.
+def load_megatron_weights(chunks: list[GPTModel], folder: Path, in_base: InBase = every_weight) -> None:
+    """Set every parameter of this rank's chunks that is `in_base` from a torch_dist checkpoint.
 
     Beside the weights it may hold what Megatron-LM and this trainer save with them, and nothing else.
 
     Raises:
         CheckpointError: on every rank when any rank finds the checkpoint unreadable, of another model or with holes.
     """
-    with torch.no_grad():  # Megatron-Core leaves out a missing chunk without a word: what was not set stays NaN
-        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
-            parameter.fill_(float("nan"))
-    wanted = model_shards(chunks)
+    unset_weights(chunks, in_base)
+    wanted = only(model_shards(chunks), chunks, in_base)
     known = (*NOT_WEIGHTS, *([OUTPUT] if any(chunk.share_embeddings_and_output_weights for chunk in chunks) else []))
     try:
         check_keys(wanted, folder, surplus_allowed=lambda key: key.startswith(known))
@@ -54,6 +53,25 @@ def load_megatron_weights(chunks: list[GPTModel], folder: Path) -> None:
     set_model_weights(chunks, loaded, folder)
 
 
+@torch.no_grad()
+def unset_weights(chunks: Sequence[GPTModel], in_base: InBase = every_weight) -> None:
+    """Make parameters NaN: Megatron-Core passes over a chunk that a checkpoint lacks, and so it is found."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if in_base(global_name(chunk, name)):
+                parameter.fill_(float("nan"))
+
+
+def only(shards: dict[str, Any], chunks: Sequence[GPTModel], wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """Return the part of `model_shards(chunks)` whose weights are wanted; names are those of a checkpoint."""
+    return {
+        name: {
+            key: shard for key, shard in shards[name].items() if EXTRA_STATE in key or wanted(global_name(chunk, key))
+        }
+        for name, chunk in zip(_names(chunks), chunks, strict=True)
+    }
+
+
 def model_shards(chunks: Sequence[GPTModel]) -> dict[str, Any]:
     """Return the sharded state of this rank's chunks, under the names that Megatron-LM gives them."""
     return {name: chunk.sharded_state_dict() for name, chunk in zip(_names(chunks), chunks, strict=True)}
@@ -64,13 +82,13 @@ def _names(chunks: Sequence[GPTModel]) -> list[str]:
 
 
 def set_model_weights(chunks: Sequence[GPTModel], loaded: dict[str, Any], folder: Path) -> None:
-    """Put the loaded state of `model_shards` into the chunks.
+    """Put the loaded state of `model_shards`, or a part of it, into the chunks.
 
     Raises:
         CheckpointError: a parameter is not finite afterwards, on any rank.
     """
     for name, chunk in zip(_names(chunks), chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
+        chunk.load_state_dict(loaded[name], strict=False)  # `check_keys` has compared them; the rest is set already
     with failing_together():
         for chunk in chunks:
             for parameter_name, parameter in chunk.named_parameters():

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from megatron_cpt.budget import format_count
+from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.validation import ValidationSet
-from megatron_cpt.launch.preflight import CheckedRun, branch_point, predicted_checkpoint_bytes
+from megatron_cpt.launch.preflight import CheckedRun, branch_point
 from megatron_cpt.launch.start import PreparedRun
 from megatron_cpt.runs.folder import RunFolder, count_attempts
 from megatron_cpt.runs.lease import Lease
@@ -27,7 +27,7 @@ from megatron_cpt.train.loop import LoopContext, train
 from megatron_cpt.train.metrics import MetricsFile
 from megatron_cpt.train.metrics_rows import StepReporter
 from megatron_cpt.train.position import Position
-from megatron_cpt.train.state import build_train_state, initial_weights
+from megatron_cpt.train.state import build_train_state
 from megatron_cpt.train.trackers import open_trackers
 from megatron_cpt.train.watchdog import Watchdog
 
@@ -48,11 +48,11 @@ def train_run(
     """
     job, config, folder = run.checked, run.checked.config, run.folder
     attempt = _shared_attempt(folder)
-    checkpoints = CheckpointManager(config, folder, attempt, lease, predicted_checkpoint_bytes(config, job.arch))
+    trainable = trainable_of(config, job.arch)
+    checkpoints = CheckpointManager(config, folder, attempt, lease, trainable.checkpoint_bytes())
     chosen = checkpoints.choose() or branch_point(config)
-    # A checkpoint sets every weight: then the base model's are not read at all.
-    set_weights = initial_weights(job.origin, job.arch, config.seed) if chosen is None else _leave_unset
-    state = build_train_state(config, job.arch, set_weights=set_weights)
+    read_base = chosen is None or not trainable.saves_every_weight
+    state = build_train_state(config, job.arch, origin=job.origin, trainable=trainable, read_base=read_base)
     clock.lap("model")
     position = Position() if chosen is None else checkpoints.load(state, *chosen)
     clock.lap("checkpoint")
@@ -90,9 +90,6 @@ def train_run(
         report.close()
 
 
-def _leave_unset(chunks: list[GPTModel]) -> None: ...
-
-
 def _shared_attempt(folder: RunFolder) -> int:
     """Rank 0's count of the attempts of this run, on every rank."""
     numbers = [count_attempts(folder) if dist.get_rank() == 0 else 0]
@@ -104,10 +101,10 @@ def _open_reporter(job: CheckedRun, folder: RunFolder, attempt: int, ledger: Led
     names = [dataset.name for dataset in job.datasets.train]
     seq_length = job.config.batch.seq_length
     if dist.get_rank() != 0:
-        return StepReporter(job.arch, job.derived, seq_length, names, None, None)
+        return StepReporter(trainable_of(job.config, job.arch), job.derived, seq_length, names, None, None)
     metrics = MetricsFile(folder.metrics, attempt, open_trackers(job.config, folder))
     view = ConsoleView(open_console(), job.derived.train_tokens, ledger.tokens)
-    return StepReporter(job.arch, job.derived, seq_length, names, metrics, view)
+    return StepReporter(trainable_of(job.config, job.arch), job.derived, seq_length, names, metrics, view)
 
 
 def _first_line(job: CheckedRun, position: Position, checkpoint: Path | None) -> str:

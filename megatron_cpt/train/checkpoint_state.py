@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.model.load_megatron import model_shards, set_model_weights
+from megatron_cpt.model.load_megatron import model_shards, only, set_model_weights
 from megatron_cpt.runs.marker import Marker
 from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
 from megatron_cpt.train.state import TrainState, unwrap
@@ -61,11 +61,15 @@ def _model_shards(state: TrainState) -> dict[str, Any]:
     return model_shards([unwrap(chunk) for chunk in state.chunks])
 
 
+def _saved_part(state: TrainState, models: dict[str, Any]) -> dict[str, Any]:
+    return only(models, [unwrap(chunk) for chunk in state.chunks], state.trainable.saves)
+
+
 def saved_state(state: TrainState) -> dict[str, Any]:
     """What this rank saves."""
     models = _model_shards(state)
     optimizer = optimizer_shards(state.optimizer, models, optimizer_sharding(state.config))
-    saved = {**models, "optimizer": optimizer, "random": _random_states()}
+    saved = {**_saved_part(state, models), "optimizer": optimizer, "random": _random_states()}
     apply_factories(saved)
     for shard in nested_values(saved):
         if isinstance(shard, ShardedTensor):
@@ -78,7 +82,8 @@ def wanted_state(state: TrainState, sharding: str, *, with_random: bool) -> dict
     models = _model_shards(state)
     metadata = {"distrib_optim_sharding_type": sharding} if sharding != "replicated" else {}
     optimizer = state.optimizer.sharded_state_dict(dict(models), is_loading=True, metadata=metadata)
-    return {**models, "optimizer": optimizer, **({"random": _random_states()} if with_random else {})}
+    random_states = {"random": _random_states()} if with_random else {}
+    return {**_saved_part(state, models), "optimizer": optimizer, **random_states}
 
 
 def _random_states() -> ShardedObject:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.derive import Derived
+from megatron_cpt.config.trainable import Trainable
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.console_view import ConsoleView
 from megatron_cpt.train.metrics import MetricsFile
 from megatron_cpt.train.position import Position
 from megatron_cpt.train.step_sums import StepResult
-from megatron_cpt.train.throughput import flops_per_token, peak_flops
+from megatron_cpt.train.throughput import peak_flops
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StepReporter:
 
     def __init__(
         self,
-        arch: Architecture,
+        trainable: Trainable,
         derived: Derived,
         seq_length: int,
         source_names: list[str],
@@ -49,7 +49,7 @@ class StepReporter:
         self.source_names = source_names
         self.metrics = metrics
         self.view = view
-        self._flops = flops_per_token(arch, seq_length)
+        self._flops = trainable.flops_per_token(seq_length)
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._rate: float | None = None  # tokens per second, smoothed
 

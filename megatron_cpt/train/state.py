@@ -8,7 +8,7 @@ fp32 master weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,15 +25,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.trainable import Trainable, trainable_of
 from megatron_cpt.launch.origin import Origin, resolve_origin
 from megatron_cpt.model.build import DTYPES, build_model
 from megatron_cpt.model.gpu_options import optimizer_settings
-from megatron_cpt.model.load_hf import load_hf_weights, random_weights
-from megatron_cpt.model.load_megatron import load_megatron_weights
+from megatron_cpt.model.load_hf import global_name, load_hf_weights, random_weights
+from megatron_cpt.model.load_megatron import load_megatron_weights, unset_weights
 from megatron_cpt.runtime.adamw import select_adam
 from megatron_cpt.train.terms import Penalty
-
-SetWeights = Callable[[list[GPTModel]], None]
 
 
 @dataclass
@@ -42,6 +41,7 @@ class TrainState:
 
     config: RunConfig
     arch: Architecture
+    trainable: Trainable
     model_config: TransformerConfig
     chunks: list[DistributedDataParallel]  # one per virtual pipeline chunk
     optimizer: MegatronOptimizer
@@ -64,22 +64,29 @@ def build_train_state(
     config: RunConfig,
     arch: Architecture,
     *,
-    set_weights: SetWeights | None = None,
+    origin: Origin | None = None,
+    trainable: Trainable | None = None,
+    read_base: bool = True,
     bucket_elements: int | None = None,
 ) -> TrainState:
     """Build model, weights, gradient buffers and optimizer of this rank; `init_runtime` comes before.
 
-    `set_weights` sets the weights of the bare chunks before the optimizer copies them; by default it follows
-    `model.init_from`. `bucket_elements` is the size of the buckets that overlapped communication works in.
+    `origin` and `trainable` are by default what the config says. Without `read_base` the weights stay NaN, for a
+    checkpoint to set. `bucket_elements` is the size of the buckets that overlapped communication works in.
 
     Raises:
         ConfigError: the layout or precision lacks what the model needs.
         CheckpointError: the weights are missing, damaged or of another model; on every rank.
     """
     chunks = build_model(config, arch)
-    if set_weights is None:
-        set_weights = initial_weights(resolve_origin(config.model.init_from), arch, config.seed)
-    set_weights(chunks)
+    trainable = trainable or trainable_of(config, arch)
+    if read_base:
+        _set_from_origin(chunks, origin or resolve_origin(config.model.init_from), arch, config.seed, trainable)
+    else:
+        unset_weights(chunks)
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(trainable.trains(global_name(chunk, name)))
     model_config = chunks[0].config
     wrapped: list[Any] = [Float16Module(model_config, c) for c in chunks] if model_config.bf16 else list(chunks)
     ddp_config = DistributedDataParallelConfig(
@@ -97,16 +104,18 @@ def build_train_state(
     adam = select_adam()
     optimizer = get_megatron_optimizer(optimizer_config(config), ddp)
     _connect(model_config, ddp, optimizer, config)
-    return TrainState(config, arch, model_config, ddp, optimizer, adam)
+    return TrainState(config, arch, trainable, model_config, ddp, optimizer, adam)
 
 
-def initial_weights(origin: Origin, arch: Architecture, seed: int) -> SetWeights:
-    """How the weights of a run's origin are set."""
+def _set_from_origin(
+    chunks: list[GPTModel], origin: Origin, arch: Architecture, seed: int, trainable: Trainable
+) -> None:
     if origin.kind == "random":
-        return lambda chunks: random_weights(chunks, arch, seed)
-    if origin.kind == "torch_dist":
-        return lambda chunks: load_megatron_weights(chunks, origin.weights)
-    return lambda chunks: load_hf_weights(chunks, origin.weights, arch)
+        random_weights(chunks, arch, seed, trainable.in_base)
+    elif origin.kind == "torch_dist":
+        load_megatron_weights(chunks, origin.weights, trainable.in_base)
+    else:
+        load_hf_weights(chunks, origin.weights, arch, trainable.in_base)
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:

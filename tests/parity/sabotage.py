@@ -143,8 +143,8 @@ def _other_architecture(**changes: Any) -> Any:
 def _after_loading(change: Any) -> Iterator[None]:
     original = state.load_hf_weights
 
-    def load(chunks: Any, model_dir: Any, arch: Any) -> None:
-        original(chunks, model_dir, arch)
+    def load(chunks: Any, model_dir: Any, arch: Any, in_base: Any) -> None:
+        original(chunks, model_dir, arch, in_base)
         with torch.no_grad():
             for chunk in chunks:
                 for name, parameter in chunk.named_parameters():
