@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from megatron_cpt.console import ProgressBar, print_summary
+from megatron_cpt.corpus.documents import NONSTANDARD_JSON
 from megatron_cpt.corpus.run.corpus_run import OnUnit, StartProgress
 from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.corpus.run.preprocess import Outcome, preprocess_shard
@@ -139,6 +140,8 @@ def outcome_text(outcome: Outcome) -> str:
     if "passages_removed" in config:
         removed, chars = config["passages_removed"], config["passage_chars_removed"]
         lines.append(f"repeated passages removed within documents: {removed:,} ({chars:,} characters)")
+    if count := outcome.notes.get(NONSTANDARD_JSON):
+        lines.append(f"kept although their line is not standard JSON (NaN, Infinity, a lone surrogate): {count:,}")
     if outcome.rejects_file:
         lines.append(f"each rejected document with its place and reason: {outcome.rejects_file}")
     return "\n".join(lines)

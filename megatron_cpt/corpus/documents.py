@@ -16,9 +16,11 @@ from megatron_cpt.corpus.arrays import Array
 BAD_INPUT_REASONS = frozenset(
     {
         "invalid_json", "invalid_utf8", "lone_surrogate", "not_an_object", "missing_key", "text_not_a_string",
-        "document_too_long", "unreadable",
+        "document_too_long", "unreadable", "invalid_csv",
     }
 )  # fmt: skip
+# A note on documents that were kept: JSON as Python writes it, with NaN, Infinity or a lone surrogate beside the text.
+NONSTANDARD_JSON = "nonstandard_json"
 EXCERPT_CHARS = 200
 
 
@@ -100,6 +102,8 @@ class UnitTally:
     lines_read: int = 0  # lines or rows the unit covers, to turn relative places into absolute ones
     counts: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)  # of all documents that the language step saw
+    metadata_found: Counter[str] = field(default_factory=Counter)  # documents that have each key of `metadata`
+    notes: Counter[str] = field(default_factory=Counter)  # documents kept of which something is to be said
     rejects: list[Reject] = field(default_factory=list)
     passages_removed: int = 0
     passage_chars_removed: int = 0

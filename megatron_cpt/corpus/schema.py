@@ -18,7 +18,7 @@ from megatron_cpt.config.section import Section
 from megatron_cpt.config.yaml_file import read_yaml
 from megatron_cpt.corpus.schema_processing import Clean, Decontaminate, Dedup, Filters, switch
 
-Format = Literal["auto", "jsonl", "parquet", "arrow", "text", "html"]
+Format = Literal["auto", "jsonl", "parquet", "arrow", "csv", "tsv", "text", "html"]
 
 
 class Source(Section):

@@ -90,7 +90,7 @@ def is_cleaned(folder: Path, unit: str, is_tokenised: bool) -> bool:
 def read_cleaned_tally(folder: Path, unit: str) -> UnitTally:
     """The tally of a unit after the map stage."""
     fields = _read_record(folder, unit)["tally"]
-    counters = {name: Counter(fields[name]) for name in ("counts", "languages")}
+    counters = {name: Counter(fields[name]) for name in ("counts", "languages", "metadata_found", "notes")}
     return UnitTally(**fields | counters | {"rejects": [Reject(**reject) for reject in fields["rejects"]]})
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
-from megatron_cpt.corpus.readers.records import FieldError, add_record, empty_batch, text_field
+from megatron_cpt.corpus.readers.records import add_record, empty_batch, text_field
 from megatron_cpt.corpus.readers.unit import Unit
 from megatron_cpt.errors import DataError
 
@@ -40,19 +40,18 @@ def read_columnar(unit: Unit, tally: UnitTally, max_document_bytes: int) -> Iter
 
 def record_batches(unit: Unit, path: str) -> Iterator[tuple[Any, float]]:
     """Validated record batches of the columns that the source names, and the share of the file read so far."""
-    wanted = sorted({key.split(".")[0] for key in (*text_field(unit.text_field).keys, *unit.metadata)})
     is_parquet = unit.format == "parquet" and not unit.data
     try:
-        for rows, done in _parquet_rows(unit, path, wanted) if is_parquet else _arrow_rows(unit, path, wanted):
+        for rows, done in _parquet_rows(unit, path) if is_parquet else _arrow_rows(unit, path):
             rows.validate()
             yield rows, done
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged: {error}", hint="copy it again") from error
 
 
-def _parquet_rows(unit: Unit, path: str, columns: list[str]) -> Iterator[tuple[Any, float]]:
+def _parquet_rows(unit: Unit, path: str) -> Iterator[tuple[Any, float]]:
     file = _open(path)
-    _check_columns(unit, path, file.schema_arrow, columns)
+    columns = wanted_columns(unit, path, file.schema_arrow)
     groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
     total, done = sum(file.metadata.row_group(group).num_rows for group in groups), 0
     for rows in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=columns):
@@ -60,7 +59,7 @@ def _parquet_rows(unit: Unit, path: str, columns: list[str]) -> Iterator[tuple[A
         yield rows, done / max(total, 1)
 
 
-def _arrow_rows(unit: Unit, path: str, columns: list[str]) -> Iterator[tuple[Any, float]]:
+def _arrow_rows(unit: Unit, path: str) -> Iterator[tuple[Any, float]]:
     """Record batches of an Arrow file, in the file format or the stream format of datasets.save_to_disk."""
     with pa.memory_map(unit.data or path) as source:
         try:
@@ -69,23 +68,44 @@ def _arrow_rows(unit: Unit, path: str, columns: list[str]) -> Iterator[tuple[Any
         except pa.ArrowInvalid:
             source.seek(0)
             batches = reader = pa.ipc.open_stream(source)
-        _check_columns(unit, path, reader.schema, columns)
+        columns = wanted_columns(unit, path, reader.schema)
         for index, rows in enumerate(batches, 1):
             at_end = reader.num_record_batches if hasattr(reader, "num_record_batches") else 0
             yield rows.select(columns), index / at_end if at_end else source.tell() / max(source.size(), 1)
 
 
-def _check_columns(unit: Unit, path: str, schema: Any, columns: list[str]) -> None:
-    if missing := [name for name in columns if name not in schema.names]:
+def wanted_columns(unit: Unit, path: str, schema: Any) -> list[str]:
+    """The columns that hold the keys of a source, sorted. Raises DataError for one that is missing, double or no text.
+
+    A key of `metadata` that has no column is left out; the run says so when no file has it.
+    """
+    field = text_field(unit.text_field)
+    columns = {_column_of(key, schema) for key in field.keys}
+    if missing := sorted(name for name in columns if name not in schema.names):
         raise DataError(
             f"{path} has no column {missing[0]!r}",
             hint=f"its columns: {', '.join(schema.names)}; name the text's with --json-key (`text:` of the source)",
         )
-    field = text_field(unit.text_field)
-    if field.simple and field.field in schema.names:
-        column = schema.field(field.field).type
-        if not (pa.types.is_string(column) or pa.types.is_large_string(column)):
-            raise DataError(f"{path}: column {field.field!r} is {column}, not text", hint="choose another column")
+    columns |= {name for key in unit.metadata if (name := _column_of(key, schema)) in schema.names}
+    if double := sorted(name for name in columns if schema.names.count(name) > 1):
+        raise DataError(f"{path} has two columns {double[0]!r}", hint="rename or drop one of them")
+    if field.simple and field.field in schema.names and not _holds_text(schema.field(field.field).type):
+        kind = schema.field(field.field).type
+        raise DataError(f"{path}: column {field.field!r} is {kind}, not text", hint="choose another column")
+    return sorted(columns)
+
+
+def _column_of(key: str, schema: Any) -> str:
+    """A dotted key is a column of that name, or a path into a column of structs."""
+    return key if key in schema.names else key.split(".")[0]
+
+
+def _holds_text(kind: Any) -> bool:
+    """Strings of any layout, bytes (which may be UTF-8), and a column of nothing but nulls."""
+    if pa.types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    checks = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in checks)
 
 
 def _batch(unit: Unit, path: str, rows: Any, tally: UnitTally, max_document_bytes: int) -> Batch:
@@ -100,15 +120,37 @@ def _batch(unit: Unit, path: str, rows: Any, tally: UnitTally, max_document_byte
     batch = empty_batch(unit, path)
     for place in range(first, first + rows.num_rows):
         try:
-            add_record(batch, unit, rows.slice(place - first, 1).to_pylist()[0], place)
+            record = _record(rows, place - first)
         except UnicodeDecodeError as error:
             tally.reject(path, place, "invalid_utf8", str(error))
-        except FieldError as error:
-            tally.reject(path, place, error.reason, error.detail)
+            continue
+        add_record(batch, unit, record, place, tally)
     too_long = [len(text) > max_document_bytes for text in batch.texts]
     if any(too_long):
         return tally.reject_where(batch, [not long for long in too_long], "document_too_long")
     return batch
+
+
+def _record(rows: Any, index: int) -> dict[str, Any]:
+    """One row as Python values. What Python has no type for, such as nanoseconds, becomes text."""
+    record = {}
+    for name, column in zip(rows.schema.names, rows.columns, strict=True):
+        value = column[index]
+        try:
+            record[name] = value.as_py()
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, OverflowError, ImportError):
+            record[name] = _text_of(value)
+    return record
+
+
+def _text_of(value: Any) -> str:
+    try:
+        return str(value.cast(pa.string()).as_py())
+    except pa.ArrowException:
+        number = value.value if hasattr(value, "value") else value
+        return f"{number} ({value.type})"
 
 
 def _values(column: Any) -> list[Any] | None:
@@ -121,7 +163,7 @@ def _values(column: Any) -> list[Any] | None:
 
 def _open(path: str) -> Any:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist", hint="check the path") from error
     except (pa.ArrowException, OSError) as error:

@@ -1,10 +1,17 @@
-"""The files of a source: folders and globs expanded in a fixed order, and the format of each by its name."""
+"""The files of a source: folders and globs expanded in a fixed order, and the format of each by its name.
+
+A folder, its name with `/*` and a glob that matches folders give the same files. What is passed over is counted and
+named in one line; only a file that is named itself must have a known format.
+"""
 
 from __future__ import annotations
 
 import glob
+import logging
+import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cpt.corpus.readers.compression import COMPRESSED_SUFFIXES
@@ -12,10 +19,14 @@ from megatron_cpt.corpus.readers.unit import FileFormat
 from megatron_cpt.corpus.schema import Source
 from megatron_cpt.errors import DataError
 
+log = logging.getLogger(__name__)
+
 _SUFFIXES: dict[FileFormat, str] = {
     "jsonl": ".jsonl .json .ndjson",
     "parquet": ".parquet",
     "arrow": ".arrow .feather",
+    "csv": ".csv",
+    "tsv": ".tsv .tab",
     "html": ".html .htm .xhtml",
     "text": ".txt .md .rst .tex .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh .java .kt .scala .js .jsx .ts .tsx "
     ".go .rs .rb .php .cs .swift .m .r .jl .lua .pl .sh .bash .sql .css .yaml .yml .toml .cmake .f90 .hs .ml .v .vhd",
@@ -23,6 +34,7 @@ _SUFFIXES: dict[FileFormat, str] = {
 FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 # Small files that datasets.save_to_disk leaves beside its Arrow files.
 _SAVE_TO_DISK_FILES = frozenset({"state.json", "dataset_info.json"})
+_KINDS_SHOWN, _NAMES_SHOWN = 6, 3
 
 
 @dataclass(frozen=True)
@@ -30,58 +42,173 @@ class InputFile:
     path: str
     format: FileFormat
     size_bytes: int
+    identity: tuple[int, int]  # equal for two names of one file
+
+
+@dataclass
+class _PassedOver:
+    """Files that a folder or a glob has and that are not read, by kind."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    names: list[str] = field(default_factory=list)
+
+    def add(self, path: str, kind: str) -> None:
+        self.kinds[kind] += 1
+        if len(self.names) < _NAMES_SHOWN:
+            self.names.append(path)
+
+    def say(self, source: str) -> None:
+        total = self.kinds.total()
+        if not total:
+            return
+        kinds = [f"{count:,} {kind}" for kind, count in self.kinds.most_common(_KINDS_SHOWN)]
+        more = " ..." if total > len(self.names) else ""
+        log.info(
+            "source %r: %s file(s) passed over: %s (%s%s). To read files of other names, state their format:",
+            source, f"{total:,}", ", ".join(kinds), ", ".join(self.names), more,
+        )  # fmt: skip
 
 
 def find_files(source: Source) -> list[InputFile]:
-    """The files of a source in a fixed order: as listed, a folder or a glob in sorted order."""
-    found: list[InputFile] = []
+    """The files of a source in a fixed order: as listed, a folder or a glob in sorted order.
+
+    Raises DataError for a pattern that matches nothing to read, and for a file that two patterns match.
+    """
+    found: dict[tuple[int, int], InputFile] = {}
+    passed_over = _PassedOver()
     for pattern in source.files:
-        matches = list(_expand(pattern, source))
+        matches = _expand(pattern, source, passed_over)
         if not matches:
-            raise DataError(
-                f"source {source.name!r}: {pattern} matches no file",
-                hint="paths are relative to the working directory; known names end in "
-                ".jsonl .parquet .arrow .txt .md .html and those of code, also with .gz .zst .bz2 .xz",
-            )
-        found += matches
+            raise _no_match(pattern, source, passed_over)
+        if twice := found.keys() & matches.keys():
+            raise _named_twice(source, *((group[identity]) for identity in twice for group in (found, matches)))
+        found |= matches
+    passed_over.say(source.name)
+    return list(found.values())
+
+
+def _expand(pattern: str, source: Source, passed_over: _PassedOver) -> dict[tuple[int, int], InputFile]:
+    """The files of one pattern by their identity, so that each is read once however many links lead to it."""
+    if Path(pattern).is_file():
+        file = _named_file(pattern, source)
+        return {file.identity: file}
+    if Path(pattern).is_dir():
+        _refuse_several_splits(pattern)
+        paths = _in_order(_walk(_normal(pattern), passed_over, set()))
+    else:
+        paths = _matches(pattern, passed_over)
+    found: dict[tuple[int, int], InputFile] = {}
+    for path in paths:
+        file_format = source.format if source.format != "auto" else _format_of(path)
+        if file_format is None:
+            passed_over.add(path, _kind(path))
+            continue
+        file = _input_file(path, file_format)
+        if found.setdefault(file.identity, file) is not file:
+            passed_over.add(path, "other name(s) of a file that is read")
     return found
 
 
-def _expand(pattern: str, source: Source) -> Iterator[InputFile]:
-    path = Path(pattern)
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file():
-            raise DataError(
-                f"{path} holds several splits",
-                hint=f"name one: {', '.join(sorted(str(p) for p in path.iterdir() if p.is_dir()))}",
-            )
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
-        known = [p for p in inside if source.format != "auto" or _format_of(p) is not None]
-        yield from (_input_file(p, source) for p in known)
-    elif path.is_file():
-        yield _input_file(path, source)
-    else:
-        names = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        for name in sorted(names):
-            if Path(name).is_file():
-                yield _input_file(Path(name), source)
+def _matches(pattern: str, passed_over: _PassedOver) -> list[str]:
+    """The files that a glob matches, and those in the folders that it matches."""
+    names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    folders = [name for name in names if Path(name).is_dir()]
+    files = [_normal(name) for name in names if Path(name).is_file()]
+    if not folders:
+        return files
+    visited: set[str] = set()
+    for folder in folders:
+        _refuse_several_splits(folder)
+    inside = [path for folder in folders for path in _walk(_normal(folder), passed_over, visited)]
+    return _in_order(dict.fromkeys([*files, *inside]))
 
 
-def _input_file(path: Path, source: Source) -> InputFile:
+def _walk(folder: str, passed_over: _PassedOver, visited: set[str]) -> Iterator[str]:
+    """Files below a folder, of each folder once however many links lead to it; hidden ones are passed over."""
+    real = os.path.realpath(folder)
+    if real in visited:
+        return
+    visited.add(real)
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))  # a folder before links to it
+    for entry in ordered:
+        path = f"{folder}/{entry.name}" if folder != "." else entry.name
+        if entry.is_dir():
+            if entry.name.startswith("."):
+                passed_over.add(path, "hidden folder(s)")
+            else:
+                yield from _walk(path, passed_over, visited)
+        elif not entry.is_file():
+            passed_over.add(path, "broken link(s) or special file(s)")
+        elif entry.name.startswith("."):
+            passed_over.add(path, "hidden")
+        elif entry.name not in _SAVE_TO_DISK_FILES:
+            yield path
+
+
+def _refuse_several_splits(folder: str) -> None:
+    if (Path(folder) / "dataset_dict.json").is_file():
+        splits = sorted(str(path) for path in Path(folder).iterdir() if path.is_dir())
+        raise DataError(f"{folder} holds several splits", hint=f"name one: {', '.join(splits)}")
+
+
+def _normal(path: str) -> str:
+    """As pathlib writes it: without `./` before and `/` behind."""
+    return str(Path(path))
+
+
+def _in_order(paths: Iterator[str] | dict[str, None]) -> list[str]:
+    return sorted(paths, key=lambda path: path.split("/"))
+
+
+def _named_file(path: str, source: Source) -> InputFile:
     file_format = source.format if source.format != "auto" else _format_of(path)
     if file_format is None:
         raise DataError(
             f"{path}: cannot tell its format from its name",
-            hint=f"state format: for source {source.name!r}; one of jsonl parquet arrow text html",
+            hint=f"state format: for source {source.name!r}; one of jsonl parquet arrow csv tsv text html",
         )
-    return InputFile(str(path), file_format, path.stat().st_size)
+    return _input_file(_normal(path), file_format)
 
 
-def _is_hidden(path: Path) -> bool:
-    return path.name in _SAVE_TO_DISK_FILES or any(part.startswith(".") for part in path.parts)
+def _input_file(path: str, file_format: FileFormat) -> InputFile:
+    stat = Path(path).stat()
+    return InputFile(path, file_format, stat.st_size, (stat.st_dev, stat.st_ino))
 
 
-def _format_of(path: Path) -> FileFormat | None:
-    """Format by the suffix, looking through a compression suffix."""
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
-    return FORMAT_OF_SUFFIX.get(suffix.lower())
+def _format_of(path: str) -> FileFormat | None:
+    """Format by the suffix, looking through a compression suffix; case does not count."""
+    stem, suffix = os.path.splitext(os.path.basename(path).lower())  # noqa: PTH119, PTH122 (a Path each would be slow)
+    if suffix in COMPRESSED_SUFFIXES:
+        suffix = os.path.splitext(stem)[1]  # noqa: PTH122
+    return FORMAT_OF_SUFFIX.get(suffix)
+
+
+def _kind(path: str) -> str:
+    suffixes = Path(path).suffixes
+    return suffixes[-1].lower() if suffixes else "without a suffix"
+
+
+def _no_match(pattern: str, source: Source, passed_over: _PassedOver) -> DataError:
+    hint = (
+        "paths are relative to the working directory; known names end in .jsonl .parquet .arrow .csv .tsv .txt .md "
+        f".html and those of code, also with {' '.join(COMPRESSED_SUFFIXES)}"
+    )
+    if passed_over.kinds:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.kinds.most_common(_KINDS_SHOWN))
+        hint = f"it has {kinds}; to read files whose name does not tell their format, state format:"
+    elif glob.has_magic(pattern):
+        for folder in Path(pattern).parents:
+            if glob.has_magic(str(folder)) and folder.is_dir():
+                rest = Path(pattern).relative_to(folder)
+                hint = f"{folder} is a folder: escape the brackets in its name, {glob.escape(str(folder))}/{rest}"
+                break
+    return DataError(f"source {source.name!r}: {pattern} matches no file", hint=hint)
+
+
+def _named_twice(source: Source, first: InputFile, second: InputFile, *_: InputFile) -> DataError:
+    same = "" if first.path == second.path else f", the second time as {second.path}"
+    return DataError(
+        f"source {source.name!r} has {first.path} twice{same}",
+        hint="name each file once; to see a source more often, give it a larger weight at training",
+    )

@@ -5,18 +5,21 @@ Blank lines are not documents.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
-from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.documents import NONSTANDARD_JSON, Batch, UnitTally
 from megatron_cpt.corpus.readers.compression import open_input
-from megatron_cpt.corpus.readers.records import FieldError, add_record, empty_batch, text_field
+from megatron_cpt.corpus.readers.encoding import likely_encoding, not_utf8
+from megatron_cpt.corpus.readers.records import add_record, empty_batch, text_field
 from megatron_cpt.corpus.readers.unit import Unit
 
 BATCH_BYTES = 4 << 20
+_UNREADABLE = object()
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -98,18 +101,28 @@ def _parse_one_by_one(
             tally.reject(path, place, "document_too_long", f"more than {max_document_bytes:,} bytes")
             continue
         try:
-            add_record(batch, unit, orjson.loads(line), place)
+            record = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            tally.reject(path, place, _json_reason(line, str(error)), str(error))
-        except FieldError as error:
-            tally.reject(path, place, error.reason, error.detail)
+            record = _parse_leniently(line, str(error), path, place, tally)
+            if record is _UNREADABLE:
+                continue
+            tally.notes[NONSTANDARD_JSON] += 1
+        add_record(batch, unit, record, place, tally)
     return batch
 
 
-def _json_reason(line: bytes, message: str) -> str:
-    """orjson refuses three different things with one exception; tell them apart."""
+def _parse_leniently(line: bytes, message: str, path: str, place: int, tally: UnitTally) -> Any:
+    """A line that orjson refuses, by Python's parser: as in Megatron-LM it takes NaN, Infinity and lone surrogates.
+
+    A document whose text is whole should not be lost to another key. What Python refuses too becomes a reject.
+    """
     try:
-        line.decode()
-    except UnicodeDecodeError:
-        return "invalid_utf8"
-    return "lone_surrogate" if "surrogate" in message else "invalid_json"
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        tally.reject(path, place, "invalid_utf8", not_utf8(line, error))
+    except RecursionError:
+        tally.reject(path, place, "invalid_json", "nested too deeply")
+    except ValueError:
+        guess = likely_encoding(line)
+        tally.reject(path, place, "invalid_json", message + (f"; it looks like {guess}" if guess else ""))
+    return _UNREADABLE

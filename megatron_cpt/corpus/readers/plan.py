@@ -17,6 +17,7 @@ from megatron_cpt.errors import DataError
 MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS_WANTED = 1 << 20, 16 << 20, 64
 # A file that cannot be read from an arbitrary offset is cut into pieces while it is read; see streams.
 MIN_PIECE_BYTES = 4 << 20
+READ_BY_ONE_WORKER = frozenset({"text", "html", "csv", "tsv"})
 # A row group of Parquet is left whole up to this many units.
 UNITS_PER_ROW_GROUP = 4
 
@@ -54,7 +55,7 @@ def _cut(files: list[InputFile], unit_bytes: int) -> Iterator[_Cut]:
     group: list[InputFile] = []
     held_bytes = 0
     for file in files:
-        is_whole = file.size_bytes <= unit_bytes or file.format in ("text", "html")
+        is_whole = file.size_bytes <= unit_bytes or file.format in READ_BY_ONE_WORKER
         if group and (not is_whole or file.format != group[0].format):
             yield _group(group, held_bytes)
             group, held_bytes = [], 0

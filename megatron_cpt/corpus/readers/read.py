@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.readers.jsonl import read_jsonl
+from megatron_cpt.corpus.readers.tabular import read_tabular
 from megatron_cpt.corpus.readers.unit import FileFormat, Unit
 from megatron_cpt.corpus.readers.whole_files import read_whole_files
 
@@ -25,6 +26,8 @@ READERS: dict[FileFormat, Reader] = {
     "jsonl": read_jsonl,
     "parquet": _read_columnar,
     "arrow": _read_columnar,
+    "csv": read_tabular,
+    "tsv": read_tabular,
     "text": read_whole_files,
     "html": read_whole_files,
 }

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from megatron_cpt.corpus.documents import Batch
+from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.readers.encoding import not_utf8
+from megatron_cpt.corpus.readers.metadata import find_value, kept_values
 from megatron_cpt.corpus.readers.unit import Unit
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
@@ -45,14 +47,22 @@ def lookup(record: Any, key: str) -> str:
     """The string under `key`, by the key itself or step by step along its dots. Raises FieldError."""
     if not isinstance(record, dict):
         raise FieldError("not_an_object", f"a JSON {type(record).__name__}")
-    value: Any = record
-    for part in (key,) if key in record else tuple(key.split(".")):
-        if not isinstance(value, dict) or part not in value:
-            raise FieldError("missing_key", f"no key {key!r}; keys: {', '.join(map(str, record))}")
-        value = value[part]
+    is_there, value = find_value(record, key)
+    if not is_there:
+        raise FieldError("missing_key", f"no key {key!r}; keys: {', '.join(map(str, record))}")
+    if isinstance(value, bytes):
+        value = _decoded(key, value)
     if not isinstance(value, str):
         raise FieldError("text_not_a_string", f"{key!r} is {type(value).__name__}")
     return value
+
+
+def _decoded(key: str, value: bytes) -> str:
+    """Text out of a column of bytes."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise FieldError("invalid_utf8", f"{key!r}: {not_utf8(value, error)}") from error
 
 
 def empty_batch(unit: Unit, path: str) -> Batch:
@@ -60,9 +70,20 @@ def empty_batch(unit: Unit, path: str) -> Batch:
     return Batch(path, [], [], [] if unit.metadata else None)
 
 
-def add_record(batch: Batch, unit: Unit, record: Any, place: int) -> None:
-    """Append one parsed record to the batch. Raises FieldError when it has no text."""
-    batch.texts.append(text_field(unit.text_field).text_of(record))
+def add_record(batch: Batch, unit: Unit, record: Any, place: int, tally: UnitTally) -> None:
+    """Append one parsed record to the batch, or give it to the tally as a reject when it has no text."""
+    try:
+        text = text_field(unit.text_field).text_of(record)
+        text.encode()
+    except FieldError as error:
+        tally.reject(batch.path, place, error.reason, error.detail)
+        return
+    except UnicodeEncodeError as error:
+        tally.reject(batch.path, place, "lone_surrogate", str(error))
+        return
+    batch.texts.append(text)
     batch.places.append(place)
     if batch.metadata is not None:
-        batch.metadata.append({key: record.get(key) for key in unit.metadata})
+        values = kept_values(record, unit.metadata)
+        tally.metadata_found.update(values)
+        batch.metadata.append({key: values.get(key) for key in unit.metadata})

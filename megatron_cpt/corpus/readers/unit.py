@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-FileFormat = Literal["jsonl", "parquet", "arrow", "text", "html"]
+FileFormat = Literal["jsonl", "parquet", "arrow", "csv", "tsv", "text", "html"]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.readers.compression import open_input
+from megatron_cpt.corpus.readers.encoding import not_utf8
 from megatron_cpt.corpus.readers.html_text import html_to_text
 from megatron_cpt.corpus.readers.unit import Unit
 
 
 def read_whole_files(unit: Unit, tally: UnitTally, max_document_bytes: int) -> Iterator[Batch]:
-    """One document per file, named by its path in the metadata if asked for."""
+    """One document per file. It has no keys, so whatever `metadata` asks for is null."""
     for path in unit.paths:
         tally.documents_read += 1
         with open_input(path) as file:
@@ -22,7 +23,7 @@ def read_whole_files(unit: Unit, tally: UnitTally, max_document_bytes: int) -> I
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            tally.reject(path, 1, "invalid_utf8", str(error))
+            tally.reject(path, 1, "invalid_utf8", not_utf8(data, error))
             continue
         text = html_to_text(text) if unit.format == "html" else text
-        yield Batch(path, [text], [1], [dict.fromkeys(unit.metadata, path)] if unit.metadata else None)
+        yield Batch(path, [text], [1], [dict.fromkeys(unit.metadata)] if unit.metadata else None)

@@ -82,6 +82,8 @@ class Assembly:
         rules = TextRules(self.run.corpus.special_tokens_in_text, tokenizer.prefix_ids, tokenizer.suffix_ids)
         config |= {"text_rules": asdict(rules)}
         config |= {"plan": self.run.fingerprint, "documents_read": self.done.documents_read}
+        if self.done.notes:
+            config["notes"] = self.done.notes
         if self.run.passages:
             config["passages_removed"] = sum(record.passages_removed for record in self.done.records)
             config["passage_chars_removed"] = sum(record.passage_chars_removed for record in self.done.records)

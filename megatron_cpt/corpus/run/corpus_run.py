@@ -11,7 +11,7 @@ from megatron_cpt.corpus.filters.build import build_steps
 from megatron_cpt.corpus.filters.decontamination import Decontaminator
 from megatron_cpt.corpus.filters.step import Step
 from megatron_cpt.corpus.readers.plan import plan_units
-from megatron_cpt.corpus.readers.sample import sample_texts
+from megatron_cpt.corpus.readers.sample import probe_sources, sample_texts
 from megatron_cpt.corpus.readers.streams import units_of
 from megatron_cpt.corpus.readers.unit import Unit
 from megatron_cpt.corpus.run.fingerprint import output_fingerprint
@@ -69,6 +69,11 @@ class CorpusRun:
     def passages(self) -> Passages | None:
         return self.corpus.dedup.passages if self.corpus.dedup else None
 
+    @property
+    def lists_documents(self) -> bool:
+        """Whether every document gets a line in PREFIX.documents.jsonl: when any source keeps metadata."""
+        return any(source.metadata for source in self.corpus.sources)
+
     def of_all_shards(self) -> CorpusRun:
         return replace(self, shard=Shard())
 
@@ -106,6 +111,7 @@ def open_run(
 ) -> CorpusRun:
     """Find the input and load the tokenizer and the filters. Raises DataError or ConfigError for what is not there."""
     units = plan_units(corpus)
+    probe_sources(corpus, units)
     tokenizer = load_tokenizer(
         corpus.tokenizer,
         eod_token=corpus.eod_token,

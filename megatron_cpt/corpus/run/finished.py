@@ -43,6 +43,21 @@ class FinishedUnits:
         return dict(total.most_common())
 
     @cached_property
+    def notes(self) -> dict[str, int]:
+        """Note -> documents that were kept."""
+        total: Counter[str] = Counter()
+        for record in self.records:
+            total.update(record.notes)
+        return dict(total)
+
+    def metadata_found(self) -> dict[str, Counter[str]]:
+        """Source -> for each kept key the documents that have it; every source has an entry."""
+        found: dict[str, Counter[str]] = {}
+        for record in self.records:
+            found.setdefault(record.source, Counter()).update(record.metadata_found)
+        return found
+
+    @cached_property
     def files_per_source(self) -> dict[str, int]:
         files: dict[str, set[str]] = {}
         for unit in self.units:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
+from megatron_cpt.corpus.readers.sample import EARLY_BAD_RATIO
 from megatron_cpt.corpus.readers.streams import read_pieces, units_of
 from megatron_cpt.corpus.readers.unit import Unit
+from megatron_cpt.corpus.readers.unreadable import bad_input
 from megatron_cpt.corpus.run.corpus_run import CorpusRun, OnUnit
 from megatron_cpt.corpus.run.finished import FinishedUnits
 from megatron_cpt.corpus.run.parts import UnitRecord
@@ -20,7 +22,6 @@ log = logging.getLogger(__name__)
 
 # A run that reads nothing but garbage stops after this many documents instead of at the end of the corpus.
 EARLY_CHECK_DOCUMENTS = 1_000
-EARLY_BAD_RATIO = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _progress(run: CorpusRun, stage: UnitStage) -> OnUnit:
 
 
 class _EarlyCheck:
-    """Stops a run soon when most documents are unreadable: a wrong key should not cost hours.
+    """Stops a run soon when most documents of a source are unreadable: a wrong key should not cost hours.
 
     It keeps sums, so that a record costs the same however many there are.
     """
@@ -105,14 +106,17 @@ class _EarlyCheck:
     def __init__(self, run: CorpusRun) -> None:
         self._run = run
         self._max_ratio = max(EARLY_BAD_RATIO, run.corpus.max_reject_ratio)
-        self._read = self._bad = 0
+        self._read: Counter[str] = Counter()
+        self._bad: Counter[str] = Counter()
         self._done: list[tuple[Unit, UnitRecord]] = []
 
     def add(self, unit: Unit, record: UnitRecord) -> None:
         self._done.append((unit, record))
-        self._read += record.documents_read
-        self._bad += sum(count for reason, count in record.reject_counts.items() if reason in BAD_INPUT_REASONS)
-        if self._read >= EARLY_CHECK_DOCUMENTS and self._bad > self._max_ratio * self._read:
-            self._done.sort(key=lambda pair: (pair[0].number, pair[0].piece or 0))
-            units, records = zip(*self._done, strict=True)
-            check_rejects(self._run.staging, FinishedUnits(units, records), self._max_ratio)
+        source = record.source
+        self._read[source] += record.documents_read
+        self._bad[source] += sum(bad_input(record.reject_counts).values())
+        if self._read[source] >= EARLY_CHECK_DOCUMENTS and self._bad[source] > self._max_ratio * self._read[source]:
+            own = [pair for pair in self._done if pair[0].source == source]
+            own.sort(key=lambda pair: (pair[0].number, pair[0].piece or 0))
+            units, records = zip(*own, strict=True)
+            check_rejects(self._run.staging, FinishedUnits(units, records), self._max_ratio, f" of source {source!r}")

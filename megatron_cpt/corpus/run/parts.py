@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ import orjson
 
 from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.documents import Batch, DocumentCounts, Encoded, UnitTally
+from megatron_cpt.corpus.readers.metadata import field_name
 from megatron_cpt.durable import durable_file, flush_to_disk, sync
 
 
@@ -34,6 +36,8 @@ class UnitRecord:
     parts: dict[str, DocumentCounts]
     reject_counts: dict[str, int] = field(default_factory=dict)
     languages: dict[str, int] = field(default_factory=dict)
+    metadata_found: dict[str, int] = field(default_factory=dict)  # documents that have each key of `metadata`
+    notes: dict[str, int] = field(default_factory=dict)  # documents kept of which something is to be said
     passages_removed: int = 0
     passage_chars_removed: int = 0
     passage_examples: list[str] = field(default_factory=list)
@@ -59,9 +63,10 @@ class PartWriter:
         self._lengths.append(encoded.sequence_lengths.astype(np.int32))
         self._sequences.append(encoded.sequences_per_document.astype(np.int32))
         self._tokens += len(encoded.ids)
-        if self._metadata is not None and batch.metadata is not None:
-            for place, metadata in zip(batch.places, batch.metadata, strict=True):
-                self._metadata.write(orjson.dumps({"file": batch.path, "line": place, **metadata}) + b"\n")
+        if self._metadata is not None:
+            for place, metadata in zip(batch.places, batch.metadata or repeat({}), strict=False):
+                kept = {field_name(key): value for key, value in metadata.items()}
+                self._metadata.write(orjson.dumps({"file": batch.path, "line": place, **kept}) + b"\n")
 
     def close(self) -> DocumentCounts:
         for pieces in (self._lengths, self._sequences):

@@ -6,7 +6,7 @@ import errno
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cpt.corpus.dataset.manifest import Manifest, bin_path, manifest_path, read_manifest
@@ -39,6 +39,7 @@ class Outcome:
     documents_read: int
     rejects: dict[str, int]
     rejects_file: str | None
+    notes: dict[str, int] = field(default_factory=dict)  # documents kept of which something is to be said
     already_done: bool = False
 
 
@@ -159,7 +160,7 @@ def _already_done(run: CorpusRun, prefixes: Mapping[str, str]) -> Outcome | None
     rejects_file = _rejects_file(output_prefix)
     return Outcome(
         datasets, int(first.config["documents_read"]), first.rejects,
-        str(rejects_file) if rejects_file.exists() else None, already_done=True,
+        str(rejects_file) if rejects_file.exists() else None, first.config.get("notes", {}), already_done=True,
     )  # fmt: skip
 
 
@@ -171,6 +172,7 @@ def _finish(run: CorpusRun, prefixes: Mapping[str, str]) -> Outcome:
     """Process what is missing, check the whole, and write the datasets with the files beside them."""
     corpus, done = run.corpus, _process(run)
     check_rejects(run.staging, done, corpus.max_reject_ratio)
+    _check_metadata(run, done)
     duplicates = remove_duplicates(run, done)
     rejects = done.reject_counts | duplicates.counts
     _check_not_empty(done, prefixes, rejects)
@@ -181,7 +183,23 @@ def _finish(run: CorpusRun, prefixes: Mapping[str, str]) -> Outcome:
         Report(corpus.output_prefix, datasets, done.records, done.documents_read, rejects, corpus.train_tokens)
     )
     rejects_file = _rejects_file(corpus.output_prefix)
-    return Outcome(datasets, done.documents_read, rejects, str(rejects_file) if rejects_file.exists() else None)
+    written = str(rejects_file) if rejects_file.exists() else None
+    return Outcome(datasets, done.documents_read, rejects, written, done.notes)
+
+
+def _check_metadata(run: CorpusRun, done: FinishedUnits) -> None:
+    """Say which kept keys no document of a source has. Raises DataError for `id_key` when no document at all has it."""
+    found = done.metadata_found()
+    for source in run.corpus.sources:
+        own = found.get(source.name, {})
+        if absent := [key for key in source.metadata if not own.get(key)]:
+            log.warning("source %r: no document has the metadata key %s", source.name, ", ".join(map(repr, absent)))
+    key = run.corpus.dedup.id_key if run.corpus.dedup else None
+    if key is not None and done.documents_read and not any(own.get(key) for own in found.values()):
+        raise DataError(
+            f"dedup.id_key: no document has the key {key!r}, so it would remove nothing",
+            hint="name a key of the documents, such as id or meta.id",
+        )
 
 
 def _write_lists(run: CorpusRun, done: FinishedUnits, duplicates: DedupResult, prefixes: Mapping[str, str]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
+from megatron_cpt.corpus.readers.unreadable import bad_input, unreadable_error
 from megatron_cpt.corpus.run.finished import FinishedUnits
 from megatron_cpt.corpus.run.parts import metadata_path, rejects_path
 from megatron_cpt.durable import flush_to_disk
-from megatron_cpt.errors import DataError
 
 EXAMPLES_SHOWN = 3
 # Rejects looked at for examples: enough to pass over those of filters.
@@ -29,13 +29,15 @@ def absolute_rejects(staging: Path, done: FinishedUnits) -> Iterator[dict[str, A
 def absolute_metadata(
     staging: Path, done: FinishedUnits, split: str, keep: Mapping[tuple[str, str], Array]
 ) -> Iterator[dict[str, Any]]:
-    """Source, file, line and the kept keys of every document of a split, in the order of the dataset."""
+    """Number, source, file, line and the kept keys of every document of a split, in the order of the dataset."""
+    document = 0
     for unit, lines in zip(done.units, done.lines_before, strict=True):
         wanted = keep.get((unit.name, split))
         for index, entry in enumerate(_json_lines(metadata_path(staging, unit.name, split))):
             if wanted is not None and not wanted[index]:
                 continue
-            yield {"source": unit.source} | entry | {"line": entry["line"] + lines}
+            yield {"document": document, "source": unit.source} | entry | {"line": entry["line"] + lines}
+            document += 1
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -59,26 +61,11 @@ def write_json_lines(path: Path, entries: Iterator[dict[str, Any]]) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_rejects(staging: Path, done: FinishedUnits, max_ratio: float) -> None:
+def check_rejects(staging: Path, done: FinishedUnits, max_ratio: float, of_what: str = "") -> None:
     """Raise DataError when more documents were unreadable than `max_ratio` allows, naming the first ones."""
-    bad = {reason: n for reason, n in done.reject_counts.items() if reason in BAD_INPUT_REASONS}
-    total = sum(bad.values())
-    if total <= max_ratio * done.documents_read:
+    if sum(bad_input(done.reject_counts).values()) <= max_ratio * done.documents_read:
         return
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in bad.items())
     found = zip(range(REJECTS_SEARCHED), absolute_rejects(staging, done), strict=False)
     shown = [reject for _, reject in found if reject["reason"] in BAD_INPUT_REASONS][:EXAMPLES_SHOWN]
-    lines = [f"  {r['file']}:{r['line']}: {r['reason']}: {r['detail']}" for r in shown]
-    raise DataError(
-        f"{total:,} of {done.documents_read:,} documents cannot be read ({reasons}), more than the allowed "
-        f"{max_ratio:.3%}; nothing was written\n" + "\n".join(lines),
-        hint=_hint(bad, total),
-    )
-
-
-def _hint(bad: Mapping[str, int], total: int) -> str:
-    if bad.get("missing_key", 0) == total:
-        return "name the key that holds the text: --json-key KEY (`text:` of the source in corpus.yaml)"
-    if bad.get("not_an_object", 0) == total:
-        return "each line must be one JSON object; a file that is one array: jq -c '.[]' FILE > FILE.jsonl"
-    return "fix the input, or accept the loss with --max-reject-ratio"
+    examples = [f"{r['file']}:{r['line']}: {r['reason']}: {r['detail']}" for r in shown]
+    raise unreadable_error(of_what, done.reject_counts, done.documents_read, max_ratio, examples)

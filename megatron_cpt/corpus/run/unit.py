@@ -96,6 +96,8 @@ def _record_of(unit: Unit, tally: UnitTally, parts: dict[str, DocumentCounts]) -
         parts=parts,
         reject_counts=dict(tally.counts),
         languages=dict(tally.languages),
+        metadata_found=dict(tally.metadata_found),
+        notes=dict(tally.notes),
         passages_removed=tally.passages_removed,
         passage_chars_removed=tally.passage_chars_removed,
         passage_examples=tally.passage_examples,
@@ -108,7 +110,7 @@ class _UnitWriter:
     def __init__(self, run: CorpusRun, unit: Unit) -> None:
         self._run, self._unit = run, unit
         self._parts = {
-            split: PartWriter(run.staging, unit.name, split, run.tokenizer.dtype, bool(unit.metadata))
+            split: PartWriter(run.staging, unit.name, split, run.tokenizer.dtype, run.lists_documents)
             for split in run.splits
         }
         dedup = run.corpus.dedup

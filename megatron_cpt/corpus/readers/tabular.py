@@ -1,0 +1,101 @@
+"""csv and tsv: a record per row, its keys in the first row, quoted as spreadsheets quote.
+
+A field may hold line ends, so a file cannot be entered in the middle and is read by one worker. Places are lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.readers.compression import open_input
+from megatron_cpt.corpus.readers.encoding import not_utf8
+from megatron_cpt.corpus.readers.records import add_record, empty_batch, text_field
+from megatron_cpt.corpus.readers.unit import Unit
+from megatron_cpt.errors import DataError
+
+BATCH_CHARS = 4 << 20
+_DELIMITERS = {"csv": ",", "tsv": "\t"}
+
+
+def read_tabular(unit: Unit, tally: UnitTally, max_document_bytes: int) -> Iterator[Batch]:
+    """Documents of csv or tsv files. Raises DataError for a file without the keys, or with a quote that never ends."""
+    csv.field_size_limit(max_document_bytes)
+    for path in unit.paths:
+        tally.lines_read = 0
+        with open_input(path) as file:
+            # bytes that are not UTF-8 come through as lone surrogates, and are rejected with their row
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+            yield from _read_file(unit, path, text, tally)
+            text.detach()
+
+
+def _read_file(unit: Unit, path: str, file: io.TextIOWrapper, tally: UnitTally) -> Iterator[Batch]:
+    rows = csv.reader(file, delimiter=_DELIMITERS[unit.format], strict=True)
+    header = _header(unit, path, rows)
+    if header is None:
+        return
+    batch, chars = empty_batch(unit, path), 0
+    while True:
+        place = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise DataError(
+                    f"{path}: a quote that opens in the row at line {place} never closes",
+                    hint="close the quote or double it; the rest of the file is inside it",
+                ) from error
+            tally.documents_read += 1
+            tally.reject(path, place, *_reason(error))
+            continue
+        if not row:
+            continue
+        tally.documents_read += 1
+        _add_row(batch, unit, header, row, place, tally)
+        chars += sum(map(len, row))
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = empty_batch(unit, path), 0
+    yield batch
+
+
+def _header(unit: Unit, path: str, rows: Iterator[list[str]]) -> list[str] | None:
+    """The names in the first row; None for an empty file."""
+    try:
+        header = next(rows, None)
+    except csv.Error as error:
+        raise DataError(f"{path}: its first row is not {unit.format}: {error}", hint="state its format:") from error
+    if header is None:
+        return None
+    wanted = text_field(unit.text_field).keys
+    if missing := [key for key in wanted if key not in header]:
+        raise DataError(
+            f"{path} has no column {missing[0]!r}",
+            hint=f"its first row: {', '.join(header)[:200]}; name the text's with --json-key (`text:` of the source)",
+        )
+    if twice := [key for key in (*wanted, *unit.metadata) if header.count(key) > 1]:
+        raise DataError(f"{path} has two columns {twice[0]!r}", hint="rename one of them")
+    return header
+
+
+def _add_row(batch: Batch, unit: Unit, header: list[str], row: list[str], place: int, tally: UnitTally) -> None:
+    if len(row) != len(header):
+        tally.reject(batch.path, place, "invalid_csv", f"{len(row)} fields where the first row has {len(header)}")
+        return
+    try:
+        data = "\x1f".join(row).encode("utf-8", "surrogateescape")
+        data.decode()
+    except UnicodeDecodeError as error:
+        tally.reject(batch.path, place, "invalid_utf8", not_utf8(data, error))
+        return
+    add_record(batch, unit, dict(zip(header, row, strict=True)), place, tally)
+
+
+def _reason(error: csv.Error) -> tuple[str, str]:
+    reason = "document_too_long" if "field larger" in str(error) else "invalid_csv"
+    return reason, str(error)

@@ -1,0 +1,39 @@
+"""The error for input of which too much cannot be read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
+from megatron_cpt.errors import DataError
+
+
+def bad_input(reject_counts: Mapping[str, int]) -> dict[str, int]:
+    """The rejects that mean unreadable input rather than a choice of the user."""
+    return {reason: count for reason, count in reject_counts.items() if reason in BAD_INPUT_REASONS}
+
+
+def unreadable_error(
+    of_what: str, reject_counts: Mapping[str, int], documents_read: int, max_ratio: float, examples: Sequence[str]
+) -> DataError:
+    """Says how many documents `of_what` cannot be read and why, with examples, and what to do about it."""
+    bad = bad_input(reject_counts)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in bad.items())
+    return DataError(
+        f"{sum(bad.values()):,} of {documents_read:,} documents{of_what} cannot be read ({reasons}), more than the "
+        f"allowed {max_ratio:.3%}; nothing was written" + "".join(f"\n  {example}" for example in examples),
+        hint=_hint(bad, examples),
+    )
+
+
+def _hint(bad: Mapping[str, int], examples: Sequence[str]) -> str:
+    if guess := next(
+        (found for example in examples if (found := re.search(r"it looks like ([\w-]+)$", example))), None
+    ):
+        return f"convert it first: iconv -f {guess[1]} -t UTF-8 FILE > NEW_FILE"
+    if bad.keys() == {"missing_key"}:
+        return "name the key that holds the text: --json-key KEY (`text:` of the source in corpus.yaml)"
+    if bad.keys() == {"not_an_object"}:
+        return "each line must be one JSON object; a file that is one array: jq -c '.[]' FILE > FILE.jsonl"
+    return "fix the input, or accept the loss with --max-reject-ratio"
