@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
 from megatron_cpt.commands.preprocess import parse_split
 from megatron_cpt.console import print_summary
@@ -101,11 +102,21 @@ def split(prefix: str, fractions: dict[str, float], overwrite: bool, as_json: bo
     _print_datasets(datasets, as_json)
 
 
+def parse_similarity(_: click.Context, __: click.Parameter, value: float) -> Near:
+    """The rule for near-duplicates of this similarity."""
+    try:
+        return Near(similarity=value)
+    except ValidationError as error:
+        raise click.BadParameter(f"{value} {error.errors()[0]['msg'].lower()}") from error
+
+
 @click.command()
 @click.argument("prefixes", nargs=-1, required=True)
 @click.option("--output-prefix", required=True, help="PREFIX of the dataset without duplicates.")
 @click.option("--near", is_flag=True, help="Also near-duplicates.")
-@click.option("--similarity", default=0.6, show_default=True, help="Of near-duplicates, at least.")
+@click.option(
+    "--similarity", default=0.6, show_default=True, callback=parse_similarity, help="Of near-duplicates, at least."
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
 @click.option("--overwrite", is_flag=True, help="Replace a dataset that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -113,13 +124,13 @@ def dedup(
     prefixes: tuple[str, ...],
     output_prefix: str,
     near: bool,
-    similarity: float,
+    similarity: Near,
     workers: int | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Join the datasets PREFIXES, of one tokenizer, without duplicate documents."""
-    rules = Dedup(near=Near(similarity=similarity) if near else None)
+    rules = Dedup(near=similarity if near else None)
     manifest = dedup_datasets(prefixes, output_prefix, rules, workers=workers, overwrite=overwrite)
     _print_datasets({output_prefix: manifest}, as_json)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_cpt.corpus.tokenizers.record import TokenizerRecord
 from megatron_cpt.durable import write_atomically
@@ -108,18 +110,32 @@ def _parse(prefix: str | Path) -> Manifest:
     if not path.exists():
         raise _why_missing(prefix)
     try:
-        raw = json.loads(path.read_bytes())
-        if raw["format_version"] != FORMAT_VERSION:
+        data = path.read_bytes()
+        version = dict(json.loads(data))["format_version"]
+        if version != FORMAT_VERSION:
             raise DataError(
-                f"{path} has format version {raw['format_version']}, this tool reads {FORMAT_VERSION}",
+                f"{path} has format version {version}, this tool reads {FORMAT_VERSION}",
                 hint="read it with the version that wrote it, or preprocess again",
             )
-        raw["tokenizer"] = TokenizerRecord(**raw["tokenizer"])
-        raw["sources"] = tuple(SourceRecord(**source) for source in raw["sources"])
-        known = {f.name for f in fields(Manifest)}
-        return Manifest(**{key: value for key, value in raw.items() if key in known})
+        manifest = TypeAdapter(Manifest).validate_json(data, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _not_a_manifest(path, f"{place}: {first['msg'].lower()}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a manifest: {error}", hint="preprocess again with --overwrite") from error
+        raise _not_a_manifest(path, repr(error)) from error
+    if manifest.dtype not in ITEM_BYTES:
+        raise _not_a_manifest(path, f"dtype {manifest.dtype!r} is none of {', '.join(ITEM_BYTES)}")
+    if manifest.bin_bytes != manifest.token_count * ITEM_BYTES[manifest.dtype]:
+        raise _not_a_manifest(path, f"{manifest.bin_bytes} bytes cannot be {manifest.token_count} {manifest.dtype} ids")
+    return manifest
+
+
+def _not_a_manifest(path: Path, why: str) -> DataError:
+    return DataError(
+        f"{path} is not a manifest as this tool writes it: {why}",
+        hint="copy the manifest that was written with the dataset, or preprocess again with --overwrite",
+    )
 
 
 def _why_missing(prefix: str | Path) -> DataError:

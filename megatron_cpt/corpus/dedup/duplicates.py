@@ -11,8 +11,9 @@ duplicate, nothing of the others. The result depends only on the documents, not 
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,10 +27,12 @@ from megatron_cpt.corpus.dedup.signatures import jaccard, shingle_set
 from megatron_cpt.corpus.schema_processing import Dedup
 from megatron_cpt.corpus.workers import run_units
 
-DOCUMENTS_PER_BUCKET = 4 << 20
+DOCUMENTS_PER_BUCKET = 2 << 20
 # Each document of a group of equal keys is compared with at most this many distinct earlier documents.
 LEADERS_PER_GROUP = 8
 SHINGLE_SETS_KEPT = 1024
+VERDICTS_KEPT = 1 << 19
+EDGES_JOINED = 1 << 18
 _UNIT_SHIFT = np.uint64(32)
 
 
@@ -74,23 +77,46 @@ class Duplicates:
 def find_duplicates(store: DocumentStore, dedup: Dedup, workers: int) -> Duplicates:
     """All documents to leave out. Exact matches first: near ones are then looked for among the rest."""
     _records.cache_clear()
-    _known.clear()
+    _verdicts.clear()
     _last_shingles.clear()
     total = sum(len(load_records(store.folder, unit).documents) for unit in store.units)
     ranges = -(-max(total, 1) // DOCUMENTS_PER_BUCKET)
-    edges: dict[str, list[Array]] = {"id": [], "exact": [], "near": []}
+    edges: dict[str, Array] = {}
     settled = np.empty(0, np.uint64)
-    for family in edges:
+    for family in ("id", "exact", "near"):
         buckets = [
             Bucket(kind, row, (1 << 64) * i // ranges, (1 << 64) * (i + 1) // ranges)
             for row, kind in enumerate(key_kinds(dedup))
             if kind.startswith(family)
             for i in range(ranges)
         ]
-        edges[family] = list(run_units(partial(_edges, store, dedup, settled), buckets, workers))
-        pairs = np.concatenate(edges[family]) if edges[family] else np.empty((0, 2), np.uint64)
-        settled = np.union1d(settled, pairs[:, 0])
-    return _cluster({family: np.concatenate(found) for family, found in edges.items() if found})
+        if buckets:
+            edges[family] = _forest(run_units(partial(_edges, store, dedup, settled), buckets, workers))
+            settled = np.union1d(settled, edges[family][:, 0])
+    return _cluster(edges)
+
+
+def _forest(found: Iterable[Array]) -> Array:
+    """Edges from each document to the first one of its cluster, by all edges found.
+
+    A pair of near-duplicates is found in most bands. What waits is joined when it outweighs what is joined already, so
+    memory grows with the documents that have a duplicate and not with their pairs, and the work by its logarithm only.
+    """
+    forest, waiting, waiting_edges = np.empty((0, 2), np.uint64), list[Array](), 0
+    for pairs in found:
+        waiting.append(pairs)
+        waiting_edges += len(pairs)
+        if waiting_edges >= max(len(forest), EDGES_JOINED):
+            forest, waiting, waiting_edges = _joined([forest, *waiting]), [], 0
+    return _joined([forest, *waiting])
+
+
+def _joined(edges: Sequence[Array]) -> Array:
+    pairs = np.concatenate(edges)
+    nodes = sorted_unique(pairs.ravel())
+    first = smallest_members(len(nodes), np.searchsorted(nodes, pairs))
+    later = np.flatnonzero(first != np.arange(len(nodes)))
+    return np.stack((nodes[later], nodes[first[later]]), axis=1)
 
 
 def _edges(store: DocumentStore, dedup: Dedup, settled: Array, bucket: Bucket) -> Array:
@@ -99,9 +125,10 @@ def _edges(store: DocumentStore, dedup: Dedup, settled: Array, bucket: Bucket) -
     if len(settled):
         open_ones = ~np.isin(documents, settled)
         keys, documents = keys[open_ones], documents[open_ones]
-    pairs: list[tuple[int, int]] = []
+    pairs = array("Q")  # flat: as Python's pairs they would take ten times the memory
     for group in _groups(keys, documents):
-        pairs += _pairs_of_group(store, dedup, bucket.kind, group)
+        for pair in _pairs_of_group(store, dedup, bucket.kind, group):
+            pairs.extend(pair)
     return np.array(pairs, np.uint64).reshape(-1, 2)
 
 
@@ -121,11 +148,13 @@ def _groups(keys: Array, documents: Array) -> Iterator[list[int]]:
     """Documents of equal keys in input order, groups of two or more."""
     order = np.lexsort((documents, keys))
     keys, documents = keys[order], documents[order]
-    begins = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))) if len(keys) else np.empty(0, int)
-    ends = np.concatenate((begins[1:], [len(keys)]))
-    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True) if len(begins) else ():
-        if end - begin > 1 and int(keys[begin]) != NO_KEY:
-            yield documents[begin:end].tolist()
+    if not len(keys):
+        return
+    begins = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
+    ends = np.append(begins[1:], len(keys))
+    several = (ends - begins > 1) & (keys[begins] != np.uint64(NO_KEY))
+    for begin, end in zip(begins[several].tolist(), ends[several].tolist(), strict=True):
+        yield documents[begin:end].tolist()
 
 
 def _pairs_of_group(store: DocumentStore, dedup: Dedup, kind: str, group: list[int]) -> list[tuple[int, int]]:
@@ -147,7 +176,7 @@ def _same(store: DocumentStore, dedup: Dedup, kind: str, a: int, b: int) -> bool
     if kind == "exact":
         return bool(_document(store, a)["check"] == _document(store, b)["check"])
     assert dedup.near is not None
-    return _similarity(store, a, b) >= dedup.near.similarity
+    return _is_similar(store, a, b, dedup.near.similarity)
 
 
 def _document(store: DocumentStore, document: int) -> Array:
@@ -160,17 +189,18 @@ def _records(folder: Path, unit: str) -> UnitRecords:
     return load_records(folder, unit)
 
 
-_known: dict[tuple[int, int], float] = {}
+_verdicts: dict[int, bool] = {}
 _last_shingles: dict[int, Array] = {}
 
 
-def _similarity(store: DocumentStore, a: int, b: int) -> float:
-    """Similarity of two documents; a pair meets again in other bands, so it is remembered."""
-    if (a, b) not in _known:
-        if len(_known) > 1_000_000:
-            _known.clear()
-        _known[a, b] = jaccard(_shingles(store, a), _shingles(store, b))
-    return _known[a, b]
+def _is_similar(store: DocumentStore, a: int, b: int, similarity: float) -> bool:
+    """Whether two documents are near-duplicates; a pair meets again in other bands, so the verdict is remembered."""
+    pair = a << 64 | b
+    if pair not in _verdicts:
+        if len(_verdicts) >= VERDICTS_KEPT:
+            _verdicts.clear()
+        _verdicts[pair] = jaccard(_shingles(store, a), _shingles(store, b)) >= similarity
+    return _verdicts[pair]
 
 
 def _shingles(store: DocumentStore, document: int) -> Array:

@@ -21,9 +21,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +166,27 @@ def _read_range(
 
 def _repeated_keys(folder: Path, unit: str) -> Array:
     """The repeated keys that occur in a unit, ascending, each with its bit FIRST."""
-    found, joined = [], json.loads(_ranges_path(folder).read_bytes())
-    position = joined["units"].index(unit)
-    for number in range(joined["ranges"]):
+    joined = _joined_ranges(folder, _ranges_path(folder).stat().st_mtime_ns)
+    position, found = joined.position[unit], []
+    for number in range(joined.count):
         begin, end = _load(_offsets_path(folder, number))[position : position + 2].tolist()
         found.append(np.array(_load(_repeated_path(folder, number))[begin:end]))
     return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class _JoinedRanges:
+    """What the join stage left: how many ranges of keys, and where each unit stands in them."""
+
+    count: int
+    position: dict[str, int]
+
+
+@lru_cache(maxsize=1)
+def _joined_ranges(folder: Path, changed_at: int) -> _JoinedRanges:
+    """Read once per process: reading it for every unit would grow with the square of their number."""
+    joined = json.loads(_ranges_path(folder).read_bytes())
+    return _JoinedRanges(joined["ranges"], {unit: index for index, unit in enumerate(joined["units"])})
 
 
 def _text_path(folder: Path, unit: str) -> Path:

@@ -27,8 +27,11 @@ MAX_DECODED_BYTES = 1 << 20  # at a time, so that a member of nothing but zeros 
 class Member(Protocol):
     """The decoder of one member: `decode` may keep input back, and gives more when it is called with nothing."""
 
-    eof: bool
-    unused_data: bytes  # input behind the member's end
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...  # input behind the member's end
 
     def decode(self, data: bytes) -> bytes: ...
 

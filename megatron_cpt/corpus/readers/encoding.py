@@ -40,6 +40,10 @@ def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
     return f"{error}" + (f"; it looks like {guess}" if guess else "")
 
 
+def iconv_hint(encoding: str) -> str:
+    return f"convert it first: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
+
+
 def _is_utf8(data: bytes) -> bool:
     try:
         data.decode()

@@ -64,7 +64,7 @@ class _PassedOver:
         kinds = [f"{count:,} {kind}" for kind, count in self.kinds.most_common(_KINDS_SHOWN)]
         more = " ..." if total > len(self.names) else ""
         log.info(
-            "source %r: %s file(s) passed over: %s (%s%s). To read files of other names, state their format:",
+            "source %r: %s file(s) passed over: %s (%s%s). To read files of other names, state format: for the source",
             source, f"{total:,}", ", ".join(kinds), ", ".join(self.names), more,
         )  # fmt: skip
 
@@ -120,7 +120,19 @@ def _matches(pattern: str, passed_over: _PassedOver) -> list[str]:
     for folder in folders:
         _refuse_several_splits(folder)
     inside = [path for folder in folders for path in _walk(_normal(folder), passed_over, visited)]
-    return _in_order(dict.fromkeys([*files, *inside]))
+    return _in_order(_each_once([*files, *inside]))
+
+
+def _each_once(paths: list[str]) -> Iterator[str]:
+    """One path per file: the shortest, where linked folders give it several."""
+    real_folders: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()
+    for path in sorted(paths, key=lambda path: (path.count("/"), path)):
+        folder, slash, name = path.rpartition("/")
+        real = real_folders.get(folder) or real_folders.setdefault(folder, os.path.realpath(folder or slash or "."))
+        if (real, name) not in seen:
+            seen.add((real, name))
+            yield path
 
 
 def _walk(folder: str, passed_over: _PassedOver, visited: set[str]) -> Iterator[str]:
@@ -157,7 +169,7 @@ def _normal(path: str) -> str:
     return str(Path(path))
 
 
-def _in_order(paths: Iterator[str] | dict[str, None]) -> list[str]:
+def _in_order(paths: Iterator[str]) -> list[str]:
     return sorted(paths, key=lambda path: path.split("/"))
 
 

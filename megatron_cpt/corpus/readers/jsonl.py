@@ -12,14 +12,13 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from megatron_cpt.corpus.documents import NONSTANDARD_JSON, Batch, UnitTally
+from megatron_cpt.corpus.documents import NONSTANDARD_JSON, Batch, Reject, UnitTally
 from megatron_cpt.corpus.readers.compression import open_input
 from megatron_cpt.corpus.readers.encoding import likely_encoding, not_utf8
-from megatron_cpt.corpus.readers.records import add_record, empty_batch, text_field
+from megatron_cpt.corpus.readers.records import FieldError, add_record, empty_batch, text_field
 from megatron_cpt.corpus.readers.unit import Unit
 
 BATCH_BYTES = 4 << 20
-_UNREADABLE = object()
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -103,26 +102,30 @@ def _parse_one_by_one(
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            record = _parse_leniently(line, str(error), path, place, tally)
-            if record is _UNREADABLE:
+            record = _parse_leniently(unit, line, tally, Reject(path, place, "invalid_json", str(error)))
+            if record is None:
                 continue
             tally.notes[NONSTANDARD_JSON] += 1
         add_record(batch, unit, record, place, tally)
     return batch
 
 
-def _parse_leniently(line: bytes, message: str, path: str, place: int, tally: UnitTally) -> Any:
-    """A line that orjson refuses, by Python's parser: as in Megatron-LM it takes NaN, Infinity and lone surrogates.
+def _parse_leniently(unit: Unit, line: bytes, tally: UnitTally, refused: Reject) -> Any:
+    """A line that orjson refused, by Python's parser: as in Megatron-LM it takes NaN, Infinity and lone surrogates.
 
-    A document whose text is whole should not be lost to another key. What Python refuses too becomes a reject.
+    A document whose text is whole is not lost to another key of its line. Any other line is rejected: None.
     """
+    path, place, detail = refused.path, refused.place, refused.detail
     try:
-        return json.loads(line.decode())
+        record = json.loads(line.decode())
+        text_field(unit.text_field).text_of(record).encode()
     except UnicodeDecodeError as error:
         tally.reject(path, place, "invalid_utf8", not_utf8(line, error))
-    except RecursionError:
-        tally.reject(path, place, "invalid_json", "nested too deeply")
-    except ValueError:
+    except UnicodeEncodeError:
+        tally.reject(path, place, "lone_surrogate", detail)
+    except (FieldError, RecursionError, ValueError):
         guess = likely_encoding(line)
-        tally.reject(path, place, "invalid_json", message + (f"; it looks like {guess}" if guess else ""))
-    return _UNREADABLE
+        tally.reject(path, place, refused.reason, detail + (f"; it looks like {guess}" if guess else ""))
+    else:
+        return record
+    return None

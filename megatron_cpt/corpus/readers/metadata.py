@@ -11,7 +11,7 @@ from typing import Any
 
 # What the product itself writes about a document in PREFIX.documents.jsonl.
 OWN_FIELDS = frozenset({"document", "source", "file", "line"})
-_INTEGER_LIMIT = 1 << 63
+_INTEGERS = range(-(1 << 63), 1 << 64)  # those of 64 bits, with or without a sign
 
 
 def find_value(record: Any, key: str) -> tuple[bool, Any]:
@@ -50,7 +50,7 @@ def json_value(value: Any) -> Any:
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, int):
-        return value if -_INTEGER_LIMIT <= value < _INTEGER_LIMIT else str(value)
+        return value if value in _INTEGERS else str(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -85,5 +85,5 @@ def add_record(batch: Batch, unit: Unit, record: Any, place: int, tally: UnitTal
     batch.places.append(place)
     if batch.metadata is not None:
         values = kept_values(record, unit.metadata)
-        tally.metadata_found.update(values)
+        tally.metadata_found.update(list(values))
         batch.metadata.append({key: values.get(key) for key in unit.metadata})

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.readers.compression import open_input
-from megatron_cpt.corpus.readers.encoding import not_utf8
+from megatron_cpt.corpus.readers.encoding import iconv_hint, likely_encoding, not_utf8
 from megatron_cpt.corpus.readers.records import add_record, empty_batch, text_field
 from megatron_cpt.corpus.readers.unit import Unit
 from megatron_cpt.errors import DataError
@@ -72,6 +72,9 @@ def _header(unit: Unit, path: str, rows: Iterator[list[str]]) -> list[str] | Non
         raise DataError(f"{path}: its first row is not {unit.format}: {error}", hint="state its format:") from error
     if header is None:
         return None
+    data = "\n".join(header).encode("utf-8", "surrogateescape")
+    if guess := likely_encoding(data):
+        raise DataError(f"{path} is not UTF-8; it looks like {guess}", hint=iconv_hint(guess))
     wanted = text_field(unit.text_field).keys
     if missing := [key for key in wanted if key not in header]:
         raise DataError(

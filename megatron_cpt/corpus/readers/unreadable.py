@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
+from megatron_cpt.corpus.readers.encoding import iconv_hint
 from megatron_cpt.errors import DataError
 
 
@@ -31,7 +32,7 @@ def _hint(bad: Mapping[str, int], examples: Sequence[str]) -> str:
     if guess := next(
         (found for example in examples if (found := re.search(r"it looks like ([\w-]+)$", example))), None
     ):
-        return f"convert it first: iconv -f {guess[1]} -t UTF-8 FILE > NEW_FILE"
+        return iconv_hint(guess[1])
     if bad.keys() == {"missing_key"}:
         return "name the key that holds the text: --json-key KEY (`text:` of the source in corpus.yaml)"
     if bad.keys() == {"not_an_object"}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -191,7 +192,7 @@ def _check_metadata(run: CorpusRun, done: FinishedUnits) -> None:
     """Say which kept keys no document of a source has. Raises DataError for `id_key` when no document at all has it."""
     found = done.metadata_found()
     for source in run.corpus.sources:
-        own = found.get(source.name, {})
+        own = found.get(source.name, Counter())
         if absent := [key for key in source.metadata if not own.get(key)]:
             log.warning("source %r: no document has the metadata key %s", source.name, ", ".join(map(repr, absent)))
     key = run.corpus.dedup.id_key if run.corpus.dedup else None

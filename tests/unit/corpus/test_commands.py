@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cpt.corpus.dataset.manifest import read_manifest
+from megatron_cpt.errors import DataError
 from tests.unit.corpus.conftest import TEXTS, write_jsonl
 
 
@@ -71,5 +73,32 @@ def test_verify_of_a_damaged_dataset_exits_2(dataset: Path) -> None:
         path.write_bytes(original[:-1] + b"\x01")
         result = run("verify", dataset, "--json")
         assert result.returncode == 2 and json.loads(result.stdout)["ok"] is False
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize("value", ["7", "0", "nan", "0.3"])
+def test_a_similarity_that_is_none_exits_2(dataset: Path, tmp_path: Path, value: str) -> None:
+    result = run("dedup", dataset, "--near", "--similarity", value, "--output-prefix", tmp_path / "x")
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "--similarity" in result.stderr
+
+
+HAND_EDITED = [
+    ("token_count", "many"), ("token_count", None), ("tokenizer", "qwen"), ("tokenizer", {"name": "qwen"}),
+    ("sources", {}), ("sources", [1]), ("config", []), ("rejects", {"empty": "two"}), ("dtype", "int7"),
+    ("dtype", "int32"), ("append_eod", "yes"), ("bin_bytes", -1), ("format_version", "x"), (None, None), (None, [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), HAND_EDITED)
+def test_a_hand_edited_manifest_is_one_clear_error(dataset: Path, key: str | None, value: object) -> None:
+    path = Path(f"{dataset}.manifest.json")
+    original = path.read_bytes()
+    assert read_manifest(dataset).complete
+    try:
+        path.write_text(json.dumps(value if key is None else json.loads(original) | {key: value}))
+        with pytest.raises(DataError) as caught:
+            read_manifest(dataset)
+        assert path.name in caught.value.message and caught.value.hint
     finally:
         path.write_bytes(original)

@@ -1,0 +1,67 @@
+"""Kept keys: every document of a dataset has its line, the product's own fields stand, absent keys are named."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_cpt.corpus.run.preprocess import dataset_prefixes, preprocess
+from megatron_cpt.errors import DataError
+from tests.unit.corpus.conftest import write_jsonl
+
+
+def write_records(path: Path, *records: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def listed(prefix: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"{prefix}.documents.jsonl").read_text().splitlines()]
+
+
+def test_a_dotted_key_is_a_path_and_removes_duplicates_by_it(tmp_path: Path, make_corpus: Any) -> None:
+    file = write_records(
+        tmp_path / "a.jsonl",
+        {"text": "one", "meta": {"id": "b"}},
+        {"text": "two other words", "meta": {"id": "b"}},
+        {"text": "three", "meta": {"id": "c"}, "meta.id": "flat"},
+    )
+    corpus = make_corpus(file, source={"metadata": ["meta.id"]}, dedup={"exact": False, "id_key": "meta.id"})
+    outcome = preprocess(corpus, workers=1)
+    assert outcome.rejects == {"duplicate_id": 1}
+    assert [(row["line"], row["meta.id"]) for row in listed(corpus.output_prefix)] == [(1, "b"), (3, "flat")]
+
+
+def test_own_fields_are_not_overwritten_and_every_document_has_a_line(tmp_path: Path, make_corpus: Any) -> None:
+    records = [{"text": f"first {i}", "line": "seven", "source": "web", "document": 9, "id": i} for i in range(20)]
+    sources = [
+        {"name": "a", "files": str(write_records(tmp_path / "a.jsonl", *records)),
+         "metadata": ["id", "line", "source", "document"]},
+        {"name": "b", "files": str(write_jsonl(tmp_path / "b.jsonl", [f"second {i}" for i in range(20)]))},
+    ]  # fmt: skip
+    corpus = make_corpus(sources=sources, split={"train": 0.5, "valid": 0.5})
+    outcome = preprocess(corpus, workers=2)
+    seen = []
+    for prefix in dataset_prefixes(corpus).values():
+        rows = listed(prefix)
+        assert [row["document"] for row in rows] == list(range(outcome.datasets[prefix].document_count))
+        seen += [(row["source"], row["line"]) for row in rows]
+        first = next(row for row in rows if row["source"] == "a")
+        assert first["metadata.line"] == "seven" and first["metadata.source"] == "web" and first["id"] in range(20)
+    assert sorted(seen) == [(name, line) for name in "ab" for line in range(1, 21)]
+
+
+def test_a_key_that_no_document_has_is_named(
+    tmp_path: Path, make_corpus: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_records(tmp_path / "a.jsonl", {"text": "one", "id": None}, {"text": "two"})
+    with caplog.at_level(logging.WARNING):
+        preprocess(make_corpus(file, source={"metadata": ["id", "url"]}), workers=1)
+    assert "no document has the metadata key 'url'" in caplog.text and "'id'" not in caplog.text
+    corpus = make_corpus(file, source={"metadata": ["url"]}, dedup={"exact": False, "id_key": "url"})
+    with pytest.raises(DataError, match="no document has the key 'url'"):
+        preprocess(corpus, workers=1, overwrite=True)
