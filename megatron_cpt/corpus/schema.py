@@ -107,6 +107,9 @@ class Corpus(Section):
     max_reject_ratio: float = Field(
         0.001, ge=0, le=1, description="Fail when more than this ratio of the documents cannot be read."
     )
+    max_document_seconds: float = Field(
+        30, gt=0, description="Processor time of one document in a step of cleaning or filtering; over it, a reject."
+    )
     max_document_bytes: int = Field(64 << 20, gt=0, description="Longer documents are rejected, in bytes.")
 
     @field_validator("output_prefix")

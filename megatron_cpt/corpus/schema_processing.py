@@ -102,7 +102,9 @@ PiiKind = Literal["email", "phone", "ip", "ssn", "card"]
 class Clean(Section):
     """Changes to the text, in this order. Each is off unless it is set."""
 
-    html: bool = Field(False, description="HTML to text.")
+    html: bool | Literal["article"] = Field(
+        False, description="HTML to text; `article`: its main content only (needs the extra `corpus`)."
+    )
     unicode: bool = Field(False, description="Repair mojibake (ftfy), drop control characters, normalise to NFC.")
     whitespace: bool = Field(False, description="No trailing spaces, at most one blank line in a row.")
     c4_lines: bool = Field(False, description="C4: keep lines of 3 words or more that end with punctuation.")

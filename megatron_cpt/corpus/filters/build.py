@@ -15,6 +15,7 @@ from megatron_cpt.corpus.filters.language import language_step
 from megatron_cpt.corpus.filters.length import drop_empty, length_step
 from megatron_cpt.corpus.filters.perplexity import PerplexityCeiling
 from megatron_cpt.corpus.filters.step import Step
+from megatron_cpt.corpus.filters.time_limit import with_time_limit
 from megatron_cpt.corpus.schema_processing import Clean, Filters
 
 # Name -> the step, or None where the corpus does not ask for it; applied in this order.
@@ -30,7 +31,7 @@ FILTERS: dict[str, Callable[[Filters], Step | None]] = {
 }
 
 
-def build_steps(clean: Clean, filters: Filters, keep_empty: bool) -> list[Step]:
+def build_steps(clean: Clean, filters: Filters, keep_empty: bool, max_document_seconds: float) -> list[Step]:
     """All steps that a source asks for, in order. Loads models; raises for what cannot be loaded."""
     steps: list[Step] = []
     if functions := cleaners(clean):
@@ -38,7 +39,8 @@ def build_steps(clean: Clean, filters: Filters, keep_empty: bool) -> list[Step]:
     if not keep_empty:
         steps.append(Step("drop_empty", drop_empty))
     steps += [step for build in FILTERS.values() if (step := build(filters)) is not None]
-    return steps + [custom_step(name) for name in filters.custom]
+    steps += [custom_step(name) for name in filters.custom]
+    return [with_time_limit(step, max_document_seconds) for step in steps]
 
 
 def _clean_step(functions: list[Cleaner]) -> Step:

@@ -16,10 +16,10 @@ from selectolax.lexbor import LexborHTMLParser
 
 from megatron_cpt.corpus.readers.html_nesting import limit_nesting
 
-# Marks are noncharacters of Unicode, which no page may contain.
-_FIRST_MARK, _LAST_MARK = 0xFDD0, 0xFDDB
-_CELL, _LINE, _PARAGRAPH, _BR, _PRE, _END_PRE, _DROP, _END_DROP, _CHROME, _END_CHROME, _CONTENT, _END_CONTENT = map(
-    chr, range(_FIRST_MARK, _LAST_MARK + 1)
+# Marks are noncharacters of Unicode, which no page may contain. The first five stand in gaps between pieces of text.
+_MARK_CODES = range(0xFDD0, 0xFDDD)
+_CELL, _LINE, _ROW, _PARAGRAPH, _BR, _PRE, _END_PRE, _DROP, _END_DROP, _CHROME, _END_CHROME, _CONTENT, _END_CONTENT = (
+    map(chr, _MARK_CODES)
 )
 # selector -> the marks before and after its elements
 _MARKS: dict[str, tuple[str | None, str]] = {
@@ -27,7 +27,8 @@ _MARKS: dict[str, tuple[str | None, str]] = {
         _PARAGRAPH,
         _PARAGRAPH,
     ),
-    "div, li, tr, dt, dd, caption, figcaption, summary, legend, address, option, optgroup, button, label, center": (
+    "tr": (_ROW, _ROW),
+    "div, li, dt, dd, caption, figcaption, summary, legend, address, option, optgroup, button, label, center": (
         _LINE,
         _LINE,
     ),
@@ -42,9 +43,10 @@ _MARKS: dict[str, tuple[str | None, str]] = {
     ),
 }
 _SECTIONS = re.compile(f"([{_PRE}-{_END_CONTENT}])")
-_FORBIDDEN = re.compile("[\ufdd0-\ufddb]|&#(?:[xX]0*[fF][dD][dD][0-9a-bA-B]|0*649(?:7[6-9]|8[0-7]))")
-_GAP = re.compile("[ \n\ufdd0-\ufdd3]*[\n\ufdd0-\ufdd3][ \n\ufdd0-\ufdd3]*")
-_GAP_IN_PRE = re.compile("[\ufdd0-\ufdd3]+")
+_FORBIDDEN = re.compile(f"[{_CELL}-{_END_CONTENT}]|&#(?:[xX]0*[fF][dD][dD][0-9a-cA-C]|0*649(?:7[6-9]|8[0-8]))")
+_GAP = re.compile(f"[ \n{_CELL}-{_BR}]*[\n{_CELL}-{_BR}][ \n{_CELL}-{_BR}]*")
+_GAP_IN_PRE = re.compile(f"[{_CELL}-{_BR}]+")
+_NEXT_ROW = re.compile(f"{_ROW}[ \n]*{_ROW}")
 _SPACES = re.compile(r"[ \t\r\f\v\u00a0]+")
 _SPACES_AND_LINE_ENDS = re.compile(r"[ \t\r\n\f\v\u00a0]+")
 _WHOLE_PAGE = re.compile(r"<(?:!doctype|html|head|body)\b", re.IGNORECASE)
@@ -109,8 +111,10 @@ def _lay_out(text: str, spaces: re.Pattern[str]) -> str:
 def _gap(match: re.Match[str]) -> str:
     """What stands between two pieces of text that marks or line ends put apart."""
     marks = match[0]
-    if _CELL in marks and _LINE not in marks and _BR not in marks:
+    if _CELL in marks and not any(mark in marks for mark in (_LINE, _ROW, _BR)):
         return " |" * marks.count(_CELL) + " "
+    if _NEXT_ROW.search(marks):
+        return "\n"
     return "\n\n" if _PARAGRAPH in marks or marks.count(_BR) > 1 or marks.count("\n") > 1 else "\n"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_cpt.corpus.filters.build import build_steps
 from megatron_cpt.corpus.filters.decontamination import Decontaminator
 from megatron_cpt.corpus.filters.step import Step
+from megatron_cpt.corpus.filters.time_limit import with_time_limit
 from megatron_cpt.corpus.readers.plan import plan_units
 from megatron_cpt.corpus.readers.sample import probe_sources, sample_texts
 from megatron_cpt.corpus.readers.streams import units_of
@@ -128,11 +129,14 @@ def open_run(
 
 def _steps_by_source(corpus: Corpus) -> dict[str, list[Step]]:
     """Cleaning and filters of each source (its own, else the corpus's), then decontamination."""
+    limit = corpus.max_document_seconds
     last: list[Step] = (
-        [Step("decontaminate", Decontaminator(corpus.decontaminate, corpus))] if corpus.decontaminate else []
+        [with_time_limit(Step("decontaminate", Decontaminator(corpus.decontaminate, corpus)), limit)]
+        if corpus.decontaminate
+        else []
     )
     steps: dict[str, list[Step]] = {}
     for source in corpus.sources:
         clean, filters = source.clean or corpus.clean, source.filters or corpus.filters
-        steps[source.name] = build_steps(clean, filters, corpus.keep_empty_documents) + last
+        steps[source.name] = build_steps(clean, filters, corpus.keep_empty_documents, limit) + last
     return steps

@@ -40,7 +40,7 @@ GOOD = (
 def reasons(text: str, **filters: Any) -> dict[str, int]:
     """What the filters say of one document."""
     tally, batch = UnitTally(), Batch("f", [text], [1])
-    for step in build_steps(Clean(), Filters.model_validate(filters), keep_empty=True):
+    for step in build_steps(Clean(), Filters.model_validate(filters), keep_empty=True, max_document_seconds=30):
         batch = step(batch, tally)
     assert len(batch) + sum(tally.counts.values()) == 1
     return dict(tally.counts)
