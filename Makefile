@@ -5,7 +5,7 @@ CONFIG ?= examples/qwen2_72b/config.yaml
 TO     ?= hf
 BIN    := .venv/bin
 
-.PHONY: help setup wheelhouse quickstart preprocess plan train convert eval test test-fast check docs clean
+.PHONY: help setup wheelhouse quickstart preprocess plan train convert eval test test-fast test-matrix test-gpu check docs clean
 .DEFAULT_GOAL := help
 
 help:         ## this help
@@ -49,6 +49,12 @@ test: setup  ## all tests
 
 test-fast: setup  ## the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow' tests/unit
+
+test-matrix: setup  ## parity, resume and conversion under each Python and Megatron-Core: [ONLY=mcore0.19] [FOLDER=.matrix]
+	$(BIN)/python tests/matrix/run.py --only '$(ONLY)' $(if $(FOLDER),--folder $(FOLDER))
+
+test-gpu: setup  ## one GPU against the CPU path, in one table; skipped with the reason where there is none
+	$(BIN)/python tests/gpu/run.py
 
 check: setup  ## format, lint and types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

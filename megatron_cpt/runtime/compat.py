@@ -56,14 +56,14 @@ def begin_save(
     if engine_version() >= (0, 17):
         writer = {"async_strategy": "mcore"}
         _say_nothing_of_the_other_writer()
-    if engine_version() >= (0, 19) and dist.get_rank() == 0:
-        _, persistent = extract_nonpersistent(state)
-        _, common = extract_sharded_base(persistent)
-        torch.save(common, folder / "common.pt")
     request: AsyncRequest | None = dist_checkpointing.save(
         state, str(folder), strategy, validate_access_integrity=validate, async_sharded_save=True, **writer
     )
     assert request is not None
+    if engine_version() >= (0, 19) and dist.get_rank() == 0:
+        _, persistent = extract_nonpersistent(state)
+        _, common = extract_sharded_base(persistent)
+        torch.save(common, folder / "common.pt")
     return request
 
 

@@ -132,12 +132,13 @@ def run_logits(row: LogitsRow, models_dir: Path) -> dict[str, Any]:
     with SABOTAGES[row.sabotage]() if row.sabotage else contextlib.nullcontext():
         state = build_train_state(config, arch)
     tokens = torch.randint(0, arch.vocab_size, (2, SEQ_LENGTH), generator=torch.Generator().manual_seed(7))
-    positions = torch.arange(SEQ_LENGTH).expand(2, -1)
+    on_device = tokens.to(state.device)
+    positions = torch.arange(SEQ_LENGTH, device=state.device).expand(2, -1)
     for chunk in state.chunks:
         chunk.eval()
     with torch.no_grad():
         outputs = get_forward_backward_func()(
-            forward_step_func=lambda _, model: (model(tokens, positions, None), lambda out, non_loss_data: out),
+            forward_step_func=lambda _, model: (model(on_device, positions, None), lambda out, non_loss_data: out),
             data_iterator=None,
             model=state.chunks[0],
             num_microbatches=1,
@@ -146,12 +147,12 @@ def run_logits(row: LogitsRow, models_dir: Path) -> dict[str, Any]:
             forward_only=True,
             collect_non_loss_data=True,
         )
-    difference = torch.zeros(1)
+    difference = torch.zeros(1, device=state.device)
     if parallel_state.is_pipeline_last_stage():
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(outputs[0])[..., : arch.vocab_size]
         with torch.no_grad():
             reference = hf_model(row.model, seed=list(MODELS).index(row.model))(tokens).logits
-        difference = (logits - reference).abs().max().view(1)
+        difference = (logits - reference.to(state.device)).abs().max().view(1)
     torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX)
     return {"difference": difference.item()}
 
