@@ -102,8 +102,11 @@ def _set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
+    if (states["cuda"] is not None) != torch.cuda.is_available():  # their generators have no state in common
+        logger.info("the checkpoint is from another kind of device: its random states start anew from the seed")
+        return
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
-    if states["cuda"] is not None and torch.cuda.is_available():
+    if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
 
 

@@ -46,6 +46,8 @@ def read(folder: Path, work: Path, written: dict[str, Any], ranks: int) -> dict[
     shutil.copytree(folder, work)
     try:
         losses = _train(_config(work, ranks))
+        if (began := _last_start(work)) != STEPS // 2:
+            raise RuntimeError(f"it began at step {began} instead of continuing at {STEPS // 2}")
         half = {step: loss for step, loss in written["losses"].items() if int(step) > STEPS // 2}
         if not half or losses.keys() != written["losses"].keys():
             raise RuntimeError(f"steps {sorted(losses)} were trained, {sorted(written['losses'])} were expected")
@@ -58,11 +60,19 @@ def read(folder: Path, work: Path, written: dict[str, Any], ranks: int) -> dict[
 def _config(folder: Path, ranks: int) -> Path:
     return write_tiny_run(
         folder,
+        model={"attention": "sdpa"},  # where TransformerEngine is there, it would compute in TF32
+        optimizer={"lr": 2e-3},  # so that a lost moment would show
         budget={"train_tokens": STEPS * TOKENS_PER_STEP, "warmup_tokens": 0},
         parallel={"gpus_per_node": ranks},
         checkpoint={"save_every": f"{STEPS // 2} iters"},
         seed=7,
     )
+
+
+def _last_start(folder: Path) -> int:
+    """The step after which the last start of the run in `folder` went on."""
+    rows = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return int([row["iteration"] for row in rows if row.get("event") == "start"][-1])
 
 
 def _train(config: Path) -> dict[str, float]:

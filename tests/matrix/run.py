@@ -53,7 +53,7 @@ def run_check(python: Path, cell: Cell, check: str, folder: Path) -> dict[str, A
 
 
 def run_checkpoints(pythons: dict[str, Path], folder: Path) -> dict[str, dict[str, Any]]:
-    """Every cell continues every cell's half-way checkpoint. Return reader -> writer -> what was found."""
+    """Let every cell continue the half-way checkpoint of every cell. Return reader -> writer -> what was found."""
     place = folder / CHECKPOINTS
     place.mkdir(parents=True, exist_ok=True)
     for name, python in pythons.items():
@@ -117,7 +117,8 @@ def main() -> int:
     cells = [c for c in all_cells() if asked.only in c.name and (asked.all or (c.python, c.engine) in DEFAULT)]
     if not asked.table_only:
         pythons = {cell.name: run_cell(cell, asked.checks, folder) for cell in cells}
-        made = {name: python for name, python in pythons.items() if python is not None}
+        one_per_engine = {cell.engine: cell.name for cell in reversed(cells) if pythons[cell.name] is not None}
+        made = {name: python for name in sorted(one_per_engine.values()) if (python := pythons[name]) is not None}
         if CHECKPOINTS in asked.checks:
             found = run_checkpoints(made, folder)
             (folder / "results" / f"{CHECKPOINTS}.json").write_text(json.dumps(found, indent=1))
