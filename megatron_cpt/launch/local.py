@@ -24,9 +24,10 @@ from typing import BinaryIO
 from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.console_descriptor import console_descriptor
 from megatron_cpt.launch.forwarded_signals import FORWARDED, ForwardedSignals, forwarded_signals
-from megatron_cpt.runs.exit_codes import STOPPED
+from megatron_cpt.runs.exit_codes import FAILED, STOPPED
 from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.runs.rank_errors import read_rank_error
+from megatron_cpt.runs.repeated_failures import START_AGAIN, advise_after_failure
 
 logger = logging.getLogger(__name__)
 
@@ -167,11 +168,14 @@ def _rank_failure(folder: RunFolder, rank: int, codes: Sequence[int], written_be
             return RankFailure(told.message, hint=told.hint, exit_code=told.exit_code)
     code = codes[rank]
     how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    hint, advised = (
+        (START_AGAIN, FAILED) if code < 0 else advise_after_failure(folder, rank)
+    )  # a signal need not repeat
     words = last_words(folder.rank_log(rank), written_before)
     return RankFailure(
         f"rank {rank} {how}; the last lines of {folder.rank_log(rank)}:\n{words}",
-        hint="start the same command again: it continues from the newest complete checkpoint",
-        exit_code=code if code > 0 else 1,
+        hint=hint,
+        exit_code=code if code > 1 else advised,
     )
 
 

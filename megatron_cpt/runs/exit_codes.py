@@ -6,7 +6,7 @@ FINISHED = 0
 FAILED = 1  # unexpected; starting again may help
 USER_ERROR = 2  # nothing was started; mend what the message says
 STOPPED = 75  # asked to stop by a signal, a file or the wall-time limit; saved; starting again continues
-DO_NOT_RESTART = 76  # the run diverged, or the kill switch is set: a person must look
+DO_NOT_RESTART = 76  # diverged, the kill switch is set, or failed twice before a step: a person must look
 HUNG = 77  # the watchdog ended a rank that made no progress; starting again continues
 
 # code -> (meaning, whether the same command may simply be started again)
@@ -15,6 +15,6 @@ MEANING: dict[int, tuple[str, bool]] = {
     FAILED: ("an unexpected error", True),
     USER_ERROR: ("a mistake in the config, the data or the environment", False),
     STOPPED: ("stopped on request after saving", True),
-    DO_NOT_RESTART: ("diverged, or the kill switch is set", False),
+    DO_NOT_RESTART: ("diverged, the kill switch is set, or two attempts in a row failed before a step", False),
     HUNG: ("no progress: ended by the watchdog", True),
 }

@@ -31,10 +31,11 @@ from megatron_cpt.launch.local import CONSOLE_FD, RankFailure
 from megatron_cpt.launch.place import adopt_slurm_ranks, rank_here
 from megatron_cpt.launch.preflight import index_cache_dir
 from megatron_cpt.launch.start import KillSwitchSet, PreparedRun, load_prepared, load_run, prepare
-from megatron_cpt.runs.exit_codes import FAILED, FINISHED, STOPPED
+from megatron_cpt.runs.exit_codes import FINISHED, STOPPED
 from megatron_cpt.runs.folder import RunFolder, resolved_dict
 from megatron_cpt.runs.lease import Lease
 from megatron_cpt.runs.rank_errors import RankError, leave_rank_error
+from megatron_cpt.runs.repeated_failures import advise_after_failure
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.console_view import open_console
@@ -93,11 +94,12 @@ def _run_to_exit_code(get_run: Callable[[], PreparedRun], rank: int, folder: Run
     """Get the run and train it; every way to end becomes an exit code and a file that says why."""
     clock = LapClock({"import_python": time.time() - psutil.Process().create_time()})
     _log_to(rank)
-    leave_error = partial(_leave_error, folder, rank)
+    run_folder, leave_error = folder, partial(_leave_error, folder, rank)
     try:
         with stop_in_setup():
             run = get_run()
-            leave_error = partial(_leave_error, run.folder, rank)
+            run_folder = run.folder
+            leave_error = partial(_leave_error, run_folder, rank)
             clock.lap("checks")
             if run.finished:
                 logger.info("%s", run.describe_end())
@@ -113,12 +115,9 @@ def _run_to_exit_code(get_run: Callable[[], PreparedRun], rank: int, folder: Run
     except Exception as error:
         traceback.print_exc()
         what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        leave_error(
-            f"rank {rank} failed: {what}; details in its log",
-            "start the same command again: it continues from the newest complete checkpoint",
-            FAILED,
-        )
-        return FAILED
+        hint, code = advise_after_failure(run_folder, rank)
+        leave_error(f"rank {rank} failed: {what}; details in its log", hint, code)
+        return code
 
 
 def _train(run: PreparedRun, rank: int, clock: LapClock) -> int:
