@@ -62,18 +62,15 @@ def config_from_stored(stored: StoredModel, tokenizer_dir: Path | None) -> Confi
     return config
 
 
-def check_stored(stored: Sequence[StoredModel], arch: Architecture, config_path: Path) -> list[str]:
-    """Refuse what Megatron stored when it is not the model of config.json: names and shapes do not show it all.
-
-    Returns the fields that the list of `megatron_fields` does not know, as `name = value`, for the receipt.
-
-    Raises:
-        ConversionError: a switch changes the mathematics in a way that our families do not compute.
-        MismatchError: a fact contradicts config.json.
-    """
-    unknown = []
+def refuse_other_models(stored: Sequence[StoredModel], arch: Architecture) -> None:
+    """ConversionError when a stored switch changes the mathematics in a way that our families do not compute."""
     for model in stored:
         _refuse_switches(model, arch)
+
+
+def check_facts(stored: Sequence[StoredModel], arch: Architecture, config_path: Path) -> None:
+    """MismatchError when a stored fact contradicts config.json: names and shapes do not show it all."""
+    for model in stored:
         wrong = [
             f"{name}: {value} there, {getattr(arch, name)} in config.json"
             for name, value in _known_facts(model).items()
@@ -85,8 +82,13 @@ def check_stored(stored: Sequence[StoredModel], arch: Architecture, config_path:
                 f"{config_path} contradicts {model.path}\n  {lines}",
                 hint="is it the config.json of the model that was trained?",
             )
-        unknown += [f"{name} = {value!r}" for name, value in model.fields.items() if not is_known(name)]
-    return unknown
+
+
+def unknown_fields(stored: Sequence[StoredModel]) -> tuple[str, ...]:
+    """What the list of `megatron_fields` does not know, as `name = value`, for the receipt."""
+    return tuple(
+        f"{name} = {value!r}" for model in stored for name, value in model.fields.items() if not is_known(name)
+    )
 
 
 def _refuse_switches(model: StoredModel, arch: Architecture) -> None:

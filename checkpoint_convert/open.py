@@ -12,7 +12,7 @@ from pathlib import Path
 from checkpoint_convert.checkpoint import Format, IndexedCheckpoint, StoredTensor, Weights, clear_os_errors
 from checkpoint_convert.hf import is_hf, read_hf
 from checkpoint_convert.legacy import TRACKER, is_legacy, read_legacy
-from checkpoint_convert.megatron_config import check_stored, config_from_stored
+from checkpoint_convert.megatron_config import check_facts, config_from_stored, refuse_other_models, unknown_fields
 from checkpoint_convert.stored_model import BRIDGE_CONFIG, HINT, StoredModel, read_stored_models
 from checkpoint_convert.torch_dist import read_torch_dist
 from megatron_cpt.architecture.facts import Architecture
@@ -56,14 +56,15 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
     of_a_run = (folder.parent.parent / RUN_CONFIG).is_file() and folder.parent.name == "checkpoints"
     if of_a_run and not (folder / COMPLETE).is_file():
         raise ConversionError(f"{folder} was not saved to its end: it has no {COMPLETE}", hint="take another iteration")
+    stored = [] if kind == "hf" else read_stored_models(folder)
     if kind == "hf":
-        side_dir, config, arch, unknown = folder, read_config(folder), read_architecture(folder), []
+        side_dir, config, arch = folder, read_config(folder), read_architecture(folder)
     else:
-        stored = read_stored_models(folder)
         side_dir, config = _config_of_megatron(folder, hf_config, stored)
         arch = architecture_from_config(config)
-        unknown = check_stored(stored, arch, side_dir / CONFIG)
+    refuse_other_models(stored, arch)
     weights = _read(kind, folder, arch, trust_pickle, shapes_only)
+    check_facts(stored, arch, side_dir / CONFIG)
     dtype = Counter(tensor.dtype for tensor in weights.tensors.values()).most_common(1)[0][0]
     found = ITERATION.search(folder.name)
     return IndexedCheckpoint(
@@ -75,7 +76,7 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
         weights,
         int(found.group(1)) if found else None,
         next(iter(runs), None),
-        tuple(unknown),
+        unknown_fields(stored),
     )
 
 

@@ -18,10 +18,11 @@ import yaml
 from checkpoint_convert.checkpoint import MismatchError
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.megatron_args import megatron_args
-from checkpoint_convert.megatron_config import check_stored
+from checkpoint_convert.megatron_config import check_facts, refuse_other_models
 from checkpoint_convert.megatron_fields import changes_the_model, is_known
 from checkpoint_convert.open import open_checkpoint
 from checkpoint_convert.stored_model import StoredModel
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import architecture_from_config, read_architecture
 from megatron_cpt.errors import ConversionError
 from tests.unit.convert.test_foreign import global_tensors, stacked, write_legacy
@@ -223,11 +224,16 @@ LLAMA_CONFIG = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 32
 LLAMA_CONFIG |= {"num_attention_heads": 4, "vocab_size": 77, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
 
 
+def check(stored: list[StoredModel], arch: Architecture) -> None:
+    refuse_other_models(stored, arch)
+    check_facts(stored, arch, Path("config.json"))
+
+
 @pytest.mark.parametrize("name", OTHER_MODELS)
 def test_a_switch_that_changes_the_mathematics_is_refused_by_name(name: str) -> None:
     arch = architecture_from_config(LLAMA_CONFIG)
     with pytest.raises(ConversionError, match=name) as caught:
-        check_stored([StoredModel(Path("common.pt"), {name: OTHER_MODELS[name]})], arch, Path("config.json"))
+        check([StoredModel(Path("common.pt"), {name: OTHER_MODELS[name]})], arch)
     assert caught.value.exit_code == 2 and caught.value.hint
 
 
@@ -235,12 +241,12 @@ def test_values_that_change_nothing_pass() -> None:
     arch = architecture_from_config(LLAMA_CONFIG)
     fields = {"softmax_scale": 8**-0.5, "window_size": (-1, 0), "activation_func": "torch.nn.functional.silu"}
     fields |= {"kv_lora_rank": 32, "moe_router_topk": 2, "rotary_percent": 1, "fp8": "hybrid", "glu_linear_offset": 0.0}
-    assert check_stored([StoredModel(Path("common.pt"), fields)], arch, Path("config.json")) == []
+    check([StoredModel(Path("common.pt"), fields)], arch)
     mistral = architecture_from_config(LLAMA_CONFIG | {"model_type": "mistral", "sliding_window": 16})
     stored = [StoredModel(Path("common.pt"), {"window_size": (15, 0)})]
-    assert check_stored(stored, mistral, Path("config.json")) == []
+    check(stored, mistral)
     with pytest.raises(ConversionError, match="window_size"):
-        check_stored(stored, arch, Path("config.json"))
+        check(stored, arch)
 
 
 def test_every_field_of_megatron_core_is_on_the_list() -> None:
@@ -302,10 +308,10 @@ def test_the_list_guards_every_entrance(tmp_path: Path, entrance: str) -> None:
 def test_a_contradicting_rope_scaling_is_found(stored: dict[str, Any], scaling: dict[str, Any] | None) -> None:
     arch = architecture_from_config(LLAMA_CONFIG | {"rope_scaling": scaling})
     with pytest.raises(MismatchError, match="rope_scaling"):
-        check_stored([StoredModel(Path("common.pt"), stored)], arch, Path("config.json"))
+        check([StoredModel(Path("common.pt"), stored)], arch)
     same = {"scale_factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
     arch = architecture_from_config(LLAMA_CONFIG | {"rope_scaling": LLAMA3})
-    assert check_stored([StoredModel(Path("common.pt"), same)], arch, Path("config.json")) == []
+    check([StoredModel(Path("common.pt"), same)], arch)
 
 
 def test_a_scaling_with_other_constants_survives_its_way_through_args(tmp_path: Path) -> None:
