@@ -38,7 +38,7 @@ class Target:
         """Make the files at full size with their disk space reserved, and write the skeleton."""
         for path, size in self.file_bytes.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # less what the umask takes
             try:
                 os.ftruncate(fd, size)
                 _reserve(fd, size)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import llama, mistral, qwen2, qwen3
-from megatron_cpt.architecture.families.family import Config, Family, build_architecture
+from megatron_cpt.architecture.families.family import Config, Family, build_architecture, named_dtype
 from megatron_cpt.errors import ConversionError
 
 FAMILIES: dict[str, Family] = {
@@ -55,7 +55,7 @@ def read_config(model_dir: Path) -> Config:
 def read_architecture(model_dir: Path) -> Architecture:
     """Facts of the model in a Hugging Face directory; the dtype is read from the weights if need be."""
     config = read_config(model_dir)
-    if not (config.get("dtype") or config.get("torch_dtype")):
+    if named_dtype(config) is None:
         dtype = _dtype_of_weights(model_dir)
         config = config | ({"dtype": dtype} if dtype else {})
     return architecture_from_config(config)

@@ -19,6 +19,7 @@ Split = Literal["rows", "columns"]
 Config = dict[str, Any]  # the content of a config.json
 
 DTYPES = ("bfloat16", "float16", "float32")
+DEFAULT_ROPE_THETA = 10000.0  # of transformers, for every family
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,16 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Family:
-    """`layer` and `model` are the name tables; `facts` checks a config.json and returns what sets it apart."""
+    """`layer` and `model` are the name tables; `facts` checks a config.json and returns what sets it apart.
+
+    The sizes must be in config.json: a model of which they are left out is not the one that somebody trained.
+    """
 
     name: str  # also `model_type` in config.json
     hf_class: str  # the one entry of `architectures` in config.json
     layer: tuple[TensorRule, ...]
     facts: Callable[[Config], dict[str, Any]]
+    defaults: Config  # what transformers takes for keys that config.json may leave out
     model: tuple[TensorRule, ...] = (
         TensorRule(
             "embedding.word_embeddings.weight",
@@ -130,20 +135,24 @@ def refuse(config: Config, key: str, because: str) -> None:
 
 
 def rope_facts(config: Config) -> tuple[float, Llama3RopeScaling | None]:
-    """Rotary base and scaling, from `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Rotary base and scaling, with the precedence of transformers 5.
+
+    `rope_scaling`, where it says anything, replaces `rope_parameters` as a whole; a base inside either wins over
+    `rope_theta` beside it.
+    """
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         raise ConversionError(f"config.json says rope_scaling {scaling!r}: not an object", hint="fetch it again")
-    scaling = dict(scaling)
     if any(isinstance(value, dict) for value in scaling.values()):
         raise ConversionError("config.json gives different rope_parameters per layer type: not supported")
-    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0  # transformers' default
-    if not float(theta) > 0:
+    theta = scaling["rope_theta"] if "rope_theta" in scaling else config.get("rope_theta", DEFAULT_ROPE_THETA)
+    if theta is None or isinstance(theta, bool) or not float(theta) > 0:
         raise ConversionError(f"config.json says rope_theta = {theta}: not above 0", hint="fetch it again")
-    partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ConversionError(f"config.json asks for partial_rotary_factor = {partial}: not supported")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    for place in (scaling, config):
+        if place.get("partial_rotary_factor") not in (None, 1):
+            factor = place["partial_rotary_factor"]
+            raise ConversionError(f"config.json asks for partial_rotary_factor = {factor}: not supported")
+    kind = scaling["rope_type"] if "rope_type" in scaling else scaling.get("type", "default")
     if kind == "default":
         return float(theta), None
     if kind != "llama3":
@@ -164,22 +173,34 @@ def qwen_sliding_window(config: Config) -> int | None:
     Qwen: off unless `use_sliding_window`; then the layers that `layer_types` names slide, or without it
     those from `max_window_layers` on. A model of which only some layers slide reports the window.
     """
-    window = config.get("sliding_window", 4096)
+    window = sliding_window(config)
     if window is None or not config.get("use_sliding_window", False):
         return None
     layer_types = config.get("layer_types")
     if layer_types is not None:
-        return int(window) if "sliding_attention" in layer_types else None
+        return window if "sliding_attention" in layer_types else None
     some_slide = int(config.get("max_window_layers", 28)) < int(require(config, "num_hidden_layers"))
-    return int(window) if some_slide else None
+    return window if some_slide else None
+
+
+def sliding_window(config: Config) -> int | None:
+    """The window in tokens, transformers' default of 4096 where config.json does not name one."""
+    asked = {"sliding_window": 4096} | config
+    return None if asked["sliding_window"] is None else require_whole(asked, "sliding_window")
 
 
 def stored_dtype(config: Config) -> str:
-    """`dtype` (transformers 5) or `torch_dtype` (4); float32 when neither is there."""
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    """`dtype` (transformers 5) or `torch_dtype` (4); float32 when neither says one."""
+    dtype = (named_dtype(config) or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConversionError(f"config.json says dtype {dtype!r}; supported are {', '.join(DTYPES)}")
     return dtype
+
+
+def named_dtype(config: Config) -> str | None:
+    """The dtype that config.json names; None where it leaves it to the weights (absent, null, or `auto`)."""
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return None if dtype in (None, "auto") else str(dtype)
 
 
 def build_architecture(family: Family, config: Config) -> Architecture:
@@ -193,6 +214,7 @@ def build_architecture(family: Family, config: Config) -> Architecture:
 
 
 def _build_architecture(family: Family, config: Config) -> Architecture:
+    config = family.defaults | config
     classes = config.get("architectures")
     if classes and classes != [family.hf_class]:
         raise ConversionError(
@@ -200,6 +222,7 @@ def _build_architecture(family: Family, config: Config) -> Architecture:
             hint="only the family's causal language model can be converted",
         )
     refuse(config, "quantization_config", "quantised weights have no exact full-precision form")
+    refuse(config, "per_layer_config", "layers that differ in their configuration are not supported")
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         refuse(config, key, "mixture-of-experts models are not supported")
     refuse(config, "mlp_bias", "biases in the MLP are not supported")
@@ -207,10 +230,10 @@ def _build_architecture(family: Family, config: Config) -> Architecture:
     if activation not in ("silu", "swish"):
         raise ConversionError(f"config.json asks for hidden_act {activation!r}: only silu is supported")
     hidden, heads = require_whole(config, "hidden_size"), require_whole(config, "num_attention_heads")
-    groups = require_whole(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+    groups = heads if config.get("num_key_value_heads") is None else require_whole(config, "num_key_value_heads")
     if heads % groups:
         raise ConversionError(f"config.json has {heads} attention heads, not a multiple of {groups} key/value heads")
-    if not config.get("head_dim") and hidden % heads:
+    if config.get("head_dim") is None and hidden % heads:
         raise ConversionError(f"config.json has hidden_size {hidden}, not a multiple of {heads} heads, and no head_dim")
     eps = require(config, "rms_norm_eps")
     if not isinstance(eps, (int, float)) or not 0 < eps < 1:
@@ -226,7 +249,9 @@ def _build_architecture(family: Family, config: Config) -> Architecture:
         ffn_hidden_size=require_whole(config, "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        head_dim=hidden // heads
+        if config.get("head_dim") is None
+        else require_whole({"head_dim": int(config["head_dim"])}, "head_dim"),
         vocab_size=require_whole(config, "vocab_size"),
         max_position_embeddings=require_whole(config, "max_position_embeddings"),
         rms_norm_eps=eps,

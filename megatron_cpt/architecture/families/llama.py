@@ -12,4 +12,5 @@ def facts(config: Config) -> dict[str, Any]:
     return {}
 
 
-FAMILY = Family(name="llama", hf_class="LlamaForCausalLM", layer=LLAMA_LAYER, facts=facts)
+DEFAULTS: Config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+FAMILY = Family(name="llama", hf_class="LlamaForCausalLM", layer=LLAMA_LAYER, facts=facts, defaults=DEFAULTS)

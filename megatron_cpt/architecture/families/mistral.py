@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_cpt.architecture.families.family import LLAMA_LAYER, Config, Family
+from megatron_cpt.architecture.families.family import LLAMA_LAYER, Config, Family, sliding_window
 
 
 def facts(config: Config) -> dict[str, Any]:
-    window = config.get("sliding_window", 4096)  # transformers' default; later versions say null
-    return {"sliding_window": None if window is None else int(window)}
+    return {"sliding_window": sliding_window(config)}
 
 
-FAMILY = Family(name="mistral", hf_class="MistralForCausalLM", layer=LLAMA_LAYER, facts=facts)
+DEFAULTS: Config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8}
+FAMILY = Family(name="mistral", hf_class="MistralForCausalLM", layer=LLAMA_LAYER, facts=facts, defaults=DEFAULTS)

@@ -242,7 +242,9 @@ def test_values_that_change_nothing_pass() -> None:
     fields = {"softmax_scale": 8**-0.5, "window_size": (-1, 0), "activation_func": "torch.nn.functional.silu"}
     fields |= {"kv_lora_rank": 32, "moe_router_topk": 2, "rotary_percent": 1, "fp8": "hybrid", "glu_linear_offset": 0.0}
     check([StoredModel(Path("common.pt"), fields)], arch)
-    mistral = architecture_from_config(LLAMA_CONFIG | {"model_type": "mistral", "sliding_window": 16})
+    mistral = architecture_from_config(
+        LLAMA_CONFIG | {"model_type": "mistral", "sliding_window": 16, "num_key_value_heads": 2}
+    )
     stored = [StoredModel(Path("common.pt"), {"window_size": (15, 0)})]
     check(stored, mistral)
     with pytest.raises(ConversionError, match="window_size"):
