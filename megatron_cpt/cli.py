@@ -40,6 +40,7 @@ COMMANDS: dict[str, Entry] = {
     "preprocess": Entry("Data", f"{_COMMANDS}.preprocess:preprocess", "Tokenise raw text into .bin/.idx datasets."),
     "inspect": Entry("Data", f"{_COMMANDS}.dataset:inspect", "Show a dataset's manifest, statistics and documents."),
     "verify": Entry("Data", f"{_COMMANDS}.dataset:verify", "Prove a dataset sound in one pass."),
+    "adopt": Entry("Data", f"{_COMMANDS}.adopt:adopt", "Prove a dataset of another tool and write its manifest."),
     "merge": Entry("Data", f"{_COMMANDS}.dataset:merge", "Join datasets of one tokenizer into one."),
     "split": Entry("Data", f"{_COMMANDS}.dataset:split", "Split a dataset by document."),
     "dedup": Entry("Data", f"{_COMMANDS}.dataset:dedup", "Join datasets without duplicate documents."),

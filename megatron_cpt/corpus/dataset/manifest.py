@@ -149,7 +149,8 @@ def _why_missing(prefix: str | Path) -> DataError:
         return DataError(
             f"{prefix}: there is a .bin or .idx but no {manifest_path(prefix).name}: "
             "half-written, or written by another tool",
-            hint="preprocess again; tokens without a manifest have no known tokenizer",
+            hint=f"if Megatron-LM or another tool wrote it: megatron-cpt adopt {prefix} --tokenizer MODEL_DIR; else "
+            "preprocess again",
         )
     near = sorted(str(p)[: -len(".manifest.json")] for p in Path(prefix).parent.glob("*.manifest.json"))
     hint = f"datasets in that folder: {', '.join(near[:5])}" if near else "megatron-cpt preprocess writes one"

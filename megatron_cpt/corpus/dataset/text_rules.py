@@ -22,6 +22,10 @@ class TextRules:
         """Whether a special token spelled in the text became one: the part of the first rule that is in the ids."""
         return None if self.special_tokens_in_text is None else self.special_tokens_in_text == "parse"
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the rules as they stand in a manifest."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
 
 def text_rules(manifest: Manifest) -> TextRules:
     """Read the rules from a manifest, of this version or an older one."""
@@ -52,16 +56,16 @@ def difference(one: TextRules, other: TextRules) -> str | None:
 def common_rules(manifests: Sequence[Manifest]) -> dict[str, Any]:
     """Return the rules of a dataset made of others that agree, for its manifest; None where one does not tell."""
     rules = [text_rules(manifest) for manifest in manifests]
-    return asdict(rules[0]) if all(rule == rules[0] for rule in rules) else _known_of_all(rules)
+    return (rules[0] if all(rule == rules[0] for rule in rules) else _known_of_all(rules)).to_json()
 
 
-def _known_of_all(rules: Sequence[TextRules]) -> dict[str, Any]:
+def _known_of_all(rules: Sequence[TextRules]) -> TextRules:
     columns = {field.name: {getattr(rule, field.name) for rule in rules} for field in fields(TextRules)}
     merged = {name: values.pop() if len(values) == 1 else None for name, values in columns.items()}
     parsed = {rule.text_gives_special_ids for rule in rules}
     if merged["special_tokens_in_text"] is None and parsed == {False}:  # literal and reject together
         merged["special_tokens_in_text"] = "literal"
-    return merged
+    return TextRules(**merged)
 
 
 def _frozen(value: Any) -> Any:

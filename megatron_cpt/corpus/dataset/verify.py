@@ -41,8 +41,8 @@ def verify_dataset(prefix: str, tokenizer_path: str | None = None) -> Verificati
     reader = open_indexed(prefix)
     results = {
         "counts equal the manifest's": _count_problems(manifest, reader),
-        "sequences lie in .bin without gap or overlap": _offset_problems(reader),
-        "documents cover all sequences in order": _document_problems(reader),
+        "sequences lie in .bin without gap or overlap": offset_problems(reader),
+        "documents cover all sequences in order": document_problems(reader),
     }
     results["ids are below the vocabulary size; sha256 of .bin"] = _bin_problems(manifest, reader)
     with idx_path(prefix).open("rb") as file:
@@ -71,7 +71,8 @@ def _count_problems(manifest: Manifest, reader: IndexedReader) -> list[str]:
     ]
 
 
-def _offset_problems(reader: IndexedReader) -> list[str]:
+def offset_problems(reader: IndexedReader) -> list[str]:
+    """Where the sequences do not lie in .bin one after the other."""
     lengths = np.asarray(reader.sequence_lengths, np.int64)
     if (lengths <= 0).any():
         return [f"sequence {int(np.argmax(lengths <= 0))} has no tokens"]
@@ -84,7 +85,8 @@ def _offset_problems(reader: IndexedReader) -> list[str]:
     return []
 
 
-def _document_problems(reader: IndexedReader) -> list[str]:
+def document_problems(reader: IndexedReader) -> list[str]:
+    """Where the documents do not cover all sequences in order."""
     indices = reader.document_indices
     whole = len(indices) and indices[0] == 0 and indices[-1] == reader.sequence_count
     return [] if whole and (np.diff(indices) >= 0).all() else ["the document indices do not cover the sequences"]

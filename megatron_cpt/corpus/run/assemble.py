@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpt import __version__
@@ -80,7 +80,7 @@ class Assembly:
         config = self.run.corpus.model_dump(mode="json")
         tokenizer = self.run.tokenizer
         rules = TextRules(self.run.corpus.special_tokens_in_text, tokenizer.prefix_ids, tokenizer.suffix_ids)
-        config |= {"text_rules": asdict(rules)}
+        config |= {"text_rules": rules.to_json()}
         config |= {"plan": self.run.fingerprint, "documents_read": self.done.documents_read}
         if self.done.notes:
             config["notes"] = self.done.notes
