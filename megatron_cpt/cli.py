@@ -36,6 +36,7 @@ class Entry(NamedTuple):
 
 _COMMANDS = "megatron_cpt.commands"
 COMMANDS: dict[str, Entry] = {
+    "init": Entry("Setup", f"{_COMMANDS}.init:init", "Write a commented config.yaml and corpus.yaml for a model."),
     "env": Entry("Setup", f"{_COMMANDS}.env:env", "Show versions, devices, what is available and what is missing."),
     "preprocess": Entry("Data", f"{_COMMANDS}.preprocess:preprocess", "Tokenise raw text into .bin/.idx datasets."),
     "inspect": Entry("Data", f"{_COMMANDS}.dataset:inspect", "Show a dataset's manifest, statistics and documents."),

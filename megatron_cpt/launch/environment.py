@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_cpt import __version__
 from megatron_cpt.errors import LaunchError
+from megatron_cpt.launch.engine import check_engine, installed_engines
 
 # distribution -> what it is for
 PACKAGES: dict[str, str] = {
@@ -113,13 +114,13 @@ def read_environment() -> Environment:
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         packages=packages,
-        megatron_core_folders=[str(path) for path in megatron_core_folders()],
+        megatron_core_folders=[str(engine.folder) for engine in installed_engines()],
         torch=torch,
         nvidia_gpus=count_nvidia_gpus(),
         available=[feature for feature in FEATURES if feature not in lacking],
         missing=lacking,
         variables={name: value for name, value in sorted(os.environ.items()) if VARIABLES.match(name)},
-        problems=[*problems(), *([torch_problem] if torch_problem else [])],
+        problems=[*problems(), *_engine_problems(), *([torch_problem] if torch_problem else [])],
     )
 
 
@@ -131,8 +132,16 @@ def refuse_broken_environment() -> None:
 
 def problems() -> list[EnvironmentProblem]:
     """What stops a run on this machine; cheap, for the start of every run."""
-    found = [_missing_requirements(), _two_megatron_cores(megatron_core_folders()), _cpu_torch_beside_gpus()]
+    found = [_missing_requirements(), _cpu_torch_beside_gpus()]
     return [problem for problem in found if problem is not None]
+
+
+def _engine_problems() -> list[EnvironmentProblem]:
+    try:
+        check_engine()
+    except LaunchError as error:
+        return [EnvironmentProblem(error.message, error.hint or "")]
+    return []
 
 
 def installed_version(distribution: str) -> str | None:
@@ -157,28 +166,6 @@ def _missing_requirements() -> EnvironmentProblem | None:
     return EnvironmentProblem(
         f"this environment is half-installed: {', '.join(missing)} missing in {sys.prefix}",
         "make setup completes it; without make: pip install megatron-cpt",
-    )
-
-
-def megatron_core_folders() -> list[Path]:
-    """Every Megatron-Core that Python's path leads to, the one that is imported first."""
-    found: list[Path] = []
-    for entry in sys.path:
-        core = Path(entry or ".") / "megatron" / "core"
-        if (core / "__init__.py").is_file() and core.resolve() not in found:
-            found.append(core.resolve())
-    return found
-
-
-def _two_megatron_cores(folders: list[Path]) -> EnvironmentProblem | None:
-    """Two are a fault unless an environment's own one hides that of the system it was built on, as it should."""
-    outside = [path for path in folders if path.parents[1].name not in ("site-packages", "dist-packages")]
-    if len(folders) < 2 or (not outside and folders[0].is_relative_to(Path(sys.prefix).resolve())):
-        return None
-    return EnvironmentProblem(
-        f"there are {len(folders)} Megatron-Cores on Python's path: {', '.join(map(str, folders))}; the first would "
-        f"run, while the installed version says {installed_version('megatron-core')}",
-        "take one away: unset PYTHONPATH or leave that folder out of it, or pip uninstall megatron-core",
     )
 
 

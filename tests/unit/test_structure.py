@@ -21,7 +21,7 @@ LAYERS = (
     ("budget", "durable", "console"),
     ("architecture",),
     ("config",),
-    ("corpus", "runs", "planner", "checkpoint_convert"),
+    ("corpus", "runs", "planner", "presets", "checkpoint_convert"),
     ("data",),
     ("launch",),
     ("runtime",),
@@ -46,7 +46,7 @@ CORPUS_LAYERS = (
 ENTRY_SCRIPTS = {"megatron_cpt.__main__", "checkpoint_convert.__main__"}
 
 # These answer on a login node, where neither is installed; `data` only in the modules that `launch` needs.
-WITHOUT_TORCH = ("errors", "budget", "durable", "architecture", "config", "corpus", "runs", "launch", "cli")
+WITHOUT_TORCH = ("errors", "budget", "durable", "architecture", "config", "corpus", "runs", "presets", "launch", "cli")
 
 # Imports that are known to point upward or to close a circle, until their owner has turned them round.
 TO_BE_REMOVED: set[tuple[str, str]] = set()
