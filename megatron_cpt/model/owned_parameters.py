@@ -34,13 +34,20 @@ def owned_parameters(models: Sequence[GPTModel], optimizer: MegatronOptimizer) -
     Raises:
         ConfigError: the optimizer keeps its moments in fewer bits, and its fp32 values out of reach.
     """
-    names = {parameter: global_name(model, name) for model in models for name, parameter in model.named_parameters()}
+    names = {parameter: _name(model, name) for model in models for name, parameter in model.named_parameters()}
     owned: list[OwnedParameter] = []
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if getattr(part, "is_stub_optimizer", False):
             continue
         owned += _of_distributed(part, names) if isinstance(part, DistributedOptimizer) else _of_plain(part, names)
     return owned
+
+
+def _name(model: GPTModel, name: str) -> str:
+    """Return the name in a checkpoint. The last stage's copy of tied embeddings is the embedding, not another tensor."""
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return global_name(model, name)
 
 
 def _of_distributed(optimizer: DistributedOptimizer, names: dict[Tensor, str]) -> Iterator[OwnedParameter]:
