@@ -44,7 +44,7 @@ def owned_parameters(models: Sequence[GPTModel], optimizer: MegatronOptimizer) -
 
 
 def _name(model: GPTModel, name: str) -> str:
-    """Return the name in a checkpoint. The last stage's copy of tied embeddings is the embedding, not another tensor."""
+    """Return the name in a checkpoint; the last stage's copy of tied embeddings has that of the embedding."""
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     return global_name(model, name)
