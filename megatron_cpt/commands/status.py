@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import click
 
+from megatron_cpt.console import format_seconds
 from megatron_cpt.runs.status import RunStatus, read_status
 
 
@@ -26,16 +26,17 @@ def status(run: Path, as_json: bool) -> None:
 def _text(found: RunStatus) -> str:
     share = found.consumed_tokens / found.train_tokens
     rows = [
-        ("state", found.state),
+        ("state", found.state if found.activity is None else f"{found.state}: {found.activity}"),
         ("tokens", f"{found.consumed_tokens:,} of {found.train_tokens:,} ({share:.1%}), iteration {found.iteration:,}"),
     ]
     if found.iteration:
         rows.append(("loss", _shown(found.loss)))
     rows += [(f"loss on {name}", _shown(loss)) for name, loss in found.validation_loss.items()]
-    if found.tokens_per_second is not None and found.eta_seconds is not None:
-        left = time.strftime("%H:%M:%S", time.gmtime(found.eta_seconds % 86_400))
-        days = int(found.eta_seconds // 86_400)
-        rows.append(("rate", f"{found.tokens_per_second:,.0f} tokens/s, {f'{days} days ' if days else ''}{left} left"))
+    if found.activity == "training" and found.tokens_per_second is not None and found.eta_seconds is not None:
+        left = format_seconds(found.eta_seconds)
+        rows.append(("rate", f"{found.tokens_per_second:,.0f} tokens/s, {left} left"))
+    if found.last_row_seconds_ago is not None:
+        rows.append(("last update", f"{format_seconds(found.last_row_seconds_ago)} ago"))
     if found.last_checkpoint is not None:
         saved = found.last_checkpoint
         rows.append(("last checkpoint", f"{saved['path']} at {saved['consumed_tokens']:,} tokens, {saved['created']}"))

@@ -97,7 +97,7 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
         raise KillSwitchSet(folder)
     changes = _check_continues(run.checked, accept_changes)
     refuse_or_clear(folder.lease)
-    if _is_finished(run):
+    if not under_launcher() and _is_finished(run):  # else the ranks are up, and loading it proves that it is whole
         return replace(run, finished=True)
     _check_beginning(run)
     check_free_space(run.checked)

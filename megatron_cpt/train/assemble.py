@@ -50,10 +50,15 @@ def train_run(
     attempt = _shared_attempt(folder)
     trainable = trainable_of(config, job.arch)
     checkpoints = CheckpointManager(config, folder, attempt, lease, trainable.checkpoint_bytes())
+    if run.ledger.tokens:
+        _say("checking the files of the newest checkpoint")
     chosen = checkpoints.choose() or branch_point(config)
     read_base = chosen is None or not trainable.saves_every_weight
+    _say("building the model" + (f", with the weights of {config.model.init_from}" if read_base else ""))
     state = build_train_state(config, job.arch, origin=job.origin, trainable=trainable, read_base=read_base)
     clock.lap("model")
+    if chosen is not None:
+        _say(f"loading {chosen[0]}")
     position = Position() if chosen is None else checkpoints.load(state, *chosen)
     clock.lap("checkpoint")
     ledger = position.ledger.with_sources(job.datasets.manifests(), config.batch.seq_length)
@@ -88,6 +93,12 @@ def train_run(
         return train(context, position)
     finally:
         report.close()
+
+
+def _say(text: str) -> None:
+    """A line of rank 0 to the console: a start takes its time, and should not look dead."""
+    if dist.get_rank() == 0:
+        logger.info("%s", text)
 
 
 def _shared_attempt(folder: RunFolder) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any, TextIO
 
-from megatron_cpt.console import ProgressBar, SafeStream, format_seconds
+from megatron_cpt.console import LOG_SECONDS, ProgressBar, SafeStream, format_seconds
 from megatron_cpt.launch.local import CONSOLE_FD
 
 
@@ -26,6 +27,8 @@ class ConsoleView:
 
     def __init__(self, stream: TextIO | None, train_tokens: int, consumed_tokens: int) -> None:
         self._stream = SafeStream(stream)
+        self._consumed_tokens = consumed_tokens
+        self._said = time.monotonic()
         self._bar: ProgressBar | None = None
         if self._stream.isatty():
             self._bar = ProgressBar("train", train_tokens, "tokens", done=consumed_tokens, stream=stream)
@@ -36,12 +39,23 @@ class ConsoleView:
             f"iter {row['iteration']}/{train_iters}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
             f"grad {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tok/s"
         )
-        consumed = row["consumed_tokens"]
+        consumed = self._consumed_tokens = row["consumed_tokens"]
         if self._bar is not None:
             self._bar.update(consumed, text=text)
         else:
             left = format_seconds(row["eta_seconds"])
             self.line(f"{text}  {consumed:,}/{train_tokens:,} tokens  left {left}")
+
+    def validation(self, name: str, done: int, total: int) -> None:
+        """Show how far a validation is: in the bar, and elsewhere by a line when one takes long."""
+        now, text = time.monotonic(), f"validating {name}: {done}/{total} micro-batches"
+        if done == 0:
+            self._said = now
+        if self._bar is not None:
+            self._bar.update(self._consumed_tokens, text=text)
+        elif now - self._said >= LOG_SECONDS:
+            self._said = now
+            self.line(text)
 
     def line(self, text: str) -> None:
         if self._bar is not None:

@@ -156,7 +156,9 @@ def evaluate(run: LoopContext, position: Position) -> Position:
     for held_out in run.validation:
         run.watchdog.enter("eval")
         started = time.perf_counter()
-        loss_sum, tokens = evaluate_step(run.state, held_out.micro_batches(micro, run.dp_rank, dp))
+        run.report.validating(position, held_out.name)
+        micro_batches = held_out.micro_batches(micro, run.dp_rank, dp)
+        loss_sum, tokens = evaluate_step(run.state, micro_batches, on_progress=run.report.validation_progress)
         assert tokens == held_out.predicted_tokens, (held_out.name, tokens, held_out.predicted_tokens)
         losses[held_out.name] = loss_sum / tokens
         run.report.validation(position, held_out.name, losses[held_out.name], tokens, time.perf_counter() - started)

@@ -51,6 +51,7 @@ class StepReporter:
         self.view = view
         self._flops = trainable.flops_per_token(seq_length)
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self._validated = ""  # name of the set that is measured now
         self._rate: float | None = None  # tokens per second, smoothed
 
     def step(self, record: StepRecord) -> None:
@@ -104,6 +105,16 @@ class StepReporter:
             tokens=tokens,
             seconds=round(seconds, 3),
         )
+
+    def validating(self, position: Position, name: str) -> None:
+        """A validation begins: a row, so that others see what the run does, and the name for its progress."""
+        self._validated = name
+        self.event("validating", position, "", name=name)
+
+    def validation_progress(self, done: int, total: int) -> None:
+        """So many of the micro batches of the validation are measured."""
+        if self.view is not None:
+            self.view.validation(self._validated, done, total)
 
     def skipped(self, position: Position, text: str, samples: list[dict[str, Any]]) -> None:
         """A step that was not applied, with the documents that its samples were cut from."""

@@ -10,14 +10,12 @@ never read the user's file.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,13 +23,13 @@ from pathlib import Path
 import psutil
 
 from megatron_cpt.config.load import build_config, load_config
-from megatron_cpt.console import ConsoleHandler
+from megatron_cpt.console import ConsoleHandler, guarded_output
 from megatron_cpt.errors import CptError
 from megatron_cpt.launch.local import CONSOLE_FD, RankFailure
 from megatron_cpt.launch.place import adopt_slurm_ranks, rank_here
 from megatron_cpt.launch.preflight import index_cache_dir
 from megatron_cpt.launch.start import KillSwitchSet, PreparedRun, load_prepared, load_run, prepare
-from megatron_cpt.runs.exit_codes import FINISHED, STOPPED
+from megatron_cpt.runs.exit_codes import STOPPED
 from megatron_cpt.runs.folder import RunFolder, resolved_dict
 from megatron_cpt.runs.lease import Lease
 from megatron_cpt.runs.rank_errors import RankError, leave_rank_error
@@ -101,9 +99,6 @@ def _run_to_exit_code(get_run: Callable[[], PreparedRun], rank: int, folder: Run
             run_folder = run.folder
             leave_error = partial(_leave_error, run_folder, rank)
             clock.lap("checks")
-            if run.finished:
-                logger.info("%s", run.describe_end())
-                return FINISHED
             return _train(run, rank, clock)
     except StopInSetup as stopped:
         logger.info("%s before the first step: nothing was trained, the same command continues", stopped)
@@ -113,7 +108,7 @@ def _run_to_exit_code(get_run: Callable[[], PreparedRun], rank: int, folder: Run
         leave_error(error.message, error.hint, error.exit_code)
         return error.exit_code
     except Exception as error:
-        traceback.print_exc()
+        logger.exception("unexpected")
         what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         hint, code = advise_after_failure(run_folder, rank)
         leave_error(f"rank {rank} failed: {what}; details in its log", hint, code)
@@ -171,9 +166,8 @@ def _leave_error(folder: RunFolder | None, rank: int, message: str, hint: str | 
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(OSError, AttributeError):
-        sys.stdout.flush()
-    code = main()
+    with guarded_output():
+        code = main()
     logging.shutdown()
     for child in multiprocessing.active_children():  # Megatron-Core's writer: os._exit would orphan it
         child.terminate()

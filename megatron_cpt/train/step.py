@@ -53,10 +53,13 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate_step(state: TrainState, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
+def evaluate_step(
+    state: TrainState, micro_batches: Iterable[MicroBatch], on_progress: Callable[[int, int], None] | None = None
+) -> tuple[float, int]:
     """Return the loss sum and the token count of the micro batches of all data-parallel ranks, without a gradient.
 
-    Ranks of different data-parallel index may bring different numbers of micro batches.
+    Ranks of different data-parallel index may bring different numbers of micro batches. `on_progress` is told, on this
+    rank, how many of how many micro batches were taken.
     """
     todo = list(micro_batches)
     pp = parallel_state.get_pipeline_model_parallel_world_size()
@@ -67,10 +70,24 @@ def evaluate_step(state: TrainState, micro_batches: Iterable[MicroBatch]) -> tup
     with gathered_parameters(state):
         for chunk in state.chunks:
             chunk.eval()
-        sums = _run_schedule(state, todo, 0, (), forward_only=True)
+        watched = todo if on_progress is None else _Watched(todo, on_progress)
+        sums = _run_schedule(state, watched, 0, (), forward_only=True)
         for chunk in state.chunks:
             chunk.train()
     return float(sums.loss), round(float(sums.tokens))
+
+
+class _Watched(list[MicroBatch]):
+    """Micro batches that tell how many of them were taken."""
+
+    def __init__(self, micro_batches: list[MicroBatch], on_progress: Callable[[int, int], None]) -> None:
+        super().__init__(micro_batches)
+        self._on_progress = on_progress
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for number, micro_batch in enumerate(super().__iter__()):
+            self._on_progress(number, len(self))
+            yield micro_batch
 
 
 def _run_schedule(

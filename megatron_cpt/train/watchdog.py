@@ -6,6 +6,7 @@ has a longest time; when it is over, every rank's watchdog dumps and exits with 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -68,9 +69,10 @@ class Watchdog:
     def _expire(self, phase: str) -> None:
         minutes = self._timeouts[phase] / 60
         message = f"no progress in phase {phase!r} for {minutes:g} minutes: a rank is stuck or lost"
-        sys.stderr.write(f"watchdog: {message}; stacks of all threads:\n")
-        sys.stderr.flush()
-        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr that is gone must not save the rank
+            sys.stderr.write(f"watchdog: {message}; stacks of all threads:\n")
+            sys.stderr.flush()
+            faulthandler.dump_traceback(file=2, all_threads=True)
         self._leave_error(
             message,
             f"RUN/logs has the stacks of every rank; failure.{phase}_timeout_minutes sets the limit; starting again "

@@ -94,6 +94,8 @@ def test_a_run_from_its_start_to_its_end(folder: RunFolder, capsys: pytest.Captu
         10_000,
     )
     assert found["last_checkpoint"]["iteration"] == 4
+    assert (found["activity"], found["tokens_per_second"], found["eta_seconds"]) == ("training", 500.0, 8.0)
+    assert "left" in call(capsys, "status", str(folder.root))[1]
     lease.release()
     assert state(folder, capsys)["state"] == "interrupted"
     # the second start repeats steps 5 and 6
@@ -107,6 +109,37 @@ def test_a_run_from_its_start_to_its_end(folder: RunFolder, capsys: pytest.Captu
     code, out = call(capsys, "status", str(folder.root))
     assert code == 0
     assert "10,000 of 10,000 (100.0%)" in out and "2 steps done twice" in out
+    assert "tokens/s" not in out and found["tokens_per_second"] is None  # a run that has ended has no rate
+    assert "last update       0:00 ago" in out
+
+
+def test_a_running_job_says_what_it_does(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    lease = Lease(folder.lease)
+    lease.acquire()
+    assert state(folder, capsys)["activity"] == "starting"
+    metrics = write_steps(folder, 1, range(1, 11))
+    assert state(folder, capsys)["activity"] == "saving"  # the budget is trained
+    metrics.write(event="validating", iteration=10, name="held_out")
+    code, out = call(capsys, "status", str(folder.root))
+    assert code == 0 and "running: validating held_out" in out and "left" not in out
+    record_attempt(folder, [])
+    assert state(folder, capsys)["activity"] == "starting"
+    lease.release()
+
+
+def test_a_clock_that_jumps_changes_no_state(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step, then an hour back, then the end of the run; and an error before the clock's beginning."""
+    write_steps(folder, 1, range(1, 3)).close()
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    end = rows[-1] | {"event": "finished", "time": rows[-1]["time"] - 3600}
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in [*rows, end]))
+    assert state(folder, capsys)["state"] == "finished"
+    folder.metrics.write_text("".join(json.dumps(row | {"time": row["time"] + 3600}) + "\n" for row in rows))
+    found = state(folder, capsys)
+    assert (found["state"], found["last_row_seconds_ago"]) == ("interrupted", 0.0)
+    folder.rank_error(0).write_text(json.dumps({"message": "out of memory", "hint": None, "exit_code": 1}))
+    os.utime(folder.rank_error(0), (0, 0))
+    assert state(folder, capsys)["state"] == "failed"
 
 
 def test_a_failure_is_quoted(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,19 @@ def test_a_tracker_that_fails_is_dropped_and_the_rows_go_on(tmp_path: Path, capl
     assert caplog.text.count("no more rows for W: no route to host") == 1
 
 
+def test_a_tracker_that_cannot_be_opened_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def init(**kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    fake = ModuleType("wandb")
+    fake.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert trackers.open_trackers(make(wandb_project="cpt"), RunFolder(tmp_path)) == []
+    assert "no rows for Weights & Biases: no space left on device" in caplog.text
+
+
 def test_wandb_goes_on_with_the_same_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
