@@ -105,7 +105,6 @@ def _serve() -> None:
                 descriptor = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 os.dup2(descriptor, 1)
                 os.dup2(descriptor, 2)
-                os.environ.update(job["env"])
                 os.environ.update(
                     RANK=str(rank),
                     LOCAL_RANK=str(rank),
@@ -113,6 +112,7 @@ def _serve() -> None:
                     MASTER_ADDR="127.0.0.1",
                     MASTER_PORT=str(port),
                 )
+                os.environ.update(job["env"])
                 code = 1
                 try:
                     for fault in filter(None, os.environ.get("TEST_FAULT", "").split(",")):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,55 @@ def test_a_full_disk_in_mid_save_loses_that_save_only(fault: str, pool: RankPool
     flag.unlink()
     assert job.train(faults=fault, FULL_DISK=str(flag)) == FINISHED
     assert complete_checkpoints(job.run / "checkpoints")[0][1].iteration == 12
+
+
+def test_a_stop_whose_save_fails_says_so_and_keeps_the_checkpoint_before(
+    pool: RankPool, inputs: Path, tmp_path: Path
+) -> None:
+    flag = tmp_path / "full"
+    job = Job(pool, inputs, tmp_path, steps=10_000, checkpoint={"save_every": "4 iters", "async_save": False})
+    job.raw["data"]["max_epochs"] = 1e9
+    job.path.write_text(yaml.safe_dump(job.raw))
+    pids = job.start(faults="full_disk", FULL_DISK=str(flag))
+    job.wait_for(lambda: bool(complete_checkpoints(job.run / "checkpoints")))
+    flag.touch()
+    os.kill(pids[0], signal.SIGTERM)
+    assert pool.wait() == [USER_ERROR]
+    assert "No space left" in job.told()["message"] and "disk full" in str(job.told()["hint"])
+    saved = complete_checkpoints(job.run / "checkpoints")
+    assert saved and not list(job.run.glob("checkpoints/*.partial-*"))
+    flag.unlink()
+    job.start()
+    job.wait_for(lambda: complete_checkpoints(job.run / "checkpoints")[0][1].iteration > saved[0][1].iteration)
+    (job.run / "STOP").touch()
+    assert pool.wait() == [STOPPED]
+
+
+def test_another_number_of_data_parallel_ranks_continues_the_run(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    job = Job(pool, inputs, tmp_path, steps=8, schedule={"kind": "constant"})
+    assert job.train() == FINISHED
+    whole = {row["iteration"]: row["loss"] for row in job.steps()}
+    shutil.rmtree(job.run / "checkpoints" / "iter_0000008")
+    assert job.train("parallel.gpus_per_node=2", ranks=2) == FINISHED  # DP 1 -> 2 from iteration 4 on
+    found = {row["iteration"]: row["loss"] for row in job.steps()}
+    assert found.keys() == whole.keys()
+    assert all(found[n] == pytest.approx(whole[n], abs=1e-6) for n in whole)
+    starts = [row["world_size"] for row in job.events("start")]
+    assert starts == [1, 2]
+
+
+def test_a_port_in_use_is_one_clear_error(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    job = Job(pool, inputs, tmp_path, steps=4, parallel={"gpus_per_node": 2})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        pids = job.start(ranks=2, MASTER_PORT=str(taken.getsockname()[1]))
+        job.wait_for(lambda: "rank 0 cannot meet" in job.log.read_text())
+        os.kill(pids[1], signal.SIGKILL)  # it waits for an answer from whoever has the port
+        assert pool.wait() == [USER_ERROR, -signal.SIGKILL]
+    log = job.log.read_text()
+    assert "rank 0 cannot meet the others at 127.0.0.1" in log and "is the port in use" in log
+    assert "Traceback" not in log
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
