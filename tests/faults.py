@@ -79,6 +79,13 @@ def full_disk_at_the_marker() -> None:
     checkpoint_folder.write_atomically = write_atomically
 
 
+def no_free_bytes() -> None:
+    """The file system has 7 bytes left when a checkpoint is to be written."""
+    from megatron_cpt.train import checkpoint_space
+
+    checkpoint_space.free_bytes = lambda root: 7
+
+
 def engine_gathers_optimizer() -> None:
     """No fault: the optimizer's state is collected by Megatron-Core's own code, for comparison."""
     from megatron_cpt.train import checkpoint_state

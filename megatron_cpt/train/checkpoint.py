@@ -122,9 +122,13 @@ class CheckpointManager:
             self._space.make_room(partial)
         dist.barrier()
         if not partial.is_dir():
+            why = self._space.why_no_room()
             raise SaveFailed(
-                f"cannot create {partial}: {self._space.why_no_room() or 'rank 0 did, this node does not see it'}",
-                hint="the run folder must be on storage that all nodes share, with space left",
+                f"cannot create {partial}: {why or 'rank 0 did, this node does not see it'}",
+                hint="free some space, `megatron-cpt checkpoints RUN --prune --keep-last 1` for one; the newest complete "
+                "checkpoint is untouched"
+                if why
+                else "the run folder must be on storage that all nodes share",
             )
         marker = self._marker(state, position)
         asynchronous = self.config.checkpoint.async_save and not wait

@@ -194,6 +194,13 @@ def test_a_full_disk_in_mid_save_loses_that_save_only(fault: str, pool: RankPool
     assert complete_checkpoints(job.run / "checkpoints")[0][1].iteration == 12
 
 
+def test_no_room_for_the_last_save_says_how_to_make_some(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    job = Job(pool, inputs, tmp_path, steps=2)
+    assert job.train(faults="no_free_bytes") == USER_ERROR
+    told = job.told()
+    assert "7 are free" in told["message"] and "free some space" in told["hint"] and "share" not in told["hint"]
+
+
 def test_a_stop_whose_save_fails_says_so_and_keeps_the_checkpoint_before(
     pool: RankPool, inputs: Path, tmp_path: Path
 ) -> None:
