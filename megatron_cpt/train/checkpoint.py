@@ -125,8 +125,8 @@ class CheckpointManager:
             why = self._space.why_no_room()
             raise SaveFailed(
                 f"cannot create {partial}: {why or 'rank 0 did, this node does not see it'}",
-                hint="free some space, `megatron-cpt checkpoints RUN --prune --keep-last 1` for one; the newest complete "
-                "checkpoint is untouched"
+                hint="free some space, for example by `megatron-cpt checkpoints RUN --prune --keep-last 1`; the newest "
+                "complete checkpoint is untouched"
                 if why
                 else "the run folder must be on storage that all nodes share",
             )
