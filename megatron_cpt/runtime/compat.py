@@ -72,3 +72,16 @@ def _say_nothing_of_the_other_writer() -> None:
     """0.17 to 0.19 warn that their own writer will go: the proven range ends before that."""
     logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
     logger.addFilter(lambda record: "MCore's async save is deprecated" not in str(record.msg))
+
+
+def adopt_learning_rates(optimizer_state: Any, group: dict[str, Any]) -> None:
+    """Give every parameter group in a loaded optimizer state the learning rates of `group`, a current one.
+
+    0.19 recognises a group by its learning rates too, and raises KeyError when a run continues with others. The rate
+    of each step comes from our schedule in any case.
+    """
+    if isinstance(optimizer_state, dict):
+        for loaded in optimizer_state.get("param_groups", ()):
+            loaded.update({name: group[name] for name in ("max_lr", "min_lr") if name in group})
+        for value in optimizer_state.values():
+            adopt_learning_rates(value, group)

@@ -18,6 +18,7 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.model.load_megatron import model_shards, only, set_model_weights
 from megatron_cpt.runs.marker import Marker
+from megatron_cpt.runtime.compat import adopt_learning_rates
 from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
 from megatron_cpt.train.state import TrainState, unwrap
 
@@ -117,6 +118,7 @@ def put_state(state: TrainState, loaded: dict[str, Any], path: Path) -> None:
         CheckpointError: a weight is not finite; on every rank.
     """
     set_model_weights([unwrap(chunk) for chunk in state.chunks], loaded, path)
+    adopt_learning_rates(loaded["optimizer"], state.optimizer.param_groups[0])
     with torch.no_grad():  # dp_reshardable copies into leaf parameters
         state.optimizer.load_state_dict(loaded["optimizer"])
     if "random" in loaded:

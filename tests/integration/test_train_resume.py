@@ -181,6 +181,17 @@ def test_bf16_and_both_forms_of_the_optimizer_resume_exactly(pool: RankPool, wor
     assert "fixes how the model is split: tp 1 -> 2" in log.read_text()
 
 
+def test_a_run_continues_with_another_learning_rate(pool: RankPool, work: Path) -> None:
+    """Megatron-Core 0.19 knows a group of parameters by its learning rates."""
+    run, log = work / "other_rate", work / "other_rate.log"
+    for steps, rate in ((3, 2e-3), (6, 4e-3)):
+        budget, optimizer = {"train_tokens": 512 * steps, "warmup_tokens": 0}, {"lr": rate, "min_lr": rate / 2}
+        config = write_config(work, run.name, LAYOUTS["DP2"], budget=budget, optimizer=optimizer)
+        assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
+    rates = {step: row[2] for step, row in rows(run).items() if isinstance(step, int)}
+    assert rates[6] == pytest.approx(2e-3, rel=0.1) and rates[4] > rates[6] > rates[3]
+
+
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a torch_dist checkpoint, whole; what no rank wrote is NaN."""
     found = {

@@ -22,6 +22,7 @@ ENGINES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")  # the newest patch of each
 DEFAULT = {("3.11", "0.16.1"), ("3.12", "0.16.1"), ("3.12", "0.17.1"), ("3.12", "0.18.2"), ("3.12", "0.19.2")} | {
     ("3.13", "0.19.2")
 }
+_EXTRAS = ("test", "parquet", "corpus", "quickstart")
 _NOT_FOR_TESTS = ("megatron-core", "megatron-cpt", "torch", "ruff", "mypy", "types-", "matplotlib")
 
 
@@ -40,8 +41,8 @@ class Cell:
         return f"python{self.python}-mcore{self.engine}-torch{self.torch}"
 
 
-def all_cells() -> list[Cell]:
-    return [Cell(python, engine) for python in PYTHONS for engine in ENGINES]
+def all_cells(torch: str = TORCH) -> list[Cell]:
+    return [Cell(python, engine, torch) for python in PYTHONS for engine in ENGINES]
 
 
 def find_python(version: str) -> Path:
@@ -87,10 +88,12 @@ def _make_base(cell: Cell, folder: Path) -> Path:
     shutil.rmtree(home, ignore_errors=True)
     print(f"making {home}: torch alone may be some GB", file=sys.stderr)
     _run([str(find_python(cell.python)), "-m", "venv", str(home)])
-    constraints = folder / "constraints.txt"
-    pinned = (REPO / "constraints.txt").read_text().splitlines()
-    constraints.write_text("\n".join(line for line in pinned if not line.startswith(("torch==", "megatron-core=="))))
-    install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints)]
+    install = [str(python), "-m", "pip", "install", "--quiet"]
+    if cell.torch == TORCH:  # the pins are of what this torch needs
+        constraints = folder / "constraints.txt"
+        pinned = (REPO / "constraints.txt").read_text().splitlines()
+        constraints.write_text("\n".join(pin for pin in pinned if not pin.startswith(("torch==", "megatron-core=="))))
+        install += ["-c", str(constraints)]
     _run([*install, f"torch=={cell.torch}", *_dependencies()])
     (home / "complete").touch()
     return python
@@ -99,7 +102,7 @@ def _make_base(cell: Cell, folder: Path) -> Path:
 def _dependencies() -> list[str]:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["dev"], *extras["corpus"], *extras["quickstart"]]
+    wanted = [*project["dependencies"], *(r for name in _EXTRAS for r in extras[name])]
     return sorted({requirement for requirement in wanted if not requirement.startswith(_NOT_FOR_TESTS)})
 
 

@@ -1,6 +1,7 @@
 """`make test-matrix`: parity, resume and conversion under each Python and Megatron-Core, and a table of what was seen.
 
-    python tests/matrix/run.py [--all] [--only TEXT] [--checks NAME ...] [--folder DIR] [--table-only]
+    python tests/matrix/run.py [--all] [--only TEXT] [--checks NAME ...] [--torch 2.6.0]
+        [--folder DIR] [--table-only]
 
 Environments, logs and results stay in the folder (`.matrix` by default). A result stands until its cell is run again,
 so the cells may be run one at a time; the table, in benchmarks/RESULTS.md, is made of all results there are. A cell
@@ -29,7 +30,7 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "parity": ("tests/parity/test_training.py", "tests/parity/test_logits.py"),
     "resume": ("tests/integration/test_train_resume.py", "--kill-points", "3"),
     "convert": ("tests/parity/test_convert_megatron.py", "tests/parity/test_convert_logits.py"),
-    "engine": ("tests/unit/runtime", "tests/unit/model", "tests/unit/train"),
+    "units": ("tests/unit/runtime", "tests/unit/model", "tests/unit/train"),
 }
 CHECKPOINTS = "checkpoints"
 
@@ -114,7 +115,9 @@ def main() -> int:
     )
     asked = parser.parse_args()
     folder = asked.folder.resolve()
-    cells = [c for c in all_cells() if asked.only in c.name and (asked.all or (c.python, c.engine) in DEFAULT)]
+    cells = [
+        c for c in all_cells(asked.torch) if asked.only in c.name and (asked.all or (c.python, c.engine) in DEFAULT)
+    ]
     if not asked.table_only:
         pythons = {cell.name: run_cell(cell, asked.checks, folder) for cell in cells}
         one_per_engine = {cell.engine: cell.name for cell in reversed(cells) if pythons[cell.name] is not None}

@@ -10,7 +10,7 @@ from typing import Any
 from tests.matrix.cells import Cell
 
 BEGIN, END = "<!-- test-matrix: begin -->", "<!-- test-matrix: end -->"
-CHECKS = ("parity", "resume", "convert", "engine")
+CHECKS = ("parity", "resume", "convert", "units")
 LOSS_BOUND = 1e-6  # of the second half of a run that another version began
 
 

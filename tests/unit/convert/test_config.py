@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 from checkpoint_convert.checkpoint import MismatchError
 from checkpoint_convert.convert import Options, convert
@@ -162,6 +163,24 @@ def test_megatron_lm_args_need_no_hf_config(tmp_path: Path, kind: str, family: s
         torch.save({"args": args, "iteration": 7}, common)
         with pytest.raises(MismatchError, match=r"rms_norm_eps: 0\.001 there"):
             open_checkpoint(tmp_path / "ckpt", hf_config=hf)
+
+
+def test_args_among_the_shards_are_read_as_those_of_common_pt(tmp_path: Path) -> None:
+    """Megatron-Core 0.19 writes no common.pt."""
+    hf = write_hf(tmp_path / "base", "llama")
+    args = megatron_args(read_architecture(hf), {"x": "bfloat16"}, 2, 1, None, 7)
+    for name, rotary_percent in (("right", 1.0), ("wrong", 0.5)):
+        args.rotary_percent = rotary_percent
+        shards = {**dict(stacked(global_tensors(hf))), "common_state/shard_0_1": [{"args": args, "iteration": 7}]}
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        dcp.save(shards, checkpoint_id=tmp_path / name, planner=planner, no_dist=True)
+    opened = open_checkpoint(tmp_path / "right")
+    assert opened.arch == read_architecture(hf)
+    convert(opened, tmp_path / "out", Options(to="hf"))
+    assert_same_weights(hf, tmp_path / "out")
+    for hf_config in (None, hf):
+        with pytest.raises(ConversionError, match=r"not supported: rotary_percent = 0\.5"):
+            open_checkpoint(tmp_path / "wrong", hf_config=hf_config)
 
 
 def test_our_own_checkpoint_without_its_hf_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
