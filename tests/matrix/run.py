@@ -1,7 +1,7 @@
 """`make test-matrix`: parity, resume and conversion under each Python and Megatron-Core, and a table of what was seen.
 
     python tests/matrix/run.py [--all] [--only TEXT] [--checks NAME ...] [--torch 2.6.0]
-        [--folder DIR] [--table-only]
+        [--torch 2.6.0] [--folder DIR] [--table-only]
 
 Environments, logs and results stay in the folder (`.matrix` by default). A result stands until its cell is run again,
 so the cells may be run one at a time; the table, in benchmarks/RESULTS.md, is made of all results there are. A cell
@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.matrix.cells import DEFAULT, REPO, Cell, NoCell, all_cells, make_cell
+from tests.matrix.cells import DEFAULT, REPO, TORCH, Cell, NoCell, all_cells, make_cell
 from tests.matrix.table import write_tables
 
 CHECKS: dict[str, tuple[str, ...]] = {
@@ -110,14 +110,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cells whose name has this text, for example mcore0.19")
     parser.add_argument("--checks", nargs="+", default=[*CHECKS, CHECKPOINTS], choices=[*CHECKS, CHECKPOINTS])
     parser.add_argument("--folder", type=Path, default=REPO / ".matrix")
+    parser.add_argument("--torch", default=TORCH, help=f"default {TORCH}")
     parser.add_argument(
         "--table-only", action="store_true", help="run nothing, write the table of the results there are"
     )
     asked = parser.parse_args()
     folder = asked.folder.resolve()
-    cells = [
-        c for c in all_cells(asked.torch) if asked.only in c.name and (asked.all or (c.python, c.engine) in DEFAULT)
-    ]
+    named = [cell for cell in all_cells(asked.torch) if asked.only in cell.name]
+    cells = [cell for cell in named if asked.all or (cell.python, cell.engine) in DEFAULT]
     if not asked.table_only:
         pythons = {cell.name: run_cell(cell, asked.checks, folder) for cell in cells}
         one_per_engine = {cell.engine: cell.name for cell in reversed(cells) if pythons[cell.name] is not None}
