@@ -16,7 +16,7 @@ from megatron_cpt.corpus.run.corpus_run import OnUnit, StartProgress
 from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.corpus.run.preprocess import Outcome, preprocess_shard
 from megatron_cpt.corpus.run.preprocess import preprocess as run_preprocess
-from megatron_cpt.corpus.schema import Corpus, load_corpus, parse_corpus
+from megatron_cpt.corpus.schema import Corpus, load_corpus, parse_corpus, split_fault
 
 
 def parse_split(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, float]:
@@ -24,9 +24,15 @@ def parse_split(_: click.Context, __: click.Parameter, value: str | None) -> dic
     if not value:
         return {}
     try:
-        return {name.strip(): float(part) for name, part in (item.split("=") for item in value.split(","))}
+        pairs = [(name.strip(), float(part)) for name, part in (item.split("=") for item in value.split(","))]
     except ValueError:
         raise click.BadParameter(f"{value!r} is not NAME=FRACTION,NAME=FRACTION") from None
+    fractions = dict(pairs)
+    if len(fractions) < len(pairs):
+        raise click.BadParameter(f"{value!r} has a name twice")
+    if fault := split_fault(fractions):
+        raise click.BadParameter(fault)
+    return fractions
 
 
 def parse_shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ data file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,17 @@ class Chunking(Section):
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
+def split_fault(fractions: Mapping[str, float]) -> str | None:
+    """Return what is wrong with the splits of a dataset (name -> fraction of its documents), None when nothing is."""
+    for name, fraction in fractions.items():
+        if not name.replace("-", "").replace("_", "").isalnum():
+            return f"the name {name!r} cannot be part of a file name: letters, digits, - and _ can"
+        if not 0 < fraction <= 1:  # NaN is not in it either
+            return f"the fraction {fraction:g} of {name!r} is not above 0 and at most 1"
+    total = sum(fractions.values())
+    return f"the fractions sum to {total:g}, not 1" if abs(total - 1) > 1e-9 else None
+
+
 def _tokens(value: Any) -> Any:
     return parse_count(value) if isinstance(value, str) else value
 
@@ -122,10 +134,8 @@ class Corpus(Section):
     @field_validator("split")
     @classmethod
     def _whole(cls, value: dict[str, float]) -> dict[str, float]:
-        if value and abs(sum(value.values()) - 1) > 1e-9:
-            raise ValueError(f"the fractions sum to {sum(value.values()):g}, not 1")
-        if bad := [name for name in value if not name.replace("-", "").replace("_", "").isalnum()]:
-            raise ValueError(f"{bad[0]!r} cannot be part of a file name")
+        if value and (fault := split_fault(value)):
+            raise ValueError(fault)
         return value
 
     @model_validator(mode="after")

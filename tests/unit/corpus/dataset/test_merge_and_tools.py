@@ -19,7 +19,7 @@ from megatron_cpt.corpus.dedup.dedup_datasets import dedup_datasets
 from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema_processing import Dedup, Near
 from megatron_cpt.corpus.tokenizers.load import load_tokenizer
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import ConfigError, DataError
 from tests.unit.corpus.conftest import TEXTS, build_tokenizer, write_jsonl
 from tests.unit.corpus.dedup.test_dedup import document, edited
 
@@ -120,6 +120,38 @@ def test_split_of_a_dataset_keeps_every_document_once(tmp_path: Path, make_corpu
     assert all(verify_dataset(f"{whole}_{name}").ok for name in parts)
     assert command("split", whole, "--split", "train=0.8,valid=0.1").returncode == 2
     assert "already a dataset" in command("split", whole, "--split", "train=0.8,valid=0.2").stderr
+
+
+@pytest.mark.parametrize(
+    "fractions",
+    [
+        "a/b=0.5,c=0.5",
+        "../a=1",
+        "=1",
+        "a=nan,b=0.5",
+        "a=inf",
+        "a=0,b=1",
+        "a=-1,b=2",
+        "a=0.5,a=0.5",
+        "a=0.5",
+        "a",
+        "a=x",
+    ],
+)
+def test_a_split_that_is_none_is_refused_by_every_command_and_by_the_corpus(fractions: str, make_corpus: Any) -> None:
+    from click.testing import CliRunner
+
+    from megatron_cpt.commands.dataset import split
+    from megatron_cpt.commands.preprocess import preprocess as preprocess_command
+
+    for command, args in ((split, ["none"]), (preprocess_command, ["--input", "none.jsonl"])):
+        result = CliRunner().invoke(command, [*args, "--split", fractions])
+        assert result.exit_code == 2, result.output
+        assert "Invalid value for '--split'" in result.output
+    parts = dict(part.split("=") for part in fractions.split(",") if "=" in part)
+    if len(parts) == fractions.count("="):  # a mapping has no name twice
+        with pytest.raises(ConfigError, match="split"):
+            make_corpus(Path("none.jsonl"), split=parts or "a")
 
 
 def test_dedup_of_datasets(tmp_path: Path, make_corpus: Any) -> None:
