@@ -57,10 +57,23 @@ class Options:
     dtype: str | None = None  # None keeps each tensor's own
     max_shard_bytes: int = 5 * 10**9
     workers: int = min(8, os.cpu_count() or 1)
+    vocab_multiple: int = 128  # legacy: Megatron-LM's --make-vocab-size-divisible-by
     local_names: bool = False  # legacy: layer norms by the names of the local layer spec
     allow_nonfinite: bool = False
     read_back: bool = False
     overwrite: bool = False
+
+    def padded_vocab_size(self, arch: Architecture) -> int:
+        """Rows of the written embedding.
+
+        Legacy files hold what Megatron-LM's model has, which pads always; torch_dist loads under any padding.
+        """
+        if self.to == "hf":
+            return arch.vocab_size
+        if self.to == "torch_dist":
+            return arch.padded_vocab_size(self.tp)
+        step = self.vocab_multiple * self.tp
+        return -(-arch.vocab_size // step) * step
 
 
 def plan(source: IndexedCheckpoint, folder: Path, options: Options) -> Target:
@@ -87,6 +100,7 @@ def plan(source: IndexedCheckpoint, folder: Path, options: Options) -> Target:
         pp=options.pp,
         vpp=options.vpp,
         iteration=iteration,
+        padded=options.padded_vocab_size(source.arch),
         local_names=options.local_names,
     )
 
@@ -326,7 +340,7 @@ def _receipt(
     started: float,
 ) -> dict[str, Any]:
     weights, arch = source.weights, source.arch
-    padded = arch.padded_vocab_size(options.tp) if options.to != "hf" else arch.vocab_size
+    padded = options.padded_vocab_size(arch)
     seconds = time.time() - started
     layout = {"tp": options.tp, "pp": options.pp, "vpp": options.vpp} if options.to != "hf" else {}
     return {

@@ -38,15 +38,16 @@ def plan_legacy(
     pp: int,
     vpp: int | None,
     iteration: int,
+    padded: int,
     local_names: bool,
 ) -> Target:
-    """One file per rank under `folder`/iter_XXXXXXX, and the tracker file beside it."""
+    """One file per rank under `folder`/iter_XXXXXXX, and the tracker file beside it; `padded` rows of vocabulary."""
     chunks = vpp or 1
     if arch.num_layers % (pp * chunks):
         raise ConversionError(f"{arch.num_layers} layers do not divide into {pp} stages x {chunks} virtual chunks")
     target = Target(folder)
-    padded = arch.padded_vocab_size(tp)
     args = megatron_args(arch, dtypes, tp, pp, vpp, iteration)
+    args.padded_vocab_size = padded
     places: dict[str, list[Extent]] = defaultdict(list)
     for p in range(pp):
         owned = [_stage(arch, p, pp, v, chunks) for v in range(chunks)]

@@ -18,7 +18,7 @@ GIB = 2**30
 def plan_report(source: IndexedCheckpoint, target: Target, final: Path, options: Options) -> dict[str, Any]:
     """What `convert --dry-run` tells: nothing was written and no weight was read."""
     arch = source.arch
-    padded = arch.padded_vocab_size(options.tp) if options.to != "hf" else arch.vocab_size
+    padded = options.padded_vocab_size(arch)
     place = next(parent for parent in (final, *final.resolve().parents) if parent.is_dir())
     return {
         "source": {"path": str(source.path), "format": source.format, "ignored": source.weights.ignored},

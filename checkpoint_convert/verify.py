@@ -26,6 +26,7 @@ TEXT = (
 EXACT_TOLERANCE = 1e-5
 CAST_TOLERANCE = 0.02  # rounding weights to bfloat16 moves logits by about 1 %
 RANDOM_TOKENS = 64  # length of the text where there is no tokenizer.json
+TEXT_TOKENS = 4096  # more than the fixed text has in any vocabulary
 
 
 def verify(
@@ -115,7 +116,8 @@ def fixed_tokens(checkpoint: IndexedCheckpoint) -> torch.Tensor:
 @torch.no_grad()
 def compare_logits(a: IndexedCheckpoint, b: IndexedCheckpoint) -> dict[str, Any]:
     """Largest difference of the logits and both perplexities, a block of the vocabulary at a time."""
-    tokens = fixed_tokens(a)
+    limit = min(min(x.arch.max_position_embeddings, x.arch.sliding_window or TEXT_TOKENS) for x in (a, b))
+    tokens = fixed_tokens(a)[:, : min(limit, TEXT_TOKENS)]  # within the window full attention is what both compute
     with Files() as files:
         models = [StreamedModel(checkpoint, files) for checkpoint in (a, b)]
         hidden = [model.hidden(tokens) for model in models]

@@ -52,6 +52,14 @@ def parse_size(text: str) -> int:
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Cast; default: as stored.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file (hf, torch_dist).")
 @click.option("--workers", type=click.IntRange(1, 64), help="Threads; default: one per core, at most 8.")
+@click.option(
+    "--make-vocab-size-divisible-by",
+    "vocab_multiple",
+    default=128,
+    type=click.IntRange(1),
+    show_default=True,
+    help="Rows of vocabulary per rank are a multiple of this, as of Megatron-LM's flag (legacy).",
+)
 @click.option("--spec", type=click.Choice(["te", "local"]), default="te", help="Layer-norm names of legacy output.")
 @click.option("--hf-config", type=_FOLDER, help="Folder with config.json and tokenizer, if SRC carries none.")
 @click.option("--best", is_flag=True, help="From a run folder: the best checkpoint, not the latest.")
@@ -80,6 +88,7 @@ def convert(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given
         dtype=given["dtype"],
         max_shard_bytes=parse_size(given["max_shard_size"]),
         workers=given["workers"] or defaults.workers,
+        vocab_multiple=given["vocab_multiple"],
         local_names=given["spec"] == "local",
         allow_nonfinite=given["allow_nonfinite"],
         read_back=given["read_back"],

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from megatron_cpt import __version__
+from megatron_cpt.architecture.model_folder import side_files
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.yaml_file import read_yaml
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 # A change of these makes it another run, as does a change of the model's content (launch/identity.py); everything else
 # may change from one attempt to the next.
 _IDENTITY = ("job_name", "seed", "precision.dtype")
-_NO_SIDE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,10 @@ def count_attempts(folder: RunFolder) -> int:
 
 def _copy_side_files(model_dir: Path, target: Path) -> None:
     """config.json, generation config and tokenizer, so that the run can be exported without the base model."""
-    for path in sorted(model_dir.iterdir()):
-        wanted = path.is_file() and not path.name.endswith(_NO_SIDE_FILES) and not path.name.startswith(".")
-        if wanted and path.resolve() != (target / path.name).resolve():
-            partial = target / (path.name + ".partial")
-            shutil.copyfile(path, partial)
-            partial.replace(target / path.name)
+    for name in side_files(model_dir):
+        path = target / name
+        if (model_dir / name).resolve() != path.resolve():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            shutil.copyfile(model_dir / name, partial)
+            partial.replace(path)

@@ -32,7 +32,7 @@ def test_every_layout_round_trips(tmp_path: Path, family: str, tied: bool) -> No
     for fmt, tp, pp in layouts:
         there, back = tmp_path / f"{fmt}-{tp}-{pp}", tmp_path / f"back-{fmt}-{tp}-{pp}"
         receipt = to(source, there, fmt, tp=tp, pp=pp)
-        assert receipt["padding_rows_added"] == (0 if tp == 1 else 128 * tp - 77)
+        assert receipt["padding_rows_added"] == (0 if (fmt, tp) == ("torch_dist", 1) else 128 * tp - 77)
         assert receipt["source"]["fingerprint"] == receipt["target"]["fingerprint"]
         back_receipt = to(there, back, "hf")
         assert back_receipt["padding_rows_removed"] == receipt["padding_rows_added"]
@@ -160,3 +160,21 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, fmt: Format, monkey
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert 2 * 2**20 <= peak_bytes < (2 * 3 + 2) * 2**20
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "multiple", "rows"),
+    [(1003, 1, 128, 1024), (1003, 2, 64, 1024), (77, 2, 1, 78), (256, 2, 128, 256)],
+)
+def test_legacy_files_are_padded_as_megatron_lm_pads(
+    tmp_path: Path, vocab_size: int, tp: int, multiple: int, rows: int
+) -> None:
+    """Megatron-LM rounds up to a multiple of --make-vocab-size-divisible-by times its tensor parallel size."""
+    source = write_hf(tmp_path / "hf", "llama", vocab_size=vocab_size)
+    receipt = to(source, tmp_path / "ckpt", "legacy", tp=tp, vocab_multiple=multiple)
+    assert receipt["padding_rows_added"] == rows - vocab_size
+    path = tmp_path / "ckpt" / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    assert state["model"]["embedding.word_embeddings.weight"].shape[0] * tp == rows == state["args"].padded_vocab_size
+    to(tmp_path / "ckpt", tmp_path / "back", "hf")
+    assert_same_weights(source, tmp_path / "back")
