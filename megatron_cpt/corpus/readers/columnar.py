@@ -54,7 +54,7 @@ def _parquet_rows(unit: Unit, path: str) -> Iterator[tuple[Any, float]]:
     columns = wanted_columns(unit, path, file.schema_arrow)
     groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
     total, done = sum(file.metadata.row_group(group).num_rows for group in groups), 0
-    for rows in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=columns):
+    for rows in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=columns, use_threads=False):
         done += rows.num_rows
         yield rows, done / max(total, 1)
 
