@@ -12,8 +12,9 @@ memory: peak memory of the largest process as the input grows; the input is repe
 CPU-seconds (user and system, of the process and its children) are the stable figure on a shared machine; wall time is
 printed beside them. Peers are optional and are fetched by whoever runs this: a checkout of NVIDIA/Megatron-LM (its main
 branch also has preprocess_data_fast.py, on gigatoken), and a Python with torch, transformers, gigatoken and datatrove.
-Peers are measured without their start (the same command on one document is subtracted), and a slow one on the first
---slow-mb of the input; ours is the whole process on all of it.
+Every tool is also run on one document: that is its start. "net" leaves it out, "whole" is the start and all of the
+input at the net speed; the ratios compare like with like. A slow peer gets the first --slow-mb of the input only. Give
+--input several times for corpora of different kinds: the last line is the range of the ratios over them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import zstandard
@@ -40,14 +42,18 @@ REPO = Path(__file__).resolve().parents[1]
 FREE = """
 import sys
 import numpy as np
-from megatron_cpt.corpus.run import preprocess as run
+from megatron_cpt.corpus.run import corpus_run, preprocess as run
 from megatron_cpt.corpus.schema import parse_corpus
 from dataclasses import replace
-load = run.load_tokenizer
-def free(texts):
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts)) // 4
-    return np.zeros(int(lengths.sum()), np.int32), lengths
-run.load_tokenizer = lambda *a, **k: replace(load(*a, **k | {"backend": "reference"}), encode_batch=free)
+load = corpus_run.load_tokenizer
+def load_free(*args, **keys):
+    tokenizer = load(*args, **keys | {"backend": "reference"})
+    no_eod = int(tokenizer.eod_id == 0)
+    def free(texts):
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) // 4
+        return np.full(int(lengths.sum()), no_eod, np.int32), lengths
+    return replace(tokenizer, encode_batch=free)
+corpus_run.load_tokenizer = load_free
 raw = {"output_prefix": sys.argv[2], "tokenizer": sys.argv[3], "sources": [{"files": sys.argv[1]}]}
 run.preprocess(parse_corpus(raw, "benchmark"), workers=1, overwrite=True)
 """
@@ -105,6 +111,16 @@ FULL_CORPUS = {
 }
 
 
+# The document that measures a start; it passes the filters of FULL_CORPUS.
+ONE_DOCUMENT = (
+    "The committee met on Tuesday to review the plan that the council had approved in the spring of last year. "
+    "Members of the public were invited to speak, and several of them asked about the cost of the new bridge. "
+    "An engineer explained that the foundations would have to be deeper than anyone had expected at first. "
+    "The mayor replied that a cheaper design was being studied and would be shown before the summer. "
+    "After a long discussion the chair thanked everyone with a smile and closed the meeting before sunset."
+)
+
+
 @dataclass(frozen=True)
 class Measurement:
     cpu_seconds: float
@@ -145,10 +161,21 @@ class Tool:
     python: str
     arguments: tuple[str, ...]  # {input}, {folder}, {file} and {output} stand for paths
     environment: dict[str, str]
-    is_peer: bool = True  # measured without its start
+    corpus: dict[str, Any] | None = None  # written as {yaml}, with its source and output
 
     def run(self, file: Path, output: Path) -> Measurement:
-        values = {"{input}": str(file), "{folder}": str(file.parent), "{file}": file.name, "{output}": str(output)}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        description = output.with_suffix(".yaml")
+        if self.corpus is not None:
+            sources = {"output_prefix": str(output), "sources": [{"files": str(file)}]}
+            description.write_text(json.dumps(self.corpus | sources))
+        values = {
+            "{yaml}": str(description),
+            "{input}": str(file),
+            "{folder}": str(file.parent),
+            "{file}": file.name,
+            "{output}": str(output),
+        }
         command = [self.python, *(values.get(argument, argument) for argument in self.arguments)]
         return measure(command, {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | self.environment)
 
@@ -159,8 +186,8 @@ CLI = ("-c", "from megatron_cpt.cli import main; main()", "preprocess", "--overw
 def tokenising_tools(tokenizer: str, megatron_lm: str | None, peers_python: str | None) -> list[Tool]:
     ours = (*CLI, "--input", "{input}", "--output-prefix", "{output}", "--tokenizer", tokenizer)
     chosen = [
-        Tool("megatron-cpt", False, sys.executable, ours, {}, False),
-        Tool("tokenisation free", False, sys.executable, ("-c", FREE, "{input}", "{output}", tokenizer), {}, False),
+        Tool("megatron-cpt", False, sys.executable, ours, {}),
+        Tool("tokenisation free", False, sys.executable, ("-c", FREE, "{input}", "{output}", tokenizer), {}),
     ]
     if megatron_lm:
         python = peers_python or sys.executable
@@ -187,51 +214,78 @@ def tokenising_tools(tokenizer: str, megatron_lm: str | None, peers_python: str 
     return chosen
 
 
-def full_tools(tokenizer: str, peers_python: str | None, source: Path, work: Path) -> list[Tool]:
-    corpus = FULL_CORPUS | {
-        "tokenizer": tokenizer, "output_prefix": str(work / "out" / "full"), "sources": [{"files": str(source)}],
-    }  # fmt: skip
-    description = work / "full.yaml"
-    description.write_text(json.dumps(corpus))
-    chosen = [Tool("megatron-cpt", False, sys.executable, (*CLI, str(description)), {}, False)]
+def full_tools(tokenizer: str, peers_python: str | None) -> list[Tool]:
+    corpus = FULL_CORPUS | {"tokenizer": tokenizer}
+    chosen = [Tool("megatron-cpt", False, sys.executable, (*CLI, "{yaml}"), {}, corpus)]
     if peers_python:
         arguments = ("-c", DATATROVE_FULL, "{folder}", "{file}", "{output}", tokenizer)
         chosen.append(Tool("datatrove", True, peers_python, arguments, {}))
     return chosen
 
 
-def compare(chosen: Sequence[Tool], source: Path, work: Path, slow_mb: float, repeats: int) -> None:
-    """Run all tools in turns; print one JSON object per tool."""
+@dataclass(frozen=True)
+class Speed:
+    """What a tool needs for its start, and for a megabyte after it."""
+
+    start_cpu_seconds: float
+    cpu_seconds_per_mb: float
+
+    def whole(self, megabytes: float) -> float:
+        return self.start_cpu_seconds + megabytes * self.cpu_seconds_per_mb
+
+
+Ratios = dict[str, dict[str, float]]  # tool -> how many times faster ours is, net and whole
+
+
+def compare(chosen: Sequence[Tool], source: Path, work: Path, slow_mb: float, repeats: int) -> Ratios:
+    """Run all tools in turns on one corpus; print one JSON object per tool."""
     (work / "slow").mkdir(exist_ok=True)
     (work / "one").mkdir(exist_ok=True)
     slow = cut(source, work / "slow" / "in.jsonl", int(slow_mb * 1_000_000))
-    one = cut(source, work / "one" / "in.jsonl", 1)
+    one = work / "one" / "in.jsonl"
+    one.write_text(json.dumps({"text": ONE_DOCUMENT}) + "\n")
     runs: dict[str, list[Measurement]] = {}
-    start_cpu: dict[str, float] = {}
+    starts: dict[str, list[float]] = {}
     for repeat in range(repeats):
         for tool in chosen:
             file, name = slow if tool.slow else source, re.sub(r"\W+", "-", tool.name)
             runs.setdefault(tool.name, []).append(tool.run(file, work / "out" / f"{name}-{repeat}"))
-            if tool.is_peer and tool.name not in start_cpu:
-                start_cpu[tool.name] = tool.run(one, work / "out" / f"{name}-one").cpu_seconds
+            starts.setdefault(tool.name, []).append(tool.run(one, work / "out" / f"{name}-{repeat}-one").cpu_seconds)
         shutil.rmtree(work / "out", ignore_errors=True)
-    ours = 0.0
+    all_mb = source.stat().st_size / 1e6
+    ours: Speed | None = None
+    ratios: Ratios = {}
     for tool in chosen:
         megabytes = (slow if tool.slow else source).stat().st_size / 1e6
-        cpu = statistics.median(m.cpu_seconds for m in runs[tool.name])
-        speed = megabytes / max(cpu - start_cpu.get(tool.name, 0.0), 1e-3)
+        cpu, start = statistics.median(m.cpu_seconds for m in runs[tool.name]), statistics.median(starts[tool.name])
+        speed = Speed(start, max(cpu - start, 1e-3) / megabytes)
         ours = ours or speed
+        ratios[tool.name] = {
+            "net": round(speed.cpu_seconds_per_mb / ours.cpu_seconds_per_mb, 2),
+            "whole": round(speed.whole(all_mb) / ours.whole(all_mb), 2),
+        }
         fields = {
+            "corpus": source.name,
             "tool": tool.name,
             "mb": round(megabytes, 1),
             "cpu_seconds": round(cpu, 2),
-            "start_cpu_seconds": round(start_cpu.get(tool.name, 0.0), 2),
-            "mb_per_cpu_second": round(speed, 2),
-            "ours_is": round(ours / speed, 2),
+            "start_cpu_seconds": round(start, 2),
+            "mb_per_cpu_second_net": round(1 / speed.cpu_seconds_per_mb, 2),
+            "ours_is_net": ratios[tool.name]["net"],
+            "ours_is_whole": ratios[tool.name]["whole"],
             "wall_seconds": round(statistics.median(m.wall_seconds for m in runs[tool.name]), 1),
             "peak_mib": round(max(m.peak_mib for m in runs[tool.name])),
         }
         click.echo(json.dumps(fields))
+    return ratios
+
+
+def ranges(of_corpora: Sequence[Ratios]) -> dict[str, dict[str, list[float]]]:
+    """Tool -> net and whole ratio, least and most over the corpora."""
+    return {
+        tool: {kind: [min(r[tool][kind] for r in of_corpora), max(r[tool][kind] for r in of_corpora)] for kind in kinds}
+        for tool, kinds in of_corpora[0].items()
+    }
 
 
 def grow(source: Path, target: Path, size_bytes: int) -> int:
@@ -269,7 +323,12 @@ def measure_memory(source: Path, tokenizer: str, work: Path, sizes_mb: Sequence[
 @click.command()
 @click.argument("mode", type=click.Choice(["tokenise", "full", "memory"]))
 @click.option(
-    "--input", "source", required=True, type=click.Path(path_type=Path, exists=True), help="jsonl with `text`."
+    "--input",
+    "sources",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="jsonl with `text`; may be given several times.",
 )
 @click.option("--tokenizer", required=True, help="Model folder with tokenizer.json.")
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for outputs.")
@@ -281,7 +340,7 @@ def measure_memory(source: Path, tokenizer: str, work: Path, sizes_mb: Sequence[
 @click.option("--plain", is_flag=True, help="memory: jsonl, not jsonl.zst (needs more disk).")
 def main(
     mode: str,
-    source: Path,
+    sources: tuple[Path, ...],
     tokenizer: str,
     work: Path,
     megatron_lm: str | None,
@@ -293,13 +352,18 @@ def main(
 ) -> None:
     """Print one JSON object per tool or size: MB, CPU-seconds, MB per CPU-second, peak memory."""
     work.mkdir(parents=True, exist_ok=True)
-    source, work, tokenizer = source.resolve(), work.resolve(), str(Path(tokenizer).resolve())
+    work, tokenizer = work.resolve(), str(Path(tokenizer).resolve())
     if mode == "memory":
-        measure_memory(source, tokenizer, work, [float(size) for size in sizes_mb.split(",")], plain)
-    elif mode == "full":
-        compare(full_tools(tokenizer, peers_python, source, work), source, work, slow_mb, repeats)
-    else:
-        compare(tokenising_tools(tokenizer, megatron_lm, peers_python), source, work, slow_mb, repeats)
+        measure_memory(sources[0].resolve(), tokenizer, work, [float(size) for size in sizes_mb.split(",")], plain)
+        return
+    of_corpora = []
+    for source in map(Path.resolve, sources):
+        if mode == "full":
+            chosen = full_tools(tokenizer, peers_python)
+        else:
+            chosen = tokenising_tools(tokenizer, megatron_lm, peers_python)
+        of_corpora.append(compare(chosen, source, work, slow_mb, repeats))
+    click.echo(json.dumps({"ours_is": ranges(of_corpora)}))
 
 
 if __name__ == "__main__":

@@ -43,10 +43,21 @@ def record_batches(unit: Unit, path: str) -> Iterator[tuple[Any, float]]:
     is_parquet = unit.format == "parquet" and not unit.data
     try:
         for rows, done in _parquet_rows(unit, path) if is_parquet else _arrow_rows(unit, path):
-            rows.validate()
+            _check_bounds(rows)
             yield rows, done
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged: {error}", hint="copy it again") from error
+
+
+_AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+
+
+def _check_bounds(rows: Any) -> None:
+    """Raise ArrowInvalid when offsets point outside the data, which Arrow trusts. Text may be no UTF-8 here."""
+    rows.validate()
+    for column in rows.columns:
+        as_bytes = _AS_BYTES.get(column.type)
+        (column if as_bytes is None else column.view(as_bytes)).validate(full=True)
 
 
 def _parquet_rows(unit: Unit, path: str) -> Iterator[tuple[Any, float]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import read_manifest
@@ -20,6 +22,7 @@ from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema_processing import Dedup, Near
 from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from megatron_cpt.errors import ConfigError, DataError
+from tests.synthetic_data import random_documents, write_dataset
 from tests.unit.corpus.conftest import TEXTS, build_tokenizer, write_jsonl
 from tests.unit.corpus.dedup.test_dedup import document, edited
 
@@ -205,3 +208,19 @@ def test_megatron_flags_for_a_tokenizer_that_adds_a_token(tmp_path: Path, flag: 
         assert bool(flag) == (len(found) > 0 and found[0] == theirs.bos_token_id)
     # our own default adds nothing
     assert load_tokenizer(model).encode_batch(["hello"])[0][0] != theirs.bos_token_id
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(1, 6), min_size=2, max_size=5), seed=st.integers(0, 99))
+def test_merging_any_datasets_of_a_folder_keeps_every_document_in_order(
+    tmp_path: Path, sizes: list[int], seed: int
+) -> None:
+    folder = tmp_path / f"{seed}-{'-'.join(map(str, sizes))}"
+    documents = [random_documents(size, 100, seed + index) for index, size in enumerate(sizes)]
+    prefixes = [str(write_dataset(folder / f"part{index}", own)) for index, own in enumerate(documents)]
+    manifest = merge_datasets(prefixes, str(folder / "merged"), overwrite=True)
+    merged = open_indexed(folder / "merged")
+    assert [ids.tolist() for ids in merged] == [ids.tolist() for own in documents for ids in own]
+    assert manifest.document_count == sum(sizes)
+    problems = verify_dataset(str(folder / "merged")).problems
+    assert [problem for problem in problems if not problem.startswith("tokens of the sources")] == []  # it has none

@@ -58,7 +58,7 @@ COMPRESSORS = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
 
 
@@ -248,23 +248,50 @@ def test_fuzz_no_line_crashes_a_reader_or_gets_lost(
     assert all(isinstance(text, str) for text in texts)
 
 
-@settings(max_examples=60, deadline=None)
-@given(cut=st.integers(0, 2000), flips=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=4))
-def test_fuzz_damaged_parquet_is_a_data_error_or_read(
-    tmp_path_factory: pytest.TempPathFactory, cut: int, flips: list[tuple[int, int]]
-) -> None:
+def _whole_files(folder: Path) -> dict[str, bytes]:
+    """The same texts in every format that damage may befall."""
     import pyarrow.parquet as pq
 
-    file = tmp_path_factory.getbasetemp() / "fuzz.parquet"
-    pq.write_table(pa.table({"text": TEXTS * 5}), file, write_page_checksum=True)
-    data = bytearray(file.read_bytes())
+    table = pa.table({"text": TEXTS * 5})
+    plain = write_jsonl(folder / "whole.jsonl", TEXTS * 5).read_bytes()
+    pq.write_table(table, folder / "whole.parquet", write_page_checksum=True)
+    with pa.ipc.new_file(folder / "whole.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    with pa.ipc.new_stream(folder / "stream.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    files = {name: (folder / name).read_bytes() for name in ("whole.parquet", "whole.arrow", "stream.arrow")}
+    return (
+        files
+        | {f"fuzz.jsonl{suffix}": compress(plain) for suffix, compress in COMPRESSORS.items()}
+        | {"fuzz.csv": b"id,text\n" + b"".join(b'%d,"a ""quoted"" text, %d"\n' % (i, i) for i in range(50))}
+    )
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    name=st.sampled_from(
+        ["whole.parquet", "whole.arrow", "stream.arrow", "fuzz.csv", *(f"fuzz.jsonl{suffix}" for suffix in COMPRESSORS)]
+    ),
+    cut=st.one_of(st.just(0), st.integers(0, 2000)),
+    flips=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=4),
+)
+def test_fuzz_a_damaged_file_is_a_data_error_or_read_with_every_document_counted(
+    tmp_path_factory: pytest.TempPathFactory, name: str, cut: int, flips: list[tuple[int, int]]
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzz_damaged"
+    folder.mkdir(exist_ok=True)
+    data = bytearray(_whole_files(folder)[name])
     for place, value in flips:
         data[place % len(data)] = value
+    file = folder / name
     file.write_bytes(bytes(data[: len(data) - cut]))
     try:
-        read(file)
+        texts, _ = read(file)  # asserts read = kept + rejected
     except DataError as error:
         assert error.hint
+    else:
+        is_checked = name.endswith((".gz", ".bz2", ".xz", ".zst")) and bytes(data) != _whole_files(folder)[name]
+        assert not is_checked or texts == TEXTS * 5  # a flip in a name or a time of the header
 
 
 @pytest.mark.parametrize(
