@@ -17,7 +17,7 @@ from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import CheckpointError, ConfigError, CptError, LaunchError
 from megatron_cpt.launch.identity import Identity, check_identity, identity_of, write_identity
 from megatron_cpt.launch.origin import side_files_dir
-from megatron_cpt.launch.place import check_world_size, under_launcher
+from megatron_cpt.launch.place import check_variables, check_world_size, under_launcher
 from megatron_cpt.launch.preflight import CheckedRun, branch_point, check_free_space, check_run, standing_ledger
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART
@@ -113,6 +113,8 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
 def _check_processes(config: RunConfig) -> None:
     if under_launcher():
         check_world_size(config.parallel.world_size)
+        if config.parallel.world_size > 1:
+            check_variables()
     elif config.parallel.nodes > 1:
         raise LaunchError(
             f"parallel.nodes = {config.parallel.nodes}: one machine cannot start the others",

@@ -10,6 +10,7 @@ never read the user's file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -75,7 +76,8 @@ def _prepare_once(prepare_here: Callable[[], PreparedRun], rank: int) -> Prepare
             run = prepare_here()
         except CptError as error:
             told = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-            tell_ranks(meeting_store(), json.dumps({"error": told}))
+            with contextlib.suppress(CptError):  # nobody there to be told
+                tell_ranks(meeting_store(timeout_minutes=1), json.dumps({"error": told}))
             raise
         tell_ranks(meeting_store(), json.dumps({"config": resolved_dict(run.checked.config)}))
         return run

@@ -236,6 +236,23 @@ def test_another_number_of_data_parallel_ranks_continues_the_run(pool: RankPool,
     assert starts == [1, 2]
 
 
+def test_one_rank_reads_the_users_file_and_all_hear_what_is_wrong_with_it(
+    pool: RankPool, inputs: Path, tmp_path: Path
+) -> None:
+    job = Job(pool, inputs, tmp_path, steps=2, parallel={"gpus_per_node": 2})
+    text = job.path.read_text()
+    job.path.unlink()
+    os.mkfifo(job.path)  # it can be read once
+    job.start(ranks=2)
+    job.path.write_text(text)
+    assert pool.wait() == [FINISHED, FINISHED]
+    job.path.unlink()
+    job.path.write_text(text + "optimiser: {}\n")
+    job.start(ranks=2)
+    assert pool.wait() == [USER_ERROR, USER_ERROR]
+    assert job.log.read_text().count("did you mean") == 2
+
+
 def test_a_port_in_use_is_one_clear_error(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
     job = Job(pool, inputs, tmp_path, steps=4, parallel={"gpus_per_node": 2})
     with socket.socket() as taken:
