@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -56,8 +56,16 @@ def _problem(item: Any, known: Sequence[str], what: str, page: str) -> Problem:
         return Problem(path, None, "is missing", f"{page} describes every key")
     rule = str(item["msg"]).removeprefix("Value error, ")
     value = None if isinstance(item["input"], dict | pydantic.BaseModel) else item["input"]
-    expected = (item.get("ctx") or {}).get("expected")
-    return Problem(path, value, rule, f"one of {expected}" if expected else f"{page} describes every key with its unit")
+    legal = _legal_values(item.get("ctx") or {})
+    return Problem(path, value, rule, legal or f"{page} describes every key with its unit")
+
+
+def _legal_values(context: Mapping[str, Any]) -> str | None:
+    """What pydantic's context of an error says of legal values: a list of words, or a bound."""
+    if "expected" in context:
+        return f"one of {context['expected']}"
+    bounds = {"gt": "a number above", "ge": "a number of at least", "lt": "a number below", "le": "a number of at most"}
+    return next((f"{words} {context[name]:g}" for name, words in bounds.items() if name in context), None)
 
 
 def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:

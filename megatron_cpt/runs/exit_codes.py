@@ -4,7 +4,7 @@ from __future__ import annotations
 
 FINISHED = 0
 FAILED = 1  # unexpected; starting again may help
-USER_ERROR = 2  # nothing was started; mend what the message says
+USER_ERROR = 2  # nothing was started; fix what the message says
 STOPPED = 75  # asked to stop by a signal, a file or the wall-time limit; saved; starting again continues
 DO_NOT_RESTART = 76  # diverged, the kill switch is set, or failed twice before a step: a person must look
 HUNG = 77  # the watchdog ended a rank that made no progress; starting again continues

@@ -111,6 +111,7 @@ def test_damaged_files(
         (["optimiser.lr=1"], "did you mean"),
         (["budget.train_tokens=10"], "smaller than one step"),
         (["eval.tokens=0"], "eval.tokens"),
+        (["optimizer.lr=0"], "hint: a number above 0"),
         (["checkpoint.keep_every=0"], "checkpoint.keep_every"),
         (["failure.step_timeout_minutes=.inf"], "failure.step_timeout_minutes"),
         ([f"seed={2**40}"], "seed"),
