@@ -1,10 +1,11 @@
-"""Write the reference pages of docs/ from the code: config.md and corpus-reference.md from schemas, cli.md.
+"""Write the reference pages of docs/ from the code: config.md, config.schema.json, corpus-reference.md, cli.md.
 
 `make docs` runs it; a test fails when a page differs from what this writes.
 """
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from pathlib import Path
@@ -34,8 +35,8 @@ def config_page() -> str:
         NOTE,
         "# The run's config\n",
         "One YAML file is one run. Precedence: defaults, then the file, then `key.sub=value` on the command line. "
-        "Counts of tokens may be written `1_638_400`, `100M` or `1.5B`; an interval is `100M tokens`, `1000 iters`, or "
-        "a bare number of tokens. Unknown keys are errors.\n",
+        "Counts of tokens may be written `1_638_400`, `100M` or `1.5B`; an interval is `100M tokens` or "
+        "`1000 iters`, always with its unit. Unknown keys are errors.\n",
     ]
     top = {n: f for n, f in RunConfig.model_fields.items() if _section(f) is None}
     lines += ["## Top level\n", *_table(top), ""]
@@ -147,7 +148,29 @@ def corpus_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"config.md": config_page, "cli.md": cli_page, "corpus-reference.md": corpus_page}
+def config_schema() -> str:
+    """JSON Schema of a run's config, aliases included, for editors."""
+    schema = RunConfig.model_json_schema()
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "megatron-cpt run", **schema}
+    schema["title"] = "A run of megatron-cpt"
+    properties = schema["properties"]
+    for alias, path in ALIASES.items():
+        section, key = path.split(".")
+        reference = properties[section].get("$ref") or properties[section]["allOf"][0]["$ref"]
+        target = schema["$defs"][reference.rsplit("/", 1)[-1]]["properties"][key]
+        properties[alias] = {k: v for k, v in target.items() if k not in ("default", "title")}
+        properties[alias]["description"] = f"Another name of {path}."
+    properties["save_interval"] = {"type": ["integer", "string"], "description": "Iterations between saves."}
+    properties |= {name: {"description": f"Accepted without effect: {why}."} for name, why in WITHOUT_MEANING.items()}
+    return json.dumps(schema, indent=1, default=str) + "\n"
+
+
+PAGES = {
+    "config.md": config_page,
+    "cli.md": cli_page,
+    "corpus-reference.md": corpus_page,
+    "config.schema.json": config_schema,
+}
 
 
 def main() -> None:

@@ -62,18 +62,19 @@ class Interval:
 
     @classmethod
     def parse(cls, text: str | int | float | Interval) -> Interval:
-        """`100M tokens`, `1000 iters`, `1.5B`, `163_840`; a bare number counts tokens.
+        """`100M tokens`, `1000 iters`. A number without a unit is refused: trainers count both ways.
 
         Raises:
-            ValueError: not an interval, or zero.
+            ValueError: not an interval, without a unit, or zero.
         """
         if isinstance(text, Interval):
             return text
-        unit: Literal["tokens", "iters"] = "tokens"
-        if isinstance(text, str) and (match := _UNIT.match(text)):
-            unit = "tokens" if match.group(2).lower().startswith("token") else "iters"
-            text = match.group(1)
-        count = parse_count(text)
+        match = _UNIT.match(text) if isinstance(text, str) else None
+        if match is None:
+            count = parse_count(text)
+            raise ValueError(f"{text!r} has no unit: {format_count(count)} iters, or {format_count(count)} tokens")
+        unit: Literal["tokens", "iters"] = "tokens" if match.group(2).lower().startswith("token") else "iters"
+        count = parse_count(match.group(1))
         if count == 0:
             raise ValueError("an interval must be at least 1 (leave it out to switch it off)")
         return cls(count, unit)

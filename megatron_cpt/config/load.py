@@ -14,7 +14,9 @@ from typing import Any
 import pydantic
 import yaml
 
+from megatron_cpt.budget import parse_count
 from megatron_cpt.config.field_problems import field_problems, known_keys
+from megatron_cpt.config.foreign import recognised, refuse_corpus
 from megatron_cpt.config.problems import Problem, raise_problems
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.yaml_file import parse_yaml, read_yaml
@@ -64,6 +66,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def build_config(raw: Mapping[str, Any], overrides: Iterable[str] = (), origin: str = "config") -> RunConfig:
     """Validate a mapping as `load_config` does for a file."""
+    refuse_corpus(raw, origin)
     problems: list[Problem] = []
     tree = _canonical(raw, problems)
     for override in overrides:
@@ -71,7 +74,7 @@ def build_config(raw: Mapping[str, Any], overrides: Iterable[str] = (), origin: 
     try:
         config = RunConfig.model_validate(tree)
     except pydantic.ValidationError as error:
-        problems += field_problems(error, known_paths())
+        problems += recognised(field_problems(error, known_paths()), frozenset(known_paths()))
         raise_problems(problems, origin)
     raise_problems(problems, origin)
     return config
@@ -104,7 +107,13 @@ def _canonical(raw: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any
 
 
 def _interval_in_iters(key: str, value: Any) -> Any:
-    return f"{value} iters" if key == "save_interval" and str(value).strip().replace("_", "").isdigit() else value
+    """The cloud recipes count `save_interval` in iterations and write no unit."""
+    if key != "save_interval":
+        return value
+    try:
+        return f"{parse_count(value)} iters"
+    except (ValueError, TypeError):
+        return value
 
 
 def _copy(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.budget import Interval, parse_count
@@ -20,9 +20,18 @@ def _interval(value: Any) -> Any:
     return value if value is None else Interval.parse(value)
 
 
-Tokens = Annotated[int, BeforeValidator(_count), Field(ge=0)]
-Every = Annotated[Interval, BeforeValidator(_interval), PlainSerializer(str, return_type=str)]
-Positive = Annotated[int, BeforeValidator(_count), Field(ge=1)]
+# What an editor may accept in a YAML file (docs/config.schema.json): a count may be written as text, such as 1.5B.
+_COUNT_SCHEMA = WithJsonSchema({"type": ["integer", "string"], "pattern": r"^\s*\d[\d_,]*(\.\d+)?\s*[KkMmBbTt]?\s*$"})
+_INTERVAL_PATTERN = r"^.*\d.*\s*(tokens?|iters?|iterations?|steps?)\s*$"
+
+Tokens = Annotated[int, BeforeValidator(_count), Field(ge=0), _COUNT_SCHEMA]
+Every = Annotated[
+    Interval,
+    BeforeValidator(_interval),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": _INTERVAL_PATTERN, "examples": ["100M tokens", "1000 iters"]}),
+]
+Positive = Annotated[int, BeforeValidator(_count), Field(ge=1), _COUNT_SCHEMA]
 
 
 class Section(BaseModel):

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from megatron_cpt.budget import parse_count
 from megatron_cpt.config.field_problems import field_problems, known_keys
+from megatron_cpt.config.foreign import refuse_run
 from megatron_cpt.config.problems import Problem, raise_problems
 from megatron_cpt.config.section import Section
 from megatron_cpt.config.yaml_file import read_yaml
@@ -163,6 +164,7 @@ def load_corpus(path: str | Path) -> Corpus:
 
 def parse_corpus(raw: dict[str, Any], where: str) -> Corpus:
     """Validate a corpus; `where` names it in messages."""
+    refuse_run(raw, where)
     try:
         return Corpus.model_validate(raw)
     except ValidationError as error:

@@ -34,7 +34,7 @@ def test_formatting_never_changes_a_count(count: int) -> None:
 @pytest.mark.parametrize(
     ("text", "interval"),
     [("100M tokens", Interval(10**8, "tokens")), ("1000 iters", Interval(1000, "iters")),
-     ("1.5B", Interval(1_500_000_000, "tokens")), (163_840, Interval(163_840, "tokens")),
+     ("1.5B tokens", Interval(1_500_000_000, "tokens")), ("163_840 tokens", Interval(163_840, "tokens")),
      ("1 iteration", Interval(1, "iters")), ("20 steps", Interval(20, "iters"))],
 )  # fmt: skip
 def test_intervals(text: str | int, interval: Interval) -> None:
