@@ -4,23 +4,56 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
+from megatron_cpt.budget import format_count
 from megatron_cpt.console import format_seconds
-from megatron_cpt.runs.status import RunStatus, read_status
+from megatron_cpt.errors import CheckpointError, CptError
+from megatron_cpt.runs.status import RunStatus, find_runs, read_status
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
-def status(run: Path, as_json: bool) -> None:
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else; a list without RUN.")
+def status(run: Path | None, as_json: bool) -> None:
     """Show the state of the run in the folder RUN: tokens, rate, time left, last checkpoint, restarts, last error.
 
+    Without RUN, list every run below runs/, the one with the newest activity first.
     Reads files only, so it works from any machine that sees the folder, whether the run is alive or not.
     """
+    if run is None:
+        _list_runs(Path("runs"), as_json)
+        return
     found = read_status(run)
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else _text(found))
+
+
+def _list_runs(root: Path, as_json: bool) -> None:
+    """One line per run; a run that cannot be read is a line with the reason, and hides no other."""
+    if not root.is_dir():
+        raise CheckpointError(
+            f"there is no folder {root} here: no run was started from this folder",
+            hint="megatron-cpt status FOLDER shows a run elsewhere",
+        )
+    listed: list[dict[str, Any]] = []
+    for path in find_runs(root):
+        try:
+            found = read_status(path)
+        except CptError as error:
+            listed.append({"run_dir": str(path), "state": "unreadable", "problem": error.message})
+            click.echo(f"{path}: {error.message}", err=True)
+            continue
+        listed.append(found.to_json())
+        if not as_json:
+            share = found.consumed_tokens / found.train_tokens
+            loss = f"loss {_shown(found.loss)}" if found.iteration else ""
+            click.echo(f"{found.state:<12} {share:>6.1%} of {format_count(found.train_tokens):<14} {loss:<12} {path}")
+    if as_json:
+        click.echo(json.dumps(listed, indent=1))
+    elif not listed:
+        click.echo(f"no run below {root}")
 
 
 def _text(found: RunStatus) -> str:

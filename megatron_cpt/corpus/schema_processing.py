@@ -62,10 +62,15 @@ class FineWeb(Section):
 
 
 class Language(Section):
-    """Language by the fastText model lid.176 (offline; needs the extra `corpus`)."""
+    """Language by a fastText model, offline. The sha256 of its file stands in the dataset's manifest."""
 
     keep: tuple[str, ...] = Field(description="ISO 639-1 codes to keep, such as en and zh.")
     min_score: float = Field(0.65, ge=0, le=1, description="Confidence, at least (FineWeb's value).")
+    model: str | None = Field(
+        None,
+        description="A fastText model file with labels such as `__label__en`; default: lid.176.ftz (CC-BY-SA 3.0), "
+        "which the extra `corpus` installs.",
+    )
 
 
 class CodeQuality(Section):

@@ -81,6 +81,25 @@ def read_status(root: Path) -> RunStatus:
     )
 
 
+def find_runs(root: Path) -> list[Path]:
+    """Run folders at or below `root`, newest activity first; the inside of a run is not searched."""
+    found: list[Path] = []
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        if RunFolder(folder).resolved.is_file():
+            found.append(folder)
+        else:
+            waiting += [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    return sorted(found, key=_last_activity, reverse=True)
+
+
+def _last_activity(run: Path) -> float:
+    folder = RunFolder(run)
+    newest = folder.metrics if folder.metrics.is_file() else folder.resolved
+    return newest.stat().st_mtime
+
+
 def _state(folder: RunFolder, written: list[Row], error: str | None) -> str:
     """The order of the rows decides, not their times: the clock of a machine may jump."""
     if _is_running(folder):

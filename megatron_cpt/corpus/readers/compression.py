@@ -186,7 +186,7 @@ def _decompressed(path: str, file: BinaryIO) -> BinaryIO:
 
 def _open_lz4(file: BinaryIO) -> BinaryIO:
     """Arrow reads lz4 frames, and knows a frame without an end."""
-    import pyarrow as pa
+    from megatron_cpt.corpus.readers.arrow import pa
 
     if not file.read(1):
         raise EOFError("it is empty")

@@ -73,7 +73,7 @@ def _with_file(piece: Unit, staging: Path, content: list[Any]) -> Unit:
         with path.open("wb") as file:
             file.writelines(content)
     else:
-        import pyarrow as pa
+        from megatron_cpt.corpus.readers.arrow import pa
 
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, content[0].schema) as writer:
             for rows in content:

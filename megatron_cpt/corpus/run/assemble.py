@@ -14,6 +14,7 @@ from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord
 from megatron_cpt.corpus.dataset.text_rules import TextRules
 from megatron_cpt.corpus.dataset.writer import write_files
 from megatron_cpt.corpus.documents import DocumentCounts
+from megatron_cpt.corpus.filters.language import model_file, model_sha256
 from megatron_cpt.corpus.run.corpus_run import CorpusRun
 from megatron_cpt.corpus.run.finished import FinishedUnits
 from megatron_cpt.corpus.run.parts import UnitRecord, read_part
@@ -82,6 +83,10 @@ class Assembly:
         rules = TextRules(self.run.corpus.special_tokens_in_text, tokenizer.prefix_ids, tokenizer.suffix_ids)
         config |= {"text_rules": rules.to_json()}
         config |= {"plan": self.run.fingerprint, "documents_read": self.done.documents_read}
+        chosen = [self.run.corpus.filters, *(source.filters for source in self.run.corpus.sources)]
+        files = [model_file(filters.language) for filters in chosen if filters and filters.language]
+        if files:
+            config["language_models"] = {path.name: model_sha256(path) for path in files}
         if self.done.notes:
             config["notes"] = self.done.notes
         if self.run.passages:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from megatron_cpt.corpus.dedup.minhash import signer
 from megatron_cpt.corpus.filters.build import build_steps
 from megatron_cpt.corpus.filters.decontamination import Decontaminator
 from megatron_cpt.corpus.filters.step import Step
@@ -113,6 +114,8 @@ def open_run(
     """Find the input and load the tokenizer and the filters. Raises DataError or ConfigError for what is not there."""
     units = plan_units(corpus)
     probe_sources(corpus, units)
+    if corpus.dedup and corpus.dedup.near:
+        signer()  # chosen before the workers start, so that a missing rensa is said once
     tokenizer = load_tokenizer(
         corpus.tokenizer,
         eod_token=corpus.eod_token,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.corpus.dataset.manifest import FORMAT_VERSION, manifest_hash, read_manifest
+from megatron_cpt.corpus.filters.language import model_file, model_sha256
 from megatron_cpt.corpus.readers.unit import Unit
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.tokenizers.record import TokenizerRecord
@@ -28,7 +29,7 @@ def output_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: Tokeniz
     models = sorted({Path(chosen.perplexity.model) for chosen in filters if chosen.perplexity})
     lists = sorted({chosen.bad_words.file for chosen in filters if chosen.bad_words})
     evaluation_sets = corpus.decontaminate.files if corpus.decontaminate else ()
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "corpus": corpus.model_dump(mode="json", exclude=_WITHOUT_EFFECT, exclude_defaults=True),
         "tokenizer": [tokenizer.fingerprint, tokenizer.eod_id],
@@ -38,6 +39,9 @@ def output_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: Tokeniz
         "bad_words": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in lists],
         "against": [manifest_hash(read_manifest(prefix)) for prefix in (corpus.dedup.against if corpus.dedup else ())],
     }
+    own_models = [model_file(chosen.language) for chosen in filters if chosen.language and chosen.language.model]
+    if own_models:
+        content["language models"] = sorted(model_sha256(path) for path in own_models)
     return PREFIX + _digest(content)
 
 

@@ -58,7 +58,7 @@ def test_a_new_budget_batch_layout_or_rate_continues_the_run(tmp_path: Path, mod
         batch={"global_batch_size": 64},
         optimizer={"lr": 1e-4},
         parallel={"gpus_per_node": 4, "tp": 2},
-        eval={"every": "1M"},
+        eval={"every": "1M tokens"},
         data={"train": [{"name": "a", "prefix": "a"}]},
     )
     folder, changes = prepare(legal, model_dir)

@@ -270,3 +270,38 @@ def test_prune_does_not_touch_the_folder_of_a_job_on_another_machine(
     with pytest.raises(SystemExit) as pruned:
         run(cli, ["checkpoints", str(folder.root), "--prune"])
     assert not pruned.value.code and not unfinished.exists()
+
+
+def test_status_without_a_folder_lists_the_runs_below_runs(
+    tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    place = tmp_path.parent / f"{tmp_path.name}-place"
+    for name in ("runs/first", "runs/group/second"):
+        shutil.copytree(folder.root, place / name)
+        (place / name / "checkpoints" / "deep").mkdir(parents=True)
+    os.utime(place / "runs/first/resolved.yaml", (1, 1))
+    broken = place / "runs/broken"
+    broken.mkdir()
+    (broken / "resolved.yaml").write_text("nonsense: [")
+    monkeypatch.chdir(place)
+
+    with pytest.raises(SystemExit):
+        run(cli, ["status", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert [entry["run_dir"] for entry in listed] == ["runs/broken", "runs/group/second", "runs/first"] or [
+        entry["run_dir"] for entry in listed
+    ] == ["runs/group/second", "runs/broken", "runs/first"]
+    assert {entry["state"] for entry in listed} == {"not_started", "unreadable"}
+
+    with pytest.raises(SystemExit):
+        run(cli, ["status"])
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 2 and "not_started" in shown.out and "of 10K" in shown.out
+    assert "runs/broken" in shown.err and "Traceback" not in shown.err
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(cli, ["status"])
+    assert ended.value.code == 2 and "there is no folder runs" in capsys.readouterr().err
