@@ -118,6 +118,8 @@ def main() -> int:
     folder = asked.folder.resolve()
     named = [cell for cell in all_cells(asked.torch) if asked.only in cell.name]
     cells = [cell for cell in named if asked.all or (cell.python, cell.engine) in DEFAULT]
+    if not cells:
+        parser.error(f"no cell has {asked.only!r} in its name; --all has them all")
     if not asked.table_only:
         pythons = {cell.name: run_cell(cell, asked.checks, folder) for cell in cells}
         one_per_engine = {cell.engine: cell.name for cell in reversed(cells) if pythons[cell.name] is not None}

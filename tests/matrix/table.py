@@ -72,7 +72,7 @@ def _counts(check: dict[str, Any] | None) -> str:
 def _checkpoint_table(pairs: dict[str, dict[str, Any]]) -> list[str]:
     if not pairs:
         return ["Checkpoints across versions: not run."]
-    writers = list(next(iter(pairs.values())))
+    writers = list(pairs)  # each reads what each of them wrote
     lines = ["| read by, written by | " + " | ".join(writers) + " |", "|" + "---|" * (len(writers) + 1)]
     for reader, row in pairs.items():
         lines.append(f"| {reader} | " + " | ".join(_pair(row.get(writer)) for writer in writers) + " |")
