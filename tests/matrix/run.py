@@ -12,6 +12,7 @@ refused it.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -77,17 +78,13 @@ def _environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def run_cell(cell: Cell, checks: list[str], folder: Path) -> Path | None:
     """Run the checks and keep their results. Return the cell's interpreter, None when it cannot be made."""
     kept = folder / "results" / f"{cell.name}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-    results |= {"python": cell.python, "engine": cell.engine, "torch": cell.torch, "commit": _commit()}
+    results |= {"python": cell.python, "engine": cell.engine, "torch": cell.torch}
+    results["date"] = datetime.date.today().isoformat()
     results.pop("refused", None)
     python: Path | None = None
     try:

@@ -47,14 +47,14 @@ def same(pair: Any) -> bool:
 
 def _cell_table(found: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "| Python | Megatron-Core | torch | " + " | ".join(CHECKS) + " | commit |",
+        "| Python | Megatron-Core | torch | " + " | ".join(CHECKS) + " | date |",
         "|" + "---|" * (len(CHECKS) + 4),
     ]
     for row in found:
         seen = (
             [row["refused"], *[""] * (len(CHECKS) - 1)] if "refused" in row else [_counts(row.get(c)) for c in CHECKS]
         )
-        lines.append(f"| {row['python']} | {row['engine']} | {row['torch']} | {' | '.join(seen)} | {row['commit']} |")
+        lines.append(f"| {row['python']} | {row['engine']} | {row['torch']} | {' | '.join(seen)} | {row['date']} |")
     return lines
 
 

@@ -16,7 +16,7 @@ from tests.parity.rows import TrainRow
 
 CELL = Cell("3.12", "0.19.2", "2.13.0")
 GREEN = {"tests": 5, "failures": 0, "errors": 0, "skipped": 1, "seconds": 1}
-IDENTITY = {"python": CELL.python, "engine": CELL.engine, "torch": CELL.torch, "commit": "abc"}
+IDENTITY = {"python": CELL.python, "engine": CELL.engine, "torch": CELL.torch, "date": "2026-11-25"}
 
 
 def tables(tmp_path: Path, row: dict[str, Any] | None, pairs: dict[str, Any] | None = None) -> tuple[bool, str]:
