@@ -37,6 +37,7 @@ from megatron_cpt.train.step import train_step  # noqa: E402
 from tests.parity.digest import Recorder  # noqa: E402
 from tests.parity.rows import BASE_PRECISION, LOGITS_ROWS, STEPS, TRAIN_ROWS, LogitsRow, TrainRow  # noqa: E402
 from tests.parity.sabotage import SABOTAGES  # noqa: E402
+from tests.parity.shared_groups import shared_groups  # noqa: E402
 from tests.parity.terms import L2Penalty, SecondCrossEntropy  # noqa: E402
 from tests.parity.tiny_models import MODELS, hf_model  # noqa: E402
 
@@ -197,7 +198,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        with shared_groups():
+            main()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
