@@ -17,7 +17,15 @@ from megatron_cpt.config.load import known_paths
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    p for p in [REPO / "README.md", REPO / "CHANGELOG.md", *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.md")]
+    p
+    for p in [
+        REPO / "README.md",
+        REPO / "CHANGELOG.md",
+        REPO / "CONTRIBUTING.md",
+        REPO / "tests/README.md",
+        *REPO.glob("docs/**/*.md"),
+        *REPO.glob("examples/**/*.md"),
+    ]
 )
 SCRIPTS = sorted([*REPO.glob("slurm/*.sbatch"), REPO / "Makefile"])
 
