@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import re
 import shlex
@@ -52,6 +53,47 @@ def test_every_command_is_used_in_a_guide() -> None:
     guides = [page for page in PAGES if page.name not in ("cli.md", "CHANGELOG.md")]
     text = "\n".join(page.read_text() for page in guides)
     assert [name for name in COMMANDS if f"megatron-cpt {name}" not in text] == []
+
+
+def test_the_tree_of_the_readme_is_the_tree() -> None:
+    """It names every folder of the repository and every room of the library, and nothing else."""
+    tree = (REPO / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    shown: set[Path] = set()
+    for line in tree.strip("\n").split("\n"):
+        root = {0: REPO, 2: REPO / "megatron_cpt", 4: REPO / "megatron_cpt" / "corpus"}[len(line) - len(line.lstrip())]
+        shown |= {root / name for name in re.split(r"\s{2,}", line.strip())[0].split()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, text=True, capture_output=True, check=True).stdout.split()
+    tops = {Path(name).parts for name in tracked if "/" in name and not name.startswith(".")}
+    folders = {REPO / parts[0] for parts in tops}
+    folders |= {REPO / Path(*parts[:2]) for parts in tops if parts[0] == "megatron_cpt" and len(parts) > 2}
+    assert len(folders) > 15
+    assert {path for path in shown if not path.exists()} == set()
+    assert folders - shown == set()
+
+
+def test_named_functions_exist() -> None:
+    """`file.py:name` and `file.py:Class.name`, in every page."""
+    named = {
+        (page.name, file, name)
+        for page in PAGES
+        for file, name in re.findall(r"`([\w/]+\.py):([A-Za-z_][\w.]*)`", page.read_text())
+    }
+    assert len(named) > 40
+    assert sorted(entry for entry in named if entry[2] not in _names_in(REPO / entry[1])) == []
+
+
+def _names_in(file: Path) -> set[str]:
+    """Functions, classes with their methods, and names assigned at the top of a module."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text()).body if file.exists() else []:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 def command_lines() -> list[tuple[str, str]]:
