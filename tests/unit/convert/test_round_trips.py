@@ -39,7 +39,7 @@ def test_every_layout_round_trips(tmp_path: Path, family: str, tied: bool) -> No
         assert_same_weights(source, back)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(FORMATS, FORMATS))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(FORMATS, FORMATS)))
 def test_every_pair_of_formats(tmp_path: Path, first: Format, second: Format) -> None:
     source = write_hf(tmp_path / "hf")
     layout = {"hf": {}, "torch_dist": {"tp": 4}, "legacy": {"tp": 2, "pp": 2, "vpp": 2}}
