@@ -1,40 +1,42 @@
 """PREFIX.report.html: one self-contained page per corpus, for the person who decides what to train on.
 
-What was dropped and why with examples, document lengths, languages, duplicates, token shares per source with advice on
-their balance, and the tokens against the budget of the run if `train_tokens` is stated.
+What was dropped, in the order of the pipeline, by source and with examples; what was kept, with samples; token shares
+with advice on their balance; document lengths, languages, repeated passages and duplicates; the configuration. The
+page has no script and loads nothing; report.html.jinja is its form, this module computes what it shows.
 """
 
 from __future__ import annotations
 
-import html
+import datetime
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest
+from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
 from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.durable import write_atomically
 
 EXAMPLES_PER_REASON = 3
+SAMPLES_PER_DATASET = 4
+SAMPLE_TOKENS = 200
 PASSAGES_SHOWN = 10
 # Muennighoff et al. 2023, Scaling Data-Constrained Language Models: up to 4 epochs a repeat is worth nearly new data.
 MAX_USEFUL_EPOCHS = 4
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.5em 0 1.5em}
-td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}.bar{background:#4a7ab5;height:.9em;display:inline-block}
-details{margin:.2em 0 .2em 1em}pre{white-space:pre-wrap;background:#f5f5f5;padding:.5em;font-size:13px}
-.note{color:#664}
-"""
+# Beginnings of reasons in the order in which a document meets them; the readers' own come before all of them.
+_PIPELINE = (
+    "empty", "too_slow", "too_short", "too_long", "language", "gopher_", "fineweb_", "c4_", "bad_words", "code_",
+    "perplexity", "custom:", "contaminated", "repeated_passages", "special_token_in_text",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,100 +49,117 @@ class Report:
     documents_read: int
     rejects: Mapping[str, int]
     train_tokens: int | None
+    decode: Callable[[Sequence[int]], str]  # token ids to text
 
 
 def write_report(report: Report) -> Path:
     """Write PREFIX.report.html and return its path."""
-    sections = [
-        _datasets(report),
-        _funnel(report),
-        _sources(report),
-        _lengths(report),
-        _languages(report.records),
-        _passages(report),
-        _duplicates(Path(f"{report.prefix}.duplicates.jsonl")),
-    ]
-    title = html.escape(f"Corpus {report.prefix}")
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+    first = next(iter(report.datasets.values()))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=report.prefix,
+        written=datetime.datetime.now(datetime.UTC),
+        version=first.tool_version,
+        datasets=report.datasets,
+        tokenizer=first.tokenizer,
+        documents_read=report.documents_read,
+        funnel=_funnel(report),
+        by_source=_by_source(report),
+        examples=_examples(Path(f"{report.prefix}.rejects.jsonl")),
+        sources=_sources(report),
+        notes=balance_notes(_source_tokens(report), report.train_tokens),
+        train_tokens=report.train_tokens,
+        samples={prefix: list(_samples(prefix, report.decode)) for prefix in report.datasets},
+        lengths=_lengths(report),
+        languages=_languages(report.records),
+        passages=_passages(report),
+        duplicates=_duplicates(Path(f"{report.prefix}.duplicates.jsonl")),
+        config=yaml.safe_dump(first.config, allow_unicode=True, sort_keys=False),
+    )
     path = Path(f"{report.prefix}.report.html")
-    write_atomically(path, (head + f"<h1>{title}</h1>" + "".join(sections) + "</html>\n").encode())
+    write_atomically(path, page.encode(errors="backslashreplace"))
     return path
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>" + "".join(lines) + "</table>"
+def _stage(reason: str) -> int:
+    """Where in the pipeline a reason stands; duplicates, which have no entry, come last."""
+    if reason in BAD_INPUT_REASONS:
+        return -1
+    return next((place for place, start in enumerate(_PIPELINE) if reason.startswith(start)), len(_PIPELINE))
 
 
-def _bar(share: float) -> str:
-    return f'<span class=bar style="width:{max(share, 0) * 20:.2f}em"></span>'
-
-
-def _datasets(report: Report) -> str:
-    rows = [
-        [html.escape(prefix), f"{m.document_count:,}", f"{m.token_count:,}", f"{m.bin_bytes / 1e6:,.1f} MB", m.dtype]
-        for prefix, m in report.datasets.items()
-    ]
-    first = next(iter(report.datasets.values()))
-    tokenizer = html.escape(
-        f"Tokenizer {first.tokenizer.name}, vocabulary {first.tokenizer.vocab_size:,}, "
-        f"end of document {first.tokenizer.eod_token} = {first.tokenizer.eod_id}."
-    )
-    return "<h2>Datasets</h2>" + _table(["dataset", "documents", "tokens", "size", "ids"], rows) + f"<p>{tokenizer}</p>"
-
-
-def _funnel(report: Report) -> str:
-    """Documents read, then what each reason took away, then what stayed; examples can be unfolded."""
-    left = report.documents_read
-    rows = [["read", "", f"{left:,}", _bar(1.0)]]
-    for reason, count in report.rejects.items():
+def _funnel(report: Report) -> list[dict[str, Any]]:
+    """Reason by reason in the order of the pipeline: documents dropped and left."""
+    left, rows = report.documents_read, []
+    for reason, count in sorted(report.rejects.items(), key=lambda item: _stage(item[0])):
         left -= count
-        rows.append([html.escape(reason), f"-{count:,}", f"{left:,}", _bar(left / max(report.documents_read, 1))])
-    examples = _examples(Path(f"{report.prefix}.rejects.jsonl"))
-    folded = "".join(
-        f"<details><summary>{html.escape(reason)}: examples</summary>"
-        + "".join(f"<pre>{html.escape(text)}</pre>" for text in texts)
-        + "</details>"
-        for reason, texts in examples.items()
-    )
-    table = _table(["step", "dropped", "left", ""], rows)
-    return f"<h2>What was dropped and why</h2>{table}{folded}"
+        rows.append({"reason": reason, "dropped": count, "left": left, "share": left / max(report.documents_read, 1)})
+    return rows
 
 
-def _examples(path: Path) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            for reject in map(json.loads, file):
-                texts = found.setdefault(reject["reason"], [])
-                if len(texts) < EXAMPLES_PER_REASON:
-                    texts.append(f"{reject['file']}:{reject['line']}\n{reject['detail']}")
+def _by_source(report: Report) -> dict[str, dict[str, Any]]:
+    """Per source: documents read and kept, and what its units rejected. Duplicates are found over all sources."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in report.records:
+        row = found.setdefault(record.source, {"read": 0, "kept": 0, "rejects": Counter()})
+        row["read"] += record.documents_read
+        row["rejects"].update(record.reject_counts)
+    for manifest in report.datasets.values():
+        for source in manifest.sources:
+            found[source.name]["kept"] += source.documents
+    for row in found.values():
+        row["rejects"] = dict(sorted(row["rejects"].items(), key=lambda item: _stage(item[0])))
     return found
 
 
-def _sources(report: Report) -> str:
-    """Token shares, what square-root sampling would make of them, and epochs at the budget."""
+def _examples(path: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            for reject in map(json.loads, file):
+                shown = found.setdefault(reject["reason"], [])
+                if len(shown) < EXAMPLES_PER_REASON:
+                    shown.append(reject)
+    return dict(sorted(found.items(), key=lambda item: _stage(item[0])))
+
+
+def _samples(prefix: str, decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
+    """The beginnings of some documents, evenly spaced over the dataset."""
+    reader = open_indexed(prefix)
+    starts = np.concatenate(([0], np.cumsum(reader.sequence_lengths, dtype=np.int64)))
+    bounds = np.asarray(reader.document_indices)
+    count = len(bounds) - 1
+    for index in dict.fromkeys(np.linspace(0, count - 1, SAMPLES_PER_DATASET).astype(int).tolist() if count else []):
+        first, last = int(starts[bounds[index]]), int(starts[bounds[index + 1]])
+        text = decode(reader.tokens[first : min(last, first + SAMPLE_TOKENS)].tolist())
+        yield text + (" …" if last - first > SAMPLE_TOKENS else "")
+
+
+def _source_tokens(report: Report) -> Counter[str]:
     tokens: Counter[str] = Counter()
-    documents: Counter[str] = Counter()
     for manifest in report.datasets.values():
         for source in manifest.sources:
             tokens[source.name] += source.tokens
-            documents[source.name] += source.documents
+    return tokens
+
+
+def _sources(report: Report) -> list[dict[str, Any]]:
+    """Token shares, what square-root sampling would make of them, and epochs at the budget."""
+    tokens, documents = _source_tokens(report), _by_source(report)
     total, roots = sum(tokens.values()), sum(n**0.5 for n in tokens.values())
-    header = ["source", "documents", "tokens", "share", "", "share by square root"]
     rows = []
     for name, count in tokens.most_common():
-        share, damped = count / max(total, 1), count**0.5 / max(roots, 1e-9)
-        row = [html.escape(name), f"{documents[name]:,}", f"{count:,}", f"{share:.1%}", _bar(share), f"{damped:.1%}"]
-        if report.train_tokens:
-            row.append(f"{report.train_tokens * damped / max(count, 1):.1f}")
-        rows.append(row)
-    if report.train_tokens:
-        header.append("epochs at that share")
-    notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in balance_notes(tokens, report.train_tokens))
-    return "<h2>Sources</h2>" + _table(header, rows) + notes
+        damped = count**0.5 / max(roots, 1e-9)
+        epochs = report.train_tokens * damped / max(count, 1) if report.train_tokens else None
+        row = {"name": name, "documents": documents[name]["kept"], "tokens": count, "share": count / max(total, 1)}
+        rows.append(row | {"damped": damped, "epochs": epochs})
+    return rows
 
 
 def balance_notes(tokens: Mapping[str, int], train_tokens: int | None) -> list[str]:
@@ -164,18 +183,16 @@ def balance_notes(tokens: Mapping[str, int], train_tokens: int | None) -> list[s
     return notes
 
 
-def _lengths(report: Report) -> str:
-    counts = np.zeros(40, np.int64)
-    for prefix in report.datasets:
-        counts += _length_histogram(prefix)
+def _lengths(report: Report) -> list[dict[str, Any]]:
+    """Documents by the power of two of their tokens."""
+    counts = sum((_length_histogram(prefix) for prefix in report.datasets), np.zeros(40, np.int64))
     used = np.flatnonzero(counts)
     if not len(used):
-        return ""
-    rows = [
-        [f"{1 << i:,} to {(1 << i + 1) - 1:,}", f"{int(counts[i]):,}", _bar(counts[i] / counts.max())]
+        return []
+    return [
+        {"from": 1 << i, "to": (1 << i + 1) - 1, "count": int(counts[i]), "share": float(counts[i] / counts.max())}
         for i in range(used[0], used[-1] + 1)
     ]
-    return "<h2>Document lengths</h2>" + _table(["tokens", "documents", ""], rows)
 
 
 def _length_histogram(prefix: str) -> Array:
@@ -186,36 +203,31 @@ def _length_histogram(prefix: str) -> Array:
     return np.bincount(np.log2(lengths[lengths > 0]).astype(np.int64), minlength=40)
 
 
-def _languages(records: Sequence[UnitRecord]) -> str:
+def _languages(records: Sequence[UnitRecord]) -> list[dict[str, Any]]:
     total: Counter[str] = Counter()
     for record in records:
         total.update(record.languages)
-    if not total:
-        return ""
     seen = sum(total.values())
-    rows = [[html.escape(code), f"{n:,}", _bar(n / seen)] for code, n in total.most_common(20)]
-    return "<h2>Languages before the filter</h2>" + _table(["language", "documents", ""], rows)
+    return [{"code": code, "count": n, "share": n / seen} for code, n in total.most_common(20)]
 
 
-def _passages(report: Report) -> str:
+def _passages(report: Report) -> dict[str, Any] | None:
     """What was removed within documents, if that was asked for: how much, where, and some of it."""
     first = next(iter(report.datasets.values()))
     if "passages_removed" not in first.config:
-        return ""
+        return None
     counts, chars = Counter[str](), Counter[str]()
     for record in report.records:
         counts[record.source] += record.passages_removed
         chars[record.source] += record.passage_chars_removed
-    rows = [[html.escape(name), f"{n:,}", f"{chars[name]:,}"] for name, n in counts.items()]
     examples = dict.fromkeys(text for record in report.records for text in record.passage_examples)
-    shown = "".join(f"<pre>{html.escape(text)}</pre>" for text in list(examples)[:PASSAGES_SHOWN])
-    folded = f"<details><summary>examples</summary>{shown}</details>" if shown else ""
-    return "<h2>Repeated passages removed</h2>" + _table(["source", "passages", "characters"], rows) + folded
+    rows = [{"source": name, "count": n, "chars": chars[name]} for name, n in counts.items()]
+    return {"rows": rows, "examples": list(examples)[:PASSAGES_SHOWN]}
 
 
-def _duplicates(path: Path) -> str:
+def _duplicates(path: Path) -> dict[str, Any] | None:
     if not path.exists():
-        return ""
+        return None
     largest: list[tuple[int, dict[str, Any]]] = []
     clusters = members = 0
     with path.open(encoding="utf-8") as file:
@@ -223,6 +235,5 @@ def _duplicates(path: Path) -> str:
             clusters += 1
             members += len(cluster["dropped"])
             largest = sorted([*largest, (len(cluster["dropped"]), cluster["kept"])], key=lambda pair: -pair[0])[:10]
-    rows = [[html.escape(", ".join(f"{v}" for v in kept.values())), f"{n:,}"] for n, kept in largest]
-    text = f"<p>{members:,} documents repeat {clusters:,} others. The most repeated:</p>"
-    return "<h2>Duplicates</h2>" + text + _table(["kept", "dropped"], rows)
+    shown = [{"kept": ", ".join(f"{v}" for v in kept.values()), "dropped": n} for n, kept in largest]
+    return {"clusters": clusters, "members": members, "largest": shown}

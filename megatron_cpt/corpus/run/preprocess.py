@@ -181,8 +181,11 @@ def _finish(run: CorpusRun, prefixes: Mapping[str, str]) -> Outcome:
     assembly = Assembly(run, done, duplicates.keep, rejects)
     datasets = {prefix: assembly.write(split, prefix) for split, prefix in prefixes.items()}
     write_report(
-        Report(corpus.output_prefix, datasets, done.records, done.documents_read, rejects, corpus.train_tokens)
-    )
+        Report(
+            corpus.output_prefix, datasets, done.records, done.documents_read, rejects, corpus.train_tokens,
+            run.tokenizer.decode,
+        )
+    )  # fmt: skip
     rejects_file = _rejects_file(corpus.output_prefix)
     written = str(rejects_file) if rejects_file.exists() else None
     return Outcome(datasets, done.documents_read, rejects, written, done.notes)

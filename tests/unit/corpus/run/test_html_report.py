@@ -53,6 +53,12 @@ def test_report_of_a_run(tmp_path: Path, make_corpus: Any) -> None:
     for number in (outcome.documents_read, manifest.token_count, manifest.document_count):
         assert f"{number:,}" in page
     assert outcome.rejects["too_short"] == 3 and re.search(r"too_short</td><td>-3</td>", page)
+    steps = re.findall(r"<tr><td>([a-z_]+)</td><td>-", page)
+    assert steps[0] == "too_short" and steps[-1].startswith("duplicate") and steps[1:-1] in ([], ["language"])
+    assert "Samples of what was kept" in page and "The patient presented with acute fever" in page
+    for words in (f"megatron-cpt {manifest.tool_version}", "prefers-color-scheme:dark", "width=device-width", "<svg"):
+        assert words in page
+    assert f"{manifest.tokenizer.fingerprint[:12]}" in page and "min_chars: 30" in page
     assert "Languages before the filter" in page and "documents repeat 1 others" in page
 
 
