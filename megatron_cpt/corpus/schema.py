@@ -120,6 +120,9 @@ class Corpus(Section):
     max_reject_ratio: float = Field(
         0.001, ge=0, le=1, description="Fail when more than this ratio of the documents cannot be read."
     )
+    warn_filter_ratio: float = Field(
+        0.1, ge=0, le=1, description="Warn when a filter drops more than this ratio of a source's documents."
+    )
     max_document_seconds: float = Field(
         30, gt=0, description="Processor time of one document in a step of cleaning or filtering; over it, a reject."
     )

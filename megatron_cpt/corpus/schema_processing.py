@@ -176,9 +176,36 @@ class Decontaminate(Section):
     min_matches: int = Field(1, ge=1, description="Shared n-grams from which a document is dropped.")
 
 
+# What a kind of text needs; a key stated beside `preset` replaces the preset's. docs/corpus.md has the evidence.
+PRESETS: dict[str, dict[str, Any]] = {
+    "web": {"min_chars": 200, "gopher_quality": True, "gopher_repetition": True, "fineweb": True},
+    "technical": {
+        "min_chars": 200,
+        "gopher_quality": {
+            "min_words": 20, "min_mean_word_length": 2, "max_mean_word_length": 15, "max_symbol_word_ratio": 0.5,
+            "min_alphabetic_word_ratio": 0.5, "min_stop_words": 1,
+        },
+        "gopher_repetition": {
+            "max_repeated_lines": 0.6, "max_repeated_line_chars": 0.4,
+            "max_top_ngram_chars": {2: 0.4, 3: 0.36, 4: 0.32},
+            "max_repeated_ngram_chars": {5: 0.6, 6: 0.55, 7: 0.5, 8: 0.45, 9: 0.4, 10: 0.35},
+        },
+    },
+    "code": {"code": True},
+    "books": {
+        "min_chars": 1000,
+        "gopher_quality": {"max_words": 10_000_000},
+        "gopher_repetition": {"max_repeated_ngram_chars": {}},
+    },
+}  # fmt: skip
+
+
 class Filters(Section):
     """Which documents stay, in this order. Each is off unless it is set."""
 
+    preset: Literal["web", "technical", "code", "books"] | None = Field(
+        None, description="Filters for a kind of text; a filter stated beside it replaces the preset's."
+    )
     min_chars: int | None = Field(None, ge=0, description="Characters of a document, at least.")
     max_chars: int | None = Field(None, gt=0, description="Characters of a document, at most.")
     language: Language | None = Field(None, description="Language by fastText.")
@@ -196,3 +223,10 @@ class Filters(Section):
     custom: tuple[str, ...] = Field(
         (), description="module:function, called with the text; returns True, False, or the text to go on with."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("preset") in PRESETS:
+            return PRESETS[value["preset"]] | value
+        return value

@@ -10,6 +10,7 @@ for languages with spaces; for Chinese set `min_mean_word_length: 1` and leave o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,28 @@ from megatron_cpt.corpus.filters.step import Step
 from megatron_cpt.corpus.filters.text_statistics import BULLET, TERMINAL, TextStatistics
 from megatron_cpt.corpus.schema_processing import Filters, FineWeb, GopherQuality, GopherRepetition
 
-Rule = tuple[str, Array]  # reason, True where the document fails
+
+class Rule(NamedTuple):
+    """A rule on a group of documents."""
+
+    reason: str
+    fails: Array  # True where the document fails
+    values: Array  # what was compared
+    limit: str  # with what
+
+
+def _at_least(reason: str, values: Array, limit: float) -> Rule:
+    return Rule(reason, values < limit, values, f"at least {limit:g}")
+
+
+def _at_most(reason: str, values: Array, limit: float) -> Rule:
+    return Rule(reason, values > limit, values, f"at most {limit:g}")
+
+
+def _between(reason: str, values: Array, low: float, high: float) -> Rule:
+    return Rule(reason, (values < low) | (values > high), values, f"from {low:g} to {high:g}")
+
+
 # Documents whose statistics are computed together: enough to amortise a numpy call, few enough for the cache.
 STATISTICS_CHARS = 1 << 18
 
@@ -28,22 +50,24 @@ def heuristics_step(filters: Filters) -> Step:
     """The published rules that `filters` asks for; they share one set of counts per group of documents."""
 
     def check_rules(batch: Batch, tally: UnitTally) -> Batch:
-        reasons: list[str | None] = []
+        broken: list[tuple[str, str] | None] = []
         for first, last in _groups(batch):
-            reasons += _first_reasons(TextStatistics(batch.texts[first:last]), filters)
-        return tally.reject_for(batch, reasons)
+            broken += _first_broken(TextStatistics(batch.texts[first:last]), filters)
+        for text, place, found in zip(batch.texts, batch.places, broken, strict=True):
+            if found is not None:
+                tally.reject(batch.path, place, found[0], f"{found[1]}: {text}")
+        return batch.keep([found is None for found in broken])
 
     return Step("heuristics", check_rules)
 
 
-def _first_reasons(statistics: TextStatistics, filters: Filters) -> list[str | None]:
-    """For each document the first rule it breaks."""
-    found = np.zeros(statistics.count, np.int64)
-    names: list[str] = []
-    for name, fails in _rules(statistics, filters):
-        names.append(name)
-        found = np.where((found == 0) & fails, len(names), found)
-    return [names[index - 1] if index else None for index in found.tolist()]
+def _first_broken(statistics: TextStatistics, filters: Filters) -> list[tuple[str, str] | None]:
+    """For each document the first rule it breaks, with the value and the limit."""
+    found: list[tuple[str, str] | None] = [None] * statistics.count
+    for rule in _rules(statistics, filters):
+        for index in np.flatnonzero(rule.fails).tolist():
+            found[index] = found[index] or (rule.reason, f"{rule.values[index]:.4g}, allowed {rule.limit}")
+    return found
 
 
 def _rules(statistics: TextStatistics, filters: Filters) -> Iterator[Rule]:
@@ -66,19 +90,19 @@ def _groups(batch: Batch) -> Iterator[tuple[int, int]]:
 
 def gopher_quality(text: TextStatistics, limits: GopherQuality) -> Iterator[Rule]:
     words = text.word_counts
-    yield "gopher_word_count", (words < limits.min_words) | (words > limits.max_words)
+    yield _between("gopher_word_count", words, limits.min_words, limits.max_words)
     mean = text.ratio(text.total(text.words.documents, text.words.lengths), words)
-    yield "gopher_mean_word_length", (mean < limits.min_mean_word_length) | (mean > limits.max_mean_word_length)
-    symbols = text.ratio(_symbols(text), words)
-    yield "gopher_symbol_ratio", symbols > limits.max_symbol_word_ratio
+    yield _between("gopher_mean_word_length", mean, limits.min_mean_word_length, limits.max_mean_word_length)
+    yield _at_most("gopher_symbol_ratio", text.ratio(_symbols(text), words), limits.max_symbol_word_ratio)
     line_counts = text.total(text.lines.documents)
     bullets = text.total(text.lines.documents, text.class_of(text.lines.starts, BULLET))
-    yield "gopher_bullet_lines", text.ratio(bullets, line_counts) > limits.max_bullet_line_ratio
+    yield _at_most("gopher_bullet_lines", text.ratio(bullets, line_counts), limits.max_bullet_line_ratio)
     ellipses = text.total(text.lines.documents, _ends_with_ellipsis(text))
-    yield "gopher_ellipsis_lines", text.ratio(ellipses, line_counts) > limits.max_ellipsis_line_ratio
-    yield "gopher_alphabetic_words", text.ratio(text.words_with_letter, words) < limits.min_alphabetic_word_ratio
+    yield _at_most("gopher_ellipsis_lines", text.ratio(ellipses, line_counts), limits.max_ellipsis_line_ratio)
+    alphabetic = text.ratio(text.words_with_letter, words)
+    yield _at_least("gopher_alphabetic_words", alphabetic, limits.min_alphabetic_word_ratio)
     if limits.stop_words:
-        yield "gopher_stop_words", text.words_present(limits.stop_words) < limits.min_stop_words
+        yield _at_least("gopher_stop_words", text.words_present(limits.stop_words), limits.min_stop_words)
 
 
 def gopher_repetition(text: TextStatistics, limits: GopherRepetition) -> Iterator[Rule]:
@@ -88,25 +112,28 @@ def gopher_repetition(text: TextStatistics, limits: GopherRepetition) -> Iterato
     ):
         again = spans.repeated()
         share = text.ratio(text.total(spans.documents, again), text.total(spans.documents))
-        yield f"gopher_repeated_{name}", share > max_count
+        yield _at_most(f"gopher_repeated_{name}", share, max_count)
         chars = text.ratio(text.total(spans.documents, again * spans.lengths), text.chars)
-        yield f"gopher_repeated_{name}_chars", chars > max_chars
+        yield _at_most(f"gopher_repeated_{name}_chars", chars, max_chars)
     for n, limit in limits.max_top_ngram_chars.items():
-        yield f"gopher_top_{n}gram", text.top_ngram_ratio(n) > limit
+        yield _at_most(f"gopher_top_{n}gram", text.top_ngram_ratio(n), limit)
     sizes = sorted(limits.max_repeated_ngram_chars)
     for n, share in text.repeated_ngram_ratios(sizes).items():
-        yield f"gopher_repeated_{n}gram", share > limits.max_repeated_ngram_chars[n]
+        yield _at_most(f"gopher_repeated_{n}gram", share, limits.max_repeated_ngram_chars[n])
 
 
 def fineweb(text: TextStatistics, limits: FineWeb) -> Iterator[Rule]:
     lines = text.lines
     counts = text.total(lines.documents)
-    terminal = text.total(lines.documents, text.class_of(lines.ends - 1, TERMINAL))
-    yield "fineweb_line_punctuation", text.ratio(terminal, counts) <= limits.min_terminal_line_ratio
-    again = text.total(lines.documents, lines.repeated() * lines.lengths)
-    yield "fineweb_repeated_lines", text.ratio(again, text.chars) >= limits.max_repeated_line_chars
-    short = text.total(lines.documents, lines.lengths < limits.short_line_chars)
-    yield "fineweb_short_lines", text.ratio(short, counts) >= limits.max_short_line_ratio
+    terminal = text.ratio(text.total(lines.documents, text.class_of(lines.ends - 1, TERMINAL)), counts)
+    least = limits.min_terminal_line_ratio
+    yield Rule("fineweb_line_punctuation", terminal <= least, terminal, f"more than {least:g}")
+    again = text.ratio(text.total(lines.documents, lines.repeated() * lines.lengths), text.chars)
+    most = limits.max_repeated_line_chars
+    yield Rule("fineweb_repeated_lines", again >= most, again, f"less than {most:g}")
+    short = text.ratio(text.total(lines.documents, lines.lengths < limits.short_line_chars), counts)
+    most = limits.max_short_line_ratio
+    yield Rule("fineweb_short_lines", short >= most, short, f"less than {most:g}")
 
 
 def _symbols(text: TextStatistics) -> Array:

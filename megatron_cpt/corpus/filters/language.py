@@ -20,6 +20,7 @@ _HINT = "pip install 'megatron-cpt[corpus]'"
 
 def language_step(language: Language) -> Step:
     """Reject documents of other languages, and those whose language is uncertain; all are counted by language."""
+    allowed = f"allowed {' '.join(language.keep)} from {language.min_score:g}"
     identify = language_identifier(model_file(language))
 
     def check_language(batch: Batch, tally: UnitTally) -> Batch:
@@ -29,7 +30,7 @@ def language_step(language: Language) -> Step:
             tally.languages[code] += 1
             wanted.append(code in language.keep and score >= language.min_score)
             if not wanted[-1]:
-                tally.reject(batch.path, place, "language", f"{code} {score:.2f}: {text}")
+                tally.reject(batch.path, place, "language", f"{code} {score:.2f}, {allowed}: {text}")
         return batch.keep(wanted)
 
     return Step("language", check_language)

@@ -19,7 +19,12 @@ def length_step(min_chars: int | None, max_chars: int | None) -> Step:
     low, high = min_chars or 0, max_chars or sys.maxsize
 
     def check_length(batch: Batch, tally: UnitTally) -> Batch:
-        batch = tally.reject_where(batch, [len(text) >= low for text in batch.texts], "too_short")
-        return tally.reject_where(batch, [len(text) <= high for text in batch.texts], "too_long")
+        for text, place in zip(batch.texts, batch.places, strict=True):
+            if not low <= len(text) <= high:
+                reason, limit = (
+                    ("too_short", f"at least {low:,}") if len(text) < low else ("too_long", f"at most {high:,}")
+                )
+                tally.reject(batch.path, place, reason, f"{len(text):,} characters, allowed {limit}: {text}")
+        return batch.keep([low <= len(text) <= high for text in batch.texts])
 
     return Step("length", check_length)

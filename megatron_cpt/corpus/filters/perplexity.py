@@ -52,7 +52,12 @@ class PerplexityCeiling:
             value = score(text)
             wanted.append(value is None or value <= self._settings.max_perplexity)
             if not wanted[-1]:
-                tally.reject(batch.path, place, "perplexity", f"{value:.1f}: {text}")
+                tally.reject(
+                    batch.path,
+                    place,
+                    "perplexity",
+                    f"{value:.1f}, allowed at most {self._settings.max_perplexity:g}: {text}",
+                )
         return batch.keep(wanted)
 
 

@@ -20,7 +20,7 @@ STAGING_FORMAT = 2
 # Begins every fingerprint made by these rules, so that one made by older rules is not taken for another input.
 PREFIX = "v2-"
 # Keys of a corpus that do not change what is in its datasets.
-_WITHOUT_EFFECT = {"output_prefix", "tokenizer", "max_reject_ratio", "train_tokens"}
+_WITHOUT_EFFECT = {"output_prefix", "tokenizer", "max_reject_ratio", "warn_filter_ratio", "train_tokens"}
 
 
 def output_fingerprint(corpus: Corpus, units: Sequence[Unit], tokenizer: TokenizerRecord) -> str:

@@ -34,8 +34,8 @@ PASSAGES_SHOWN = 10
 MAX_USEFUL_EPOCHS = 4
 # Beginnings of reasons in the order in which a document meets them; the readers' own come before all of them.
 _PIPELINE = (
-    "empty", "too_slow", "too_short", "too_long", "language", "gopher_", "fineweb_", "c4_", "bad_words", "code_",
-    "perplexity", "custom:", "contaminated", "repeated_passages", "special_token_in_text",
+    "empty", "too_slow", "too_short", "too_long", "language", "gopher_", "gopher_repeated_", "gopher_top_", "fineweb_",
+    "c4_", "bad_words", "code_", "perplexity", "custom:", "contaminated", "repeated_passages", "special_token_in_text",
 )  # fmt: skip
 
 
@@ -91,7 +91,8 @@ def _stage(reason: str) -> int:
     """Where in the pipeline a reason stands; duplicates, which have no entry, come last."""
     if reason in BAD_INPUT_REASONS:
         return -1
-    return next((place for place, start in enumerate(_PIPELINE) if reason.startswith(start)), len(_PIPELINE))
+    places = [place for place, start in enumerate(_PIPELINE) if reason.startswith(start)]
+    return places[-1] if places else len(_PIPELINE)
 
 
 def _funnel(report: Report) -> list[dict[str, Any]]:

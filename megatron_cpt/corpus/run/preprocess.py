@@ -19,6 +19,7 @@ from megatron_cpt.corpus.readers.streams import forget_stale_pieces
 from megatron_cpt.corpus.run.assemble import Assembly
 from megatron_cpt.corpus.run.corpus_run import WHOLE, CorpusRun, Shard, StartProgress, open_run
 from megatron_cpt.corpus.run.duplicates import DedupResult, remove_duplicates
+from megatron_cpt.corpus.run.filter_shares import filter_warnings
 from megatron_cpt.corpus.run.fingerprint import is_comparable, staging_fingerprint
 from megatron_cpt.corpus.run.finished import FinishedUnits
 from megatron_cpt.corpus.run.html_report import Report, write_report
@@ -174,6 +175,8 @@ def _finish(run: CorpusRun, prefixes: Mapping[str, str]) -> Outcome:
     corpus, done = run.corpus, _process(run)
     check_rejects(run.staging, done, corpus.max_reject_ratio)
     _check_metadata(run, done)
+    for line in filter_warnings(run.staging, done, corpus.warn_filter_ratio):
+        log.warning(line)
     duplicates = remove_duplicates(run, done)
     rejects = done.reject_counts | duplicates.counts
     _check_not_empty(done, prefixes, rejects)

@@ -12,6 +12,7 @@ import pytest
 from megatron_cpt.corpus.dataset.verify import verify_dataset
 from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema import load_corpus
+from tests.unit.corpus.dedup.test_dedup import decoded
 from tests.unit.corpus.filters.test_filters import GOOD
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*/corpus.yaml"))
@@ -30,11 +31,38 @@ def texts_for(name: str) -> list[str]:
     return [" ".join(word for _ in range(60) for word in rng.sample(words, 2)) + "." for _ in range(60)]
 
 
-def test_all_four_are_here() -> None:
-    assert {path.parent.name for path in EXAMPLES} >= {"medical", "code", "chinese", "general"}
+def test_all_five_are_here() -> None:
+    assert {path.parent.name for path in EXAMPLES} >= {"medical", "code", "chinese", "general", "technical"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
+def test_the_technical_example_reads_pages_with_their_tables_and_code(tmp_path: Path, tokenizer_dir: Path) -> None:
+    corpus = load_corpus(EXAMPLES[0].parents[1] / "technical" / "corpus.yaml")
+    body = "<p>{}</p><table><tr><td>option_{}</td><td>integer</td></tr></table><pre>def f(x):\n    return x</pre>"
+    for source in corpus.sources:
+        assert source.files == (f"data/technical/html/{source.name}",)
+        folder = tmp_path / source.name
+        folder.mkdir()
+        for number, text in enumerate(texts_for(source.name)[:20]):
+            (folder / f"{number}.html").write_text(f"<html><body>{body.format(text, source.name)}</body></html>")
+    sources = [source.model_copy(update={"files": (str(tmp_path / source.name),)}) for source in corpus.sources]
+    changes = {
+        "output_prefix": str(tmp_path / "set"),
+        "tokenizer": str(tokenizer_dir),
+        "sources": tuple(sources),
+        "split": {},
+        "dedup": None,
+    }
+    outcome = preprocess(corpus.model_copy(update=changes), workers=1)
+    (manifest,) = outcome.datasets.values()
+    assert manifest.document_count == 40
+    texts = decoded(str(tmp_path / "set"), tokenizer_dir)
+    assert sum("option_postgresql | integer\n\ndef f(x):\n    return x" in text for text in texts) == 20
+
+
+WITH_RAW_TEXT = [path for path in EXAMPLES if path.parent.name != "technical"]
+
+
+@pytest.mark.parametrize("path", WITH_RAW_TEXT, ids=lambda path: path.parent.name)
 def test_example_runs(path: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
     corpus = load_corpus(path)
     raw = tmp_path / "raw.jsonl"

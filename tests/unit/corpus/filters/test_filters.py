@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -268,3 +269,61 @@ def test_bad_words_without_a_list(tmp_path: Path, make_corpus: Any, content: byt
     file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     with pytest.raises(DataError, match=message):
         preprocess(make_corpus(file, filters={"bad_words": str(listed)}), workers=1)
+
+
+def test_every_reject_of_a_filter_says_the_value_and_the_limit(tmp_path: Path, make_corpus: Any) -> None:
+    pytest.importorskip("fasttext")
+    texts = [GOOD, "too short", GOOD + " #" * 20, "word " * 60]
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    filters = {"min_chars": 20, "gopher_quality": True, "gopher_repetition": True}
+    corpus = make_corpus(file, filters=filters, warn_filter_ratio=0.5)
+    preprocess(corpus, workers=1)
+    rejects = [json.loads(line) for line in Path(f"{corpus.output_prefix}.rejects.jsonl").read_text().splitlines()]
+    details = {reject["reason"]: reject["detail"] for reject in rejects}
+    assert details["too_short"].startswith("9 characters, allowed at least 20: too short")
+    assert re.match(r"0\.\d+, allowed at most 0\.1: The committee", details["gopher_symbol_ratio"])
+    assert details["gopher_stop_words"].startswith("0, allowed at least 2: word")
+    python = Filters.model_validate({"code": {"max_line_chars": 10, "max_mean_line_chars": 1000}})
+    tally = UnitTally()
+    for step in build_steps(Clean(), python, keep_empty=True, max_document_seconds=30):
+        step(Batch("f", ["x = 1  # twenty characters"], [1]), tally)
+    assert tally.rejects[0].detail.startswith("26 characters, allowed at most 10")
+
+
+def test_a_filter_that_takes_more_than_the_stated_share_is_told(
+    tmp_path: Path, make_corpus: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [GOOD] * 8 + ["tiny"] * 2)
+    preprocess(make_corpus(file, filters={"min_chars": 20}, warn_filter_ratio=0.2), workers=1)
+    assert "dropped" not in caplog.text
+    corpus = make_corpus(file, filters={"min_chars": 20}, warn_filter_ratio=0.1)
+    for path in tmp_path.glob("**/*.manifest.json"):
+        path.unlink()
+    for path in [*tmp_path.glob("**/*.bin"), *tmp_path.glob("**/*.idx")]:
+        path.unlink()
+    preprocess(corpus, workers=1)
+    assert "filters.min_chars dropped 2 of 10 documents (20.0%; too_short 2)" in caplog.text
+    assert "a.jsonl:9: 4 characters, allowed at least 20: tiny" in caplog.text
+    assert "lower filters.min_chars" in caplog.text
+
+
+def test_a_preset_is_its_filters_and_a_stated_filter_replaces_its_own() -> None:
+    assert Filters.model_validate({"preset": "web"}).fineweb is not None
+    technical = Filters.model_validate({"preset": "technical", "min_chars": 5})
+    assert technical.min_chars == 5 and technical.gopher_quality is not None
+    assert technical.gopher_quality.min_stop_words == 1 and technical.fineweb is None
+    assert Filters.model_validate({"preset": "technical", "gopher_repetition": False}).gopher_repetition is None
+    assert Filters.model_validate({"preset": "code"}).code is not None
+    books = Filters.model_validate({"preset": "books"})
+    assert books.gopher_quality is not None and books.gopher_quality.max_words == 10_000_000
+    with pytest.raises(ValueError, match="preset"):
+        Filters.model_validate({"preset": "poems"})
+
+
+def test_the_presets_keep_what_they_are_for() -> None:
+    """A page of reference with a table and code is dropped as a web page and kept as technical text."""
+    reference = "\n".join(
+        f"option_{n} | integer | {n} | Sets the {n} of the cache. See cache_{n} and the limit of it." for n in range(30)
+    )
+    assert reasons(reference, preset="technical") == {}
+    assert reasons(reference, preset="web") != {}

@@ -44,7 +44,7 @@ def test_report_of_a_run(tmp_path: Path, make_corpus: Any) -> None:
     filters = {"min_chars": 30, "language": {"keep": ["en", "zh", "la", "es", "it", "pt", "fr", "ro"], "min_score": 0}}
     corpus = make_corpus(sources=described, filters=filters, dedup=True, train_tokens=100_000)
     outcome = preprocess(corpus, workers=1)
-    page = Path(f"{corpus.output_prefix}.report.html").read_text()
+    page = Path(f"{corpus.output_prefix}.report.html").read_text().replace("<wbr>", "")
     parser = Tags()
     parser.feed(page)
     assert not parser.open and "script" not in parser.tags and parser.tags.count("table") >= 5
