@@ -202,7 +202,7 @@ def _set(parameter: Tensor, tensor: MegatronTensor, source: WeightSource, arch: 
             faults[f"{tensor.megatron}: rows from {min(span.row, next_row)} are {what}"] = None
         for row, values in _blocks(span, source):
             parameter[row : row + len(values)].copy_(values)
-            if not values.sum(dtype=torch.float64).isfinite():  # without a temporary of its size
+            if not _all(torch.isfinite, values):
                 faults[f"{span.hf_name} holds NaN or infinite values"] = None
         next_row = span.row + span.rows
     real_rows = _real_vocabulary_rows(parameter, arch, rank) if tensor.kind == "vocab" else len(parameter)
@@ -210,9 +210,14 @@ def _set(parameter: Tensor, tensor: MegatronTensor, source: WeightSource, arch: 
         parameter[real_rows:].zero_()  # padding of the vocabulary
     else:
         faults[f"{tensor.megatron}: {next_row} of {real_rows} rows were set"] = None
-    if not faults and parameter.sum(dtype=torch.float64).isnan():
+    if not faults and not _all(lambda extremes: ~extremes.isnan(), parameter):
         faults[f"{tensor.megatron}: elements were left unset"] = None
     return list(faults)
+
+
+def _all(holds: Callable[[Tensor], Tensor], values: Tensor) -> bool:
+    """Whether a property that NaN and infinity break holds for all values; no temporary of their size is made."""
+    return bool(holds(torch.stack(torch.aminmax(values))).all())  # NaN among them is both least and greatest
 
 
 @torch.no_grad()

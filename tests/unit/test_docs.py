@@ -36,15 +36,15 @@ def test_the_pages_are_found() -> None:
     assert len(SCRIPTS) >= 2
 
 
-def test_generated_pages_are_current() -> None:
-    sys.path.insert(0, str(REPO / "docs"))
-    import generate  # type: ignore[import-not-found]
-
-    for name, page in generate.PAGES.items():
-        path = REPO / "docs" / name
-        difference = difflib.unified_diff(
-            path.read_text().splitlines(), page().splitlines(), "on disk", "generated", lineterm=""
-        )
+def test_generated_pages_are_current(tmp_path: Path) -> None:
+    """In a process of its own, as `make docs` does: click keeps the first help option that a command made."""
+    script = REPO / "docs" / "generate.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], cwd=REPO, check=True)
+    generated = sorted(path.name for path in tmp_path.iterdir())
+    assert len(generated) >= 4
+    for name in generated:
+        old, new = ((folder / name).read_text().splitlines() for folder in (REPO / "docs", tmp_path))
+        difference = difflib.unified_diff(old, new, "on disk", "generated", lineterm="")
         assert not (lines := list(difference)), f"docs/{name} is out of date: make docs\n" + "\n".join(lines)
 
 

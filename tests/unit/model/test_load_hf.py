@@ -271,8 +271,8 @@ print(peak - before, sum(p.numel() * 4 for p in chunks[0].parameters()) // 1024)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
-def test_peak_memory_is_the_parameters_and_one_slice(tmp_path: Path) -> None:
-    """The whole state dict is never in memory: at most the parameters and their largest single slice."""
+def test_peak_memory_is_the_parameters_and_a_few_blocks(tmp_path: Path) -> None:
+    """The whole state dict is never in memory: at most the parameters and a few blocks of rows."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
@@ -283,10 +283,10 @@ def test_peak_memory_is_the_parameters_and_one_slice(tmp_path: Path) -> None:
     )  # fmt: skip
     model.save_pretrained(tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed blocks leave at once: what malloc keeps is not the load's
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     added_kib, parameters_kib = map(int, done.stdout.split()[-2:])
-    largest_slice_kib = 8192 * 512 * 4 // 1024
     assert parameters_kib > 140_000
-    assert added_kib <= parameters_kib + largest_slice_kib + 24_000
+    assert added_kib <= parameters_kib + 10_000

@@ -87,7 +87,7 @@ def test_what_is_over_the_ceiling_is_dropped_and_counted(
     preprocess(corpus, workers=2, overwrite=True)
     assert bin_path(corpus.output_prefix).read_bytes() == alone
     listed = [json.loads(line) for line in Path(str(outcome.rejects_file)).read_text().splitlines()]
-    assert all(float(entry["detail"].split(":")[0]) > ceiling for entry in listed)
+    assert all(float(entry["detail"].split(",")[0]) > ceiling for entry in listed)
 
 
 def test_another_model_in_the_folder_is_another_plan(tmp_path: Path, make_corpus: Any) -> None:
