@@ -217,7 +217,7 @@ def timed_parts(state: TrainState, clock: Callable[[], float]) -> Iterator[PartC
         if bare.post_process:  # from the logits to the gradient of what they are made of
             handles += parts.watch(bare.output_layer, "head + loss", rest)[:1]
     wait = torch.distributed.Work.wait
-    names = {"_update": "optimizer", "_on_this_rank": "data"}
+    names = {"_update": "optimizer", "on_this_rank": "data"}
     originals = {name: getattr(step_module, name) for name in names}
     finalize = state.model_config.finalize_model_grads_func
     torch.distributed.Work.wait = parts.around(wait, "communication")  # type: ignore[method-assign]

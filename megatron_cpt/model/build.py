@@ -78,8 +78,7 @@ def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConf
         bf16=dtype == torch.bfloat16,
         # Each token weighs the same, whichever micro batch, data-parallel or context-parallel rank it falls to.
         calculate_per_token_loss=True,
-        # Fused SwiGLU is a compiled kernel; uncompiled, as on a CPU, it is slower than the plain operations.
-        bias_activation_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=True,  # on a CPU `runtime.cpu_kernels.swiglu`
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         attention_softmax_in_fp32=True,

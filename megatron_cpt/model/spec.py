@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.model.attention import SdpaAttention, UnfusedAttention
 from megatron_cpt.model.block_causal import BlockCausalAttention
+from megatron_cpt.runtime.cpu_kernels import rms_norm
 
 CORE_ATTENTION: dict[str, type] = {
     "sdpa": SdpaAttention,
@@ -42,6 +43,13 @@ class RMSNorm(torch.nn.RMSNorm):
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size] -> the same."""
+        if x.is_cuda:
+            return super().forward(x)
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
 
 
 def transformer_engine_is_usable() -> bool:

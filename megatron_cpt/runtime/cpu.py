@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.runtime.compat import TRITON_MODULES, WRITE_RESULTS_QUEUES, engine_version
+from megatron_cpt.runtime.cpu_kernels import swiglu
 
 _ENGINE = "megatron.core"
 _FACTORIES = (
@@ -236,9 +237,20 @@ def _import_without_triton(name: str, *args: Any, **kwargs: Any) -> ModuleType:
 _NO_TRITON = ModuleType("triton")
 _NO_TRITON.__dict__.update(jit=lambda kernel: kernel, language=types.SimpleNamespace(constexpr=None))
 
+
+def _keep_only_the_input_of_swiglu(fusions: ModuleType) -> None:
+    """Megatron-Core's fused SwiGLU is compiled for a GPU; uncompiled it makes a pass and a tensor of each operation."""
+
+    def gated(x: torch.Tensor, bias: torch.Tensor | None, *of_a_gpu: Any) -> torch.Tensor:
+        return swiglu(x if bias is None else x + bias)
+
+    fusions.bias_swiglu_impl = gated  # type: ignore[attr-defined]
+
+
 _MODULE_EDITS: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.jit": _do_not_compile,
     "megatron.core.tensor_parallel.random": _track_cpu_generator,
+    "megatron.core.fusions.fused_bias_swiglu": _keep_only_the_input_of_swiglu,
     "megatron.core.dist_checkpointing.strategies.filesystem_async": _keep_results_in_process,
     "megatron.core.distributed.param_and_grad_buffer": _skip_exchange_of_one,
 }
