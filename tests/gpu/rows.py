@@ -1,7 +1,8 @@
 """What one GPU is compared in, as data: rows of the parity table with another device, and their bounds.
 
 Every row is trained on the GPU and compared with its baseline, the same model in plain fp32 or bf16 on the CPU. The
-bounds are those of two devices that add in another order, and have not been measured on a GPU yet.
+bounds are those of two devices that add in another order: on an H100, fp32 rows were within 1.4e-7 and 5.9e-7, bf16
+rows within 3e-4 and 1.2e-3. The rows of TransformerEngine have not been run on a GPU yet, nor have their bounds.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from tests.parity.rows import BF16, DOCUMENTS, SDPA, SELECTIVE, SINGLES, LogitsRow, TrainRow
 
 # (loss, absolute; gradient norm, relative) over 20 steps
-FP32 = (1e-4, 1e-3)
+FP32 = (1e-5, 1e-4)
 TF32 = (1e-2, 5e-2)  # TransformerEngine multiplies fp32 matrices in TF32
-BF16_BOUND = (2e-2, 5e-2)
+BF16_BOUND = (5e-3, 2e-2)
 FP8_BOUND = (1e-1, 3e-1)
 
 

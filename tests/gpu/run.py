@@ -31,6 +31,7 @@ from tests.matrix.checkpoints import LOSS_BOUND
 
 REPO = Path(__file__).resolve().parents[2]
 CHECKPOINT_BOUND = 1e-4  # absolute loss of the second half, between two devices; within one: LOSS_BOUND
+BENCHMARK_LOG = "train_step.log"
 Line = tuple[str, str, bool]  # what, seen, whether it is as it must be
 
 
@@ -101,9 +102,16 @@ def run_checkpoints(folder: Path) -> list[Line]:
 
 
 def run_benchmark(folder: Path) -> list[Line]:
-    log = folder / "train_step.log"
+    log = folder / BENCHMARK_LOG
     problem = _command([str(REPO / "benchmarks" / "train_step.py"), "--device", "cuda", "--repeats", "3"], "cuda", log)
     return [("benchmarks/train_step.py --device cuda", problem or f"see {log}", problem is None)]
+
+
+def benchmark_tables(log: Path) -> str:
+    """The tables that the benchmark printed, if it ran."""
+    printed = log.read_text().splitlines() if log.is_file() else []
+    first = next((at for at, line in enumerate(printed) if line.startswith("|")), len(printed))
+    return "".join(f"\n{line}" for line in ["", *printed[first:]] if not line or line.startswith("|"))
 
 
 def _command(arguments: list[str], device: str, log: Path, out: Path | None = None) -> str | None:
@@ -151,7 +159,7 @@ def main() -> int:
     lines = run_parity(folder) + run_checkpoints(folder)
     if torch.cuda.is_available() and not asked.no_benchmark:
         lines += run_benchmark(folder)
-    text = table(lines, time.monotonic() - begin)
+    text = table(lines, time.monotonic() - begin) + benchmark_tables(folder / BENCHMARK_LOG)
     (folder / "table.md").write_text(text + "\n")
     print(text)
     return 0 if all(right for _, _, right in lines) else 1

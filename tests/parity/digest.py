@@ -42,7 +42,7 @@ class Recorder:
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         values = tensor.detach().double()
         sums = torch.stack([values.abs().sum(), values.pow(2).sum(), torch.count_nonzero(values).double()])
-        self._sums[name] = self._sums.get(name, torch.zeros(3, dtype=torch.float64)) + sums
+        self._sums[name] = self._sums.get(name, torch.zeros_like(sums)) + sums
 
     def add_gradients(self, parameters: Sequence[OwnedParameter]) -> None:
         if not self._hooks:
