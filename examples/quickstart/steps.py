@@ -103,7 +103,7 @@ def _run(step: Step) -> dict[str, float]:
     if process.returncode != 0:
         raise CptError(
             f"the step {step.title!r} failed with exit code {process.returncode}",
-            hint="its message stands above; the same command continues here once that is mended",
+            hint="its message stands above; the same command continues here once that is fixed",
         )
     if partial and step.stdout:
         partial.rename(step.stdout)

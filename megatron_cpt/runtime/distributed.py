@@ -107,7 +107,7 @@ def init_parallel_groups(config: RunConfig, *, timeout_minutes: float = 10.0) ->
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
-    # Pipeline stages draw different dropout; data-parallel ranks the same, as their samples differ anyhow.
+    # Pipeline stages draw different dropout; data-parallel ranks the same, because their samples differ.
     seed = config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed)

@@ -76,6 +76,7 @@ def train_run(
         config,
         job.derived,
         parallel_state.get_data_parallel_rank(),
+        job.origin,
         state,
         batches,
         tuple(

@@ -14,6 +14,7 @@ from megatron_cpt.config.phase import phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.validation import ValidationSet
+from megatron_cpt.launch.origin import Origin
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
 from megatron_cpt.train.checkpoint import CheckpointManager
 from megatron_cpt.train.checkpoint_errors import SaveFailed
@@ -38,6 +39,7 @@ class LoopContext:
     config: RunConfig
     derived: Derived
     dp_rank: int
+    origin: Origin  # of the weights, when no checkpoint set them
     state: TrainState
     batches: BatchStream
     validation: tuple[ValidationSet, ...]
@@ -54,7 +56,7 @@ def train(run: LoopContext, position: Position) -> int:
     micro, dp = config.batch.micro_batch_size, derived.data_parallel_size
     if position.iteration == 0:
         first = run.batches.plan_step(position.ledger, phase_at(config).batch_size.at(0))
-        check_start(state, next(run.batches.micro_batches(first, micro, run.dp_rank, dp)))
+        check_start(state, next(run.batches.micro_batches(first, micro, run.dp_rank, dp)), run.origin)
         position = evaluate(run, position)
     while position.ledger.tokens < config.budget.train_tokens:  # whole steps from where the run stands
         run.watchdog.enter("step")

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 
 from megatron_cpt.data.micro_batch import MicroBatch
 from megatron_cpt.errors import CheckpointError
-from megatron_cpt.launch.origin import resolve_origin
+from megatron_cpt.launch.origin import Origin
 from megatron_cpt.model.build import DTYPES
 from megatron_cpt.runtime.distributed import failing_together
 from megatron_cpt.train.state import TrainState
@@ -34,14 +34,16 @@ _MEMORY_FACTOR = 2.0  # of the model's own bytes: activations and logits
 _LARGEST_COMPARED_PARAMETERS = 4_000_000_000  # beyond, a CPU would need minutes
 
 
-def check_start(state: TrainState, batch: MicroBatch) -> None:
-    """Check the untrained state on the first micro batch of data-parallel rank 0; every rank calls it.
+def check_start(state: TrainState, batch: MicroBatch, origin: Origin) -> None:
+    """Check the untrained state, with the weights of `origin`, on the first micro batch of data-parallel rank 0.
+
+    Every rank calls it.
 
     Raises:
         CheckpointError: on every rank, when the loss is near ln(vocabulary) or is not transformers'.
     """
     config = state.config
-    if config.model.init_from == "random" or not config.model.check_start:
+    if origin.kind == "random" or not config.model.check_start:
         return
     apart = batch.copy()
     apart.pop("document_ids", None)  # as transformers sees it
@@ -50,18 +52,17 @@ def check_start(state: TrainState, batch: MicroBatch) -> None:
     if not loss <= NEAR_UNIFORM_RATIO * uniform:
         raise CheckpointError(
             f"the loss of the first samples is {loss:.3f} where a uniform guess costs ln(vocabulary) = {uniform:.3f}: "
-            f"the weights of {config.model.init_from} know nothing of this text",
+            f"the weights of {origin.weights} know nothing of this text",
             hint="check the weights, and that the data was tokenised with this model's tokenizer; set "
             "model.check_start: false if the model is meant to start like this",
         )
     with failing_together():
         if dist.get_rank() == 0:
-            _compare_with_transformers(state, apart, loss)
+            _compare_with_transformers(state, apart, loss, origin.weights)
 
 
-def _compare_with_transformers(state: TrainState, batch: MicroBatch, loss: float) -> None:
-    config = state.config
-    dtype, model_dir = config.precision.dtype, resolve_origin(config.model.init_from).weights
+def _compare_with_transformers(state: TrainState, batch: MicroBatch, loss: float, model_dir: Path) -> None:
+    dtype = state.config.precision.dtype
     if reason := _why_not(model_dir, state.arch.num_parameters * DTYPES[dtype].itemsize, state.arch.num_parameters):
         logger.info("first loss %.4f; not compared with transformers: %s", loss, reason)
         return

@@ -11,5 +11,5 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of tiny conversions would wait for the disk minutes long; nothing here survives a power cut anyhow."""
+    """Hundreds of tiny conversions would wait minutes for the disk; nothing here has to survive a power cut."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)

@@ -13,6 +13,7 @@ from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.data.micro_batch import MicroBatch
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.launch.base_model import refuse_instruct_model, sign_of_instruct
+from megatron_cpt.launch.origin import resolve_origin
 from megatron_cpt.train.start_checks import check_start
 from megatron_cpt.train.state import TrainState, build_train_state
 from tests.parity.sabotage import SABOTAGES
@@ -41,11 +42,11 @@ def build(model_dir: Path, **model: object) -> TrainState:
 
 def test_untrained_weights_are_refused(model_dir: Path) -> None:
     with pytest.raises(CheckpointError, match=r"uniform guess costs ln\(vocabulary\) = 6\.238"):
-        check_start(build(model_dir), batch())
+        check_start(build(model_dir), batch(), resolve_origin(str(model_dir)))
 
 
 def test_untrained_weights_pass_when_the_config_says_so(model_dir: Path) -> None:
-    check_start(build(model_dir, check_start=False), batch())
+    check_start(build(model_dir, check_start=False), batch(), resolve_origin(str(model_dir)))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def trained_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_trained_weights_pass_and_equal_transformers(trained_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "megatron_cpt.train.start_checks"):
-        check_start(build(trained_dir), batch())
+        check_start(build(trained_dir), batch(), resolve_origin(str(trained_dir)))
     assert "in transformers" in caplog.text
 
 
@@ -77,7 +78,7 @@ def test_weights_loaded_wrongly_are_refused(trained_dir: Path, sabotage: str) ->
     with SABOTAGES[sabotage]():
         state = build(trained_dir)
     with pytest.raises(CheckpointError, match=r"in transformers on the same weights|uniform guess"):
-        check_start(state, batch())
+        check_start(state, batch(), resolve_origin(str(trained_dir)))
 
 
 def chat_model(folder: Path, **files: object) -> Path:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -36,8 +38,19 @@ def test_a_rank_that_waits_outside_of_python_ends_all_the_same() -> None:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"waiting\n"
+    while not _waits(process.pid):
+        pass
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
+
+
+def _waits(pid: int) -> bool:
+    """Whether the main thread of a process sleeps each of ten times that it is looked at."""
+    for _ in range(10):
+        time.sleep(0.01)
+        if Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            return False
+    return True
 
 
 def test_in_another_thread_no_handler_is_set() -> None:
