@@ -7,6 +7,8 @@ from typing import Any
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.readers.arrow import pa, pq
+from megatron_cpt.corpus.readers.arrow_ipc import open_arrow
+from megatron_cpt.corpus.readers.parquet_footer import row_groups
 from megatron_cpt.corpus.readers.records import add_record, empty_batch, text_field
 from megatron_cpt.corpus.readers.unit import Unit
 from megatron_cpt.errors import DataError
@@ -16,13 +18,13 @@ ROWS_PER_BATCH = 1024
 
 def row_group_ranges(path: str, unit_bytes: int) -> Iterator[tuple[int, int, int, int]]:
     """(first row group, one past the last, compressed and uncompressed bytes), each of about `unit_bytes` or one."""
-    metadata = _open(path).metadata
+    _open(path)
+    groups = row_groups(path)
     start, uncompressed, compressed = 0, 0, 0
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        uncompressed += group.total_byte_size
-        compressed += sum(group.column(c).total_compressed_size for c in range(group.num_columns))
-        if uncompressed >= unit_bytes or index == metadata.num_row_groups - 1:
+    for index, group in enumerate(groups):
+        uncompressed += group.uncompressed_bytes
+        compressed += group.compressed_bytes
+        if uncompressed >= unit_bytes or index == len(groups) - 1:
             yield start, index + 1, compressed, uncompressed
             start, uncompressed, compressed = index + 1, 0, 0
 
@@ -61,26 +63,22 @@ def _check_bounds(rows: Any) -> None:
 def _parquet_rows(unit: Unit, path: str) -> Iterator[tuple[Any, float]]:
     file = _open(path)
     columns = wanted_columns(unit, path, file.schema_arrow)
-    groups = list(range(unit.start, file.num_row_groups if unit.stop is None else unit.stop))
-    total, done = sum(file.metadata.row_group(group).num_rows for group in groups), 0
+    described = row_groups(path)
+    groups = list(range(unit.start, len(described) if unit.stop is None else unit.stop))
+    total, done = sum(described[group].rows for group in groups), 0
     for rows in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=columns, use_threads=False):
         done += rows.num_rows
         yield rows, done / max(total, 1)
+    if done != total:
+        raise DataError(f"{path} is damaged: {done:,} rows where its footer says {total:,}", hint="copy it again")
 
 
 def _arrow_rows(unit: Unit, path: str) -> Iterator[tuple[Any, float]]:
-    """Record batches of an Arrow file, in the file format or the stream format of datasets.save_to_disk."""
-    with pa.memory_map(unit.data or path) as source:
-        try:
-            reader = pa.ipc.open_file(source)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        except pa.ArrowInvalid:
-            source.seek(0)
-            batches = reader = pa.ipc.open_stream(source)
-        columns = wanted_columns(unit, path, reader.schema)
-        for index, rows in enumerate(batches, 1):
-            at_end = reader.num_record_batches if hasattr(reader, "num_record_batches") else 0
-            yield rows.select(columns), index / at_end if at_end else source.tell() / max(source.size(), 1)
+    """Record batches of an Arrow file, also of one that datasets.save_to_disk wrote."""
+    with open_arrow(unit.data or path) as (schema, batches):
+        columns = wanted_columns(unit, path, schema)
+        for rows, done in batches:
+            yield rows.select(columns), done
 
 
 def wanted_columns(unit: Unit, path: str, schema: Any) -> list[str]:
@@ -175,7 +173,7 @@ def _open(path: str) -> Any:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist", hint="check the path") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} is not readable parquet: {error}", hint="copy it again; a cut file has no footer"
         ) from error

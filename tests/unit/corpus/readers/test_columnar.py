@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_cpt.corpus.readers.columnar import row_group_ranges
+from megatron_cpt.corpus.readers.parquet_footer import RowGroup, row_groups
 from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.errors import DataError
 from tests.unit.corpus.readers.test_readers import read
@@ -80,6 +82,92 @@ def test_a_flipped_byte_in_a_page_with_a_checksum_is_an_error(tmp_path: Path) ->
     assert read(tmp_path / "a.parquet")[0] == texts
     with pytest.raises(DataError, match="damaged"):
         read(tmp_path / "b.parquet")
+
+
+TABLE = pa.table({"text": [f"document {i:03d}" for i in range(60)]})
+OTHER = pa.table({"text": [f"of another {i:01d}" for i in range(10)] * 6})
+
+
+def parquet(table: pa.Table, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow(table: pa.Table, open_writer: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    with open_writer(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=20)
+    return sink.getvalue().to_pybytes()
+
+
+def texts_or_none(file: Path, data: bytes) -> list[str] | None:
+    """The texts of a file of these bytes, None when it is refused."""
+    file.write_bytes(data)
+    try:
+        return read(file)[0]
+    except DataError as error:
+        assert error.hint
+        return None
+
+
+@pytest.mark.parametrize("open_writer", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_an_arrow_file_cut_anywhere_is_an_error(tmp_path: Path, open_writer: Any) -> None:
+    """A stream that is cut between two record batches is a shorter stream to the library."""
+    data = arrow(TABLE, open_writer)
+    assert texts_or_none(tmp_path / "a.arrow", data) == TABLE["text"].to_pylist()
+    for size in range(len(data)):
+        assert texts_or_none(tmp_path / "a.arrow", data[:size]) is None, size
+
+
+@pytest.mark.parametrize("write", [lambda t: arrow(t, pa.ipc.new_stream), lambda t: arrow(t, pa.ipc.new_file), parquet])
+def test_files_joined_into_one_are_an_error(tmp_path: Path, write: Any) -> None:
+    """A library reads one of them: an Arrow stream ends at its first end mark, a footer speaks of the last file."""
+    file = tmp_path / ("a.parquet" if write is parquet else "a.arrow")
+    for one, other in ((TABLE, TABLE), (TABLE, OTHER), (OTHER, TABLE)):
+        assert texts_or_none(file, write(one) + write(other)) is None
+    assert texts_or_none(file, write(TABLE) + b"\0" * 8) is None
+    assert texts_or_none(file, b"\0" * 8 + write(TABLE)) is None
+
+
+def test_a_feather_file_of_version_1_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.feather").write_bytes(b"FEA1" + b"\0" * 60)
+    with pytest.raises(DataError, match="Feather file of version 1"):
+        read(tmp_path / "a.feather")
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x10, 0x80])
+def test_damage_in_a_parquet_file_with_checksums_never_changes_or_loses_a_document(tmp_path: Path, flip: int) -> None:
+    """Also in its footer, which has no checksum. pyarrow ends the process at some of these when asked for a size."""
+    table = pa.table({"text": TABLE["text"], "n": list(range(60))})
+    data = parquet(table, write_page_checksum=True, row_group_size=20, data_page_size=100)
+    assert texts_or_none(tmp_path / "a.parquet", data) == TABLE["text"].to_pylist()
+    refused = 0
+    for place in range(0, len(data), 3):
+        damaged = bytearray(data)
+        damaged[place] ^= flip
+        texts = texts_or_none(tmp_path / "a.parquet", bytes(damaged))
+        assert texts in (None, TABLE["text"].to_pylist()), place
+        refused += texts is None
+        try:
+            list(row_group_ranges(str(tmp_path / "a.parquet"), 100))
+        except DataError as error:
+            assert error.hint
+    assert refused > 100
+
+
+@pytest.mark.parametrize("size", [1, 7, 300])
+def test_row_groups_of_a_footer_are_those_of_pyarrow(tmp_path: Path, size: int) -> None:
+    columns = {f"c{i}": [f"text {i} {j}" * (j % 7) for j in range(300)] for i in range(20)}
+    pq.write_table(
+        pa.table(columns | {"nested": [[{"a": 1, "b": None}]] * 300}), tmp_path / "a.parquet", row_group_size=size
+    )
+    theirs = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    groups = [theirs.row_group(i) for i in range(theirs.num_row_groups)]
+    assert list(row_groups(str(tmp_path / "a.parquet"))) == [
+        RowGroup(g.num_rows, sum(g.column(i).total_compressed_size for i in range(g.num_columns)), g.total_byte_size)
+        for g in groups
+    ]
 
 
 def test_metadata_of_any_type_becomes_json(tmp_path: Path, make_corpus: Any) -> None:
