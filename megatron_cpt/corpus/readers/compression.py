@@ -88,6 +88,12 @@ _FORMATS = {
     ".zstd": _Format(_Zstd),
 }
 COMPRESSED_SUFFIXES = (*_FORMATS, ".lz4")
+# How files of these formats begin, whatever their names say.
+_MAGIC = {
+    ".gz": b"\x1f\x8b\x08", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd",
+    ".lz4": b"\x04\x22\x4d\x18",
+}  # fmt: skip
+_BZIP2_BLOCK = b"1AY&SY"  # behind "BZh" and a digit, which a text may begin with
 
 
 class _Members(io.RawIOBase):
@@ -160,6 +166,7 @@ def open_with_raw(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """As open_input, and the file beneath, whose position tells how much of it is read."""
     try:
         with Path(path).open("rb") as file:
+            _refuse_other_format(path, file.peek(16)[:16])
             yield _decompressed(path, file), file
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise _damaged(path, error) from error
@@ -171,8 +178,23 @@ def open_with_raw(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         raise DataError(f"{path}: {error.strerror}", hint="check the file and its permissions") from error
 
 
+def _refuse_other_format(path: str, head: bytes) -> None:
+    """Refuse a file whose content is compressed otherwise than its name says."""
+    named = Path(path).suffix.lower().replace(".zstd", ".zst")
+    found = next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), "")
+    if found == ".bz2" and head[4:10] != _BZIP2_BLOCK:
+        found = ""
+    if found and found != named:
+        base = Path(path).stem if named in _MAGIC else Path(path).name
+        raise DataError(f"{path} is a {found} file by its content", hint=f"rename it to {base}{found}")
+
+
 def _damaged(path: str, error: Exception) -> DataError:
-    return DataError(f"{path} is damaged or cut short: {error}", hint="copy it again")
+    suffix = Path(path).suffix
+    return DataError(
+        f"{path} is damaged or cut short: {error}",
+        hint=f"copy it again; if it is not compressed, take {suffix} off its name",
+    )
 
 
 def _decompressed(path: str, file: BinaryIO) -> BinaryIO:

@@ -76,6 +76,20 @@ def test_padding_with_zeros_is_accepted_where_the_format_has_it(tmp_path: Path) 
             read(tmp_path, suffix, COMPRESS[suffix](TEXT) + b"\0" * padding)
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_content_that_is_compressed_otherwise_than_the_name_says_is_told(tmp_path: Path, suffix: str) -> None:
+    data = COMPRESS[suffix](TEXT)
+    found = suffix.replace(".zstd", ".zst")
+    for name in ("", *(other for other in COMPRESS if other.replace(".zstd", ".zst") != found)):
+        with pytest.raises(DataError, match=f"is a {found} file by its content") as caught:
+            read(tmp_path, name, data)
+        assert caught.value.hint == f"rename it to a.jsonl{found}"
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, suffix, TEXT)
+    assert f"take {suffix} off its name" in str(caught.value.hint)
+    assert read(tmp_path, "", b"BZh7 is how a text may begin") == b"BZh7 is how a text may begin"
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(members=st.integers(1, 3), cut=st.integers(1, 10_000))
