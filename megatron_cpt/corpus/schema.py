@@ -45,6 +45,13 @@ class Source(Section):
     def _one_file(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("files")
+    @classmethod
+    def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError("has an empty name; for the working directory write .")
+        return value
+
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
         if bool(self.files) == (self.dataset is not None):

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_cpt.corpus.readers.metadata import json_value
 from megatron_cpt.corpus.tokenizers.record import TokenizerRecord
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import DataError
@@ -57,7 +58,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        return json.dumps(json_value(asdict(self)), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def manifest_path(prefix: str | Path) -> Path:

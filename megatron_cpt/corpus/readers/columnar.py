@@ -11,6 +11,7 @@ from megatron_cpt.corpus.readers.arrow_ipc import open_arrow
 from megatron_cpt.corpus.readers.parquet_footer import row_groups
 from megatron_cpt.corpus.readers.records import add_record, empty_batch, text_field
 from megatron_cpt.corpus.readers.unit import Unit
+from megatron_cpt.corpus.readers.unreadable import unreadable_file
 from megatron_cpt.errors import DataError
 
 ROWS_PER_BATCH = 1024
@@ -46,6 +47,8 @@ def record_batches(unit: Unit, path: str) -> Iterator[tuple[Any, float]]:
             _check_bounds(rows)
             yield rows, done
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable_file(path, error) from error
         raise DataError(f"{path} is damaged: {error}", hint="copy it again") from error
 
 
@@ -171,9 +174,9 @@ def _values(column: Any) -> list[Any] | None:
 def _open(path: str) -> Any:
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist", hint="check the path") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable_file(path, error) from error
         raise DataError(
             f"{path} is not readable parquet: {error}", hint="copy it again; a cut file has no footer"
         ) from error

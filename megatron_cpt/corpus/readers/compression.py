@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import zstandard
 
+from megatron_cpt.corpus.readers.unreadable import unreadable_file
 from megatron_cpt.errors import DataError
 
 READ_BYTES = 1 << 18
@@ -175,7 +176,7 @@ def open_with_raw(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             raise _damaged(path, error) from error
         if error.filename != path:
             raise
-        raise DataError(f"{path}: {error.strerror}", hint="check the file and its permissions") from error
+        raise unreadable_file(path, error) from error
 
 
 def _refuse_other_format(path: str, head: bytes) -> None:

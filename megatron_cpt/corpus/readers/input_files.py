@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cpt.corpus.readers.compression import COMPRESSED_SUFFIXES
+from megatron_cpt.corpus.readers.globs import matching_names
 from megatron_cpt.corpus.readers.unit import FileFormat
+from megatron_cpt.corpus.readers.unreadable import unreadable_file
 from megatron_cpt.corpus.schema import Source
 from megatron_cpt.errors import DataError
 
@@ -77,7 +79,10 @@ def find_files(source: Source) -> list[InputFile]:
     found: dict[tuple[int, int], InputFile] = {}
     passed_over = _PassedOver()
     for pattern in source.files:
-        matches = _expand(pattern, source, passed_over)
+        try:
+            matches = _expand(pattern, source, passed_over)
+        except OSError as error:
+            raise unreadable_file(pattern, error) from error
         if not matches:
             raise _no_match(pattern, source, passed_over)
         if twice := found.keys() & matches.keys():
@@ -111,7 +116,7 @@ def _expand(pattern: str, source: Source, passed_over: _PassedOver) -> dict[tupl
 
 def _matches(pattern: str, passed_over: _PassedOver) -> list[str]:
     """The files that a glob matches, and those in the folders that it matches."""
-    names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    names = matching_names(pattern)
     folders = [name for name in names if Path(name).is_dir()]
     files = [_normal(name) for name in names if Path(name).is_file()]
     if not folders:
@@ -206,6 +211,8 @@ def _no_match(pattern: str, source: Source, passed_over: _PassedOver) -> DataErr
         "paths are relative to the working directory; known names end in .jsonl .parquet .arrow .csv .tsv .txt .md "
         f".html and those of code, also with {' '.join(COMPRESSED_SUFFIXES)}"
     )
+    if fault := _not_a_file(pattern):
+        return DataError(f"source {source.name!r}: {pattern} {fault[0]}", hint=fault[1])
     if passed_over.kinds:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.kinds.most_common(_KINDS_SHOWN))
         hint = f"it has {kinds}; to read files whose name does not tell their format, state format:"
@@ -216,6 +223,21 @@ def _no_match(pattern: str, source: Source, passed_over: _PassedOver) -> DataErr
                 hint = f"{folder} is a folder: escape the brackets in its name, {glob.escape(str(folder))}/{rest}"
                 break
     return DataError(f"source {source.name!r}: {pattern} matches no file", hint=hint)
+
+
+def _not_a_file(pattern: str) -> tuple[str, str] | None:
+    """What else the name may mean, and what to do about it."""
+    if Path(pattern).exists() and not Path(pattern).is_dir():
+        return "is neither a file nor a folder", "give a file; to read jsonl from a pipe, take - for standard input"
+    if Path(pattern).is_symlink():
+        return f"is a link to {Path(pattern).readlink()}, which is not there", "repair the link"
+    if "://" in pattern:
+        return "is not on this machine", "copy it to a disk first"
+    if pattern.startswith("~"):
+        return "matches no file: ~ is not expanded here", f"write {Path(pattern).expanduser()}"
+    if "{" in pattern:
+        return "matches no file: braces are not expanded here", "list a pattern for each"
+    return None
 
 
 def _named_twice(source: Source, first: InputFile, second: InputFile, *_: InputFile) -> DataError:

@@ -5,14 +5,17 @@ The list of units depends only on the input, never on the number of workers or s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_cpt.corpus.readers.compression import is_compressed
 from megatron_cpt.corpus.readers.input_files import InputFile, find_files
 from megatron_cpt.corpus.readers.unit import FileFormat, Unit
-from megatron_cpt.corpus.schema import Corpus
+from megatron_cpt.corpus.schema import Corpus, Source
 from megatron_cpt.errors import DataError
+
+log = logging.getLogger(__name__)
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS_WANTED = 1 << 20, 16 << 20, 64
 # A file that cannot be read from an arbitrary offset is cut into pieces while it is read; see streams.
@@ -25,6 +28,7 @@ UNITS_PER_ROW_GROUP = 4
 def plan_units(corpus: Corpus) -> list[Unit]:
     """All units of the corpus in output order. Raises DataError when there is nothing to read."""
     found = [(source, find_files(source)) for source in corpus.sources]
+    _say_what_two_sources_read(found)
     total_bytes = sum(file.size_bytes for _, files in found for file in files)
     if total_bytes == 0:
         count = sum(len(files) for _, files in found)
@@ -36,6 +40,19 @@ def plan_units(corpus: Corpus) -> list[Unit]:
             place = (cut.paths, cut.start, cut.stop, cut.size_bytes, cut.piece_bytes)
             units.append(Unit(len(units), source.name, cut.format, source.text, source.metadata, *place))
     return units
+
+
+def _say_what_two_sources_read(found: Sequence[tuple[Source, Sequence[InputFile]]]) -> None:
+    """It may be meant, with another key as the text; mostly it is not."""
+    owners: dict[tuple[int, int], str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for source, files in found:
+        for file in files:
+            owner = owners.setdefault(file.identity, source.name)
+            if owner != source.name:
+                shared.setdefault((owner, source.name), []).append(file.path)
+    for (one, other), paths in shared.items():
+        log.warning("sources %r and %r both read %s file(s), such as %s", one, other, f"{len(paths):,}", paths[0])
 
 
 @dataclass(frozen=True)

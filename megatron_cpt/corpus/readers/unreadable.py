@@ -1,4 +1,4 @@
-"""The error for input of which too much cannot be read."""
+"""Errors for a file that cannot be read, and for input of which too much cannot be read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Mapping, Sequence
 from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
 from megatron_cpt.corpus.readers.encoding import iconv_hint
 from megatron_cpt.errors import DataError
+
+
+def unreadable_file(path: str, error: OSError) -> DataError:
+    """The error of the operating system for a file or folder: not there, not permitted, a broken disk."""
+    return DataError(f"{error.filename or path}: {error.strerror or error}", hint="check the file and its permissions")
 
 
 def bad_input(reject_counts: Mapping[str, int]) -> dict[str, int]:

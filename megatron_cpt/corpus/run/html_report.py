@@ -23,6 +23,7 @@ from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest
 from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
+from megatron_cpt.corpus.readers.metadata import json_value
 from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.durable import write_atomically
 
@@ -80,7 +81,7 @@ def write_report(report: Report) -> Path:
         languages=_languages(report.records),
         passages=_passages(report),
         duplicates=_duplicates(Path(f"{report.prefix}.duplicates.jsonl")),
-        config=yaml.safe_dump(first.config, allow_unicode=True, sort_keys=False),
+        config=yaml.safe_dump(json_value(first.config), allow_unicode=True, sort_keys=False),
     )
     path = Path(f"{report.prefix}.report.html")
     write_atomically(path, page.encode(errors="backslashreplace"))

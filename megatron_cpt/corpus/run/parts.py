@@ -20,7 +20,7 @@ import orjson
 
 from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.documents import Batch, DocumentCounts, Encoded, UnitTally
-from megatron_cpt.corpus.readers.metadata import field_name
+from megatron_cpt.corpus.readers.metadata import field_name, json_value
 from megatron_cpt.durable import durable_file, flush_to_disk, sync
 
 
@@ -64,9 +64,10 @@ class PartWriter:
         self._sequences.append(encoded.sequences_per_document.astype(np.int32))
         self._tokens += len(encoded.ids)
         if self._metadata is not None:
+            path = json_value(batch.path)  # a name on the disk need not be UTF-8
             for place, metadata in zip(batch.places, batch.metadata or repeat({}), strict=False):
                 kept = {field_name(key): value for key, value in metadata.items()}
-                self._metadata.write(orjson.dumps({"file": batch.path, "line": place, **kept}) + b"\n")
+                self._metadata.write(orjson.dumps({"file": path, "line": place, **kept}) + b"\n")
 
     def close(self) -> DocumentCounts:
         for pieces in (self._lengths, self._sequences):
@@ -118,7 +119,7 @@ def write_rejects(folder: Path, record: UnitRecord, tally: UnitTally) -> None:
 def _reject_fields(source: str, reject: Any) -> dict[str, Any]:
     return {
         "source": source,
-        "file": reject.path,
+        "file": json_value(reject.path),
         "line": reject.place,
         "reason": reject.reason,
         "detail": reject.detail,

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from megatron_cpt.corpus.readers.globs import matching_names
 from megatron_cpt.corpus.readers.input_files import find_files
+from megatron_cpt.corpus.readers.plan import plan_units
 from megatron_cpt.corpus.schema import Source
 from megatron_cpt.errors import DataError
+from tests.unit.corpus.conftest import TEXTS, write_jsonl
 
 
 def found(*patterns: str, **keys: str) -> list[str]:
@@ -72,12 +79,68 @@ def test_with_a_stated_format_every_file_is_read() -> None:
         (["raw/c.pdf"], "cannot tell its format", "state format:"),
         (["raw/*.pdf"], "matches no file", "1 .pdf"),
         (["raw/*.nothing"], "matches no file", "relative to the working directory"),
+        (["raw/broken.jsonl"], "is a link to nowhere, which is not there", "repair"),
+        (["/dev/null"], "neither a file nor a folder", "take - for standard input"),
+        (["~/a.jsonl"], "~ is not expanded", str(Path("~/a.jsonl").expanduser())),
+        (["raw/{a,b}.jsonl"], "braces are not expanded", "a pattern for each"),
+        (["s3://bucket/a.jsonl"], "not on this machine", "copy it"),
     ],
 )
 def test_mistakes_are_named(patterns: list[str], message: str, hint: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         found(*patterns)
     assert caught.value.hint is not None and hint in caught.value.hint
+
+
+@pytest.mark.usefixtures("raw")
+def test_links_that_lead_in_circles_are_followed_once_by_a_recursive_glob(caplog: pytest.LogCaptureFixture) -> None:
+    """The library's glob goes round a circle 40 times, and takes forever where two links lead back."""
+    for number in range(5):
+        Path(f"raw/sub/back{number}").symlink_to("..")
+    with caplog.at_level(logging.INFO):
+        assert found("raw/**/*.jsonl") == ["raw/a.jsonl"]
+    assert "1 file(s) passed over" in caplog.text
+    assert found("**/linked/*.csv") == ["raw/linked/z.csv"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**/*.py", "*/corpus/*", "./tests/**/corpus/**/test_*.py", "[dt]*/*", ".*", "docs/../docs/*.md", "docs"]
+)
+def test_a_glob_matches_what_the_library_matches(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[4])
+    theirs = {os.path.normpath(name) for name in glob.glob(pattern, recursive=True)}  # noqa: PTH207
+    assert {os.path.normpath(name) for name in matching_names(pattern)} == theirs
+    assert theirs
+
+
+@pytest.mark.usefixtures("raw")
+@pytest.mark.parametrize("pattern", ["raw", "raw/**/*.jsonl", "*/*/*", "raw/sub"])
+def test_a_folder_that_may_not_be_read_is_an_error_not_an_omission(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refusing(path: str) -> Any:
+        if path.endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match="raw/sub: Permission denied"):
+        found(pattern)
+
+
+def test_an_empty_name_is_not_the_working_directory() -> None:
+    with pytest.raises(ValidationError, match="empty name"):
+        found("")
+
+
+def test_a_file_in_two_sources_is_told_of(tmp_path: Path, make_corpus: Any, caplog: pytest.LogCaptureFixture) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "b.jsonl").symlink_to(file)
+    sources = [{"name": name, "files": str(tmp_path / f"{name}.jsonl")} for name in "ab"]
+    assert len(plan_units(make_corpus(sources=sources))) == 2
+    assert f"sources 'a' and 'b' both read 1 file(s), such as {tmp_path}/b.jsonl" in caplog.text
 
 
 def test_a_glob_in_a_folder_with_brackets_is_told_to_escape_them(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_cpt.corpus.dataset.manifest import read_manifest
 from megatron_cpt.corpus.run.preprocess import dataset_prefixes, preprocess
 from megatron_cpt.errors import DataError
 from tests.unit.corpus.conftest import write_jsonl
@@ -65,3 +67,16 @@ def test_a_key_that_no_document_has_is_named(
     corpus = make_corpus(file, source={"metadata": ["url"]}, dedup={"exact": False, "id_key": "url"})
     with pytest.raises(DataError, match="no document has the key 'url'"):
         preprocess(corpus, workers=1, overwrite=True)
+
+
+def test_a_file_whose_name_is_not_utf8_is_read_and_named(tmp_path: Path, make_corpus: Any) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
+    write_records(file, {"text": "one", "id": 1}, {"no": 2})
+    corpus = make_corpus(file, source={"metadata": ["id"]}, max_reject_ratio=0.5)
+    preprocess(corpus, workers=1)
+    (row,) = listed(corpus.output_prefix)
+    (reject,) = map(json.loads, Path(f"{corpus.output_prefix}.rejects.jsonl").read_text().splitlines())
+    assert row["file"] == reject["file"] == f"{tmp_path}/\\udcff.jsonl"
+    assert read_manifest(corpus.output_prefix).config["sources"][0]["files"] == [row["file"]]
+    assert "\\udcff.jsonl" in Path(f"{corpus.output_prefix}.report.html").read_text()
+    assert preprocess(corpus, workers=1).already_done
