@@ -25,6 +25,7 @@ Unit = Literal["bytes", "tokens"]
 LOG_SECONDS = 10.0  # between two lines of a progress bar in a log
 DRAW_SECONDS = 0.1  # between two drawings on a terminal
 BAR_CHARACTERS = 24
+SHORT_BAR_CHARACTERS, COLUMNS_OF_A_BAR = 10, 60  # where the whole line does not fit; a narrower terminal has no bar
 CLEAR_LINE = "\r\033[K"
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,9 @@ class SafeStream:
 class ProgressBar:
     """How much of `total` is done, the rate and the time left: a bar on a terminal, a line now and then in a log.
 
-    A context manager. All methods may be called from any thread, and none raises because of the console. `text` of
-    an update is shown before the amounts. Lines for a log go to `stream` where it is given, else to the logger.
+    A context manager. All methods may be called from any thread, and none raises because of the console. `words` of
+    an update are shown before the amounts, the most important one first: a terminal that is too narrow for all loses
+    the others, never the time left. Lines for a log go to `stream` where it is given, else to the logger.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class ProgressBar:
     ) -> None:
         self._label, self._total, self._unit = label, total, unit
         self._done = self._first_done = done  # what an earlier start did says nothing about this one's rate
-        self._text = ""
+        self._words: tuple[str, ...] = ()
         self._to_logger, self._log_seconds = stream is None, log_seconds
         self._console = SafeStream(sys.stderr if stream is None else stream)
         self._is_terminal = self._console.isatty() and os.environ.get("TERM") != "dumb"
@@ -117,12 +119,12 @@ class ProgressBar:
 
     def advance(self, count: int) -> None:
         with self._lock:
-            self.update(self._done + count, text=self._text)
+            self.update(self._done + count, words=self._words)
 
-    def update(self, done: int, total: int | None = None, text: str = "") -> None:
+    def update(self, done: int, total: int | None = None, words: tuple[str, ...] = ()) -> None:
         """Set what is done, and how much there is if that is now known better; show it when it is time to."""
         with self._lock:
-            self._done, self._text = done, text
+            self._done, self._words = done, words
             self._total = self._total if total is None else total
             now = time.monotonic()
             if now - self._shown < (DRAW_SECONDS if self._is_terminal else self._log_seconds):
@@ -156,28 +158,68 @@ class ProgressBar:
 
     def describe(self) -> str:
         """The state in words, e.g. `convert: 1.20 of 4.80 GB (25 %), 0.40 GB/s, 0:09 left`."""
-        rate = (self._done - self._first_done) / max(time.monotonic() - self._started, 1e-9)
-        if self._unit == "bytes":
-            scale, name = (1e9, "GB") if self._total >= 1e9 else (1e6, "MB")
-            amounts, speed = (
-                f"{self._done / scale:,.2f} of {self._total / scale:,.2f} {name}",
-                f"{rate / scale:,.2f} {name}",
-            )
-        else:
-            amounts, speed = f"{self._done:,} of {self._total:,} tokens", f"{rate:,.0f} tokens"
-        words = [": ".join(filter(None, (self._label, self._text, amounts)))]
-        words[0] += f" ({100 * self._done // max(self._total, 1)} %)"
-        if rate > 0:
-            words += [f"{speed}/s", f"{format_seconds((self._total - self._done) / rate)} left"]
-        return ", ".join(words)
+        text = ": ".join(filter(None, (self._label, ", ".join(self._words), self._amounts())))
+        return ", ".join(filter(None, (f"{text} ({self._percent()} %)", self._rate(), self._time_left())))
+
+    def fit(self, columns: int) -> str:
+        """The state in one line of at most `columns` characters. Words are left out for it, the time left is not."""
+        for characters in (BAR_CHARACTERS, SHORT_BAR_CHARACTERS):
+            whole = f"{self._picture(characters)} {self.describe()}"
+            if len(whole) <= columns:
+                return whole
+        picture = f"{self._picture(SHORT_BAR_CHARACTERS)} " if columns >= COLUMNS_OF_A_BAR else ""
+        end = ", ".join(filter(None, (f"{self._percent()} %", self._time_left())))
+        room = columns - len(picture) - len(end)
+        first, *others = self._words or (self._label, self._amounts(), self._rate())
+        words = first[: max(room - 2, 0)]
+        for word in filter(None, others):
+            if len(words) + len(word) + 4 > room:
+                break
+            words += f", {word}"
+        return f"{picture}{words}, {end}"[:columns] if words else end[:columns]
+
+    def _amounts(self) -> str:
+        if self._unit == "tokens":
+            return f"{self._done:,} of {self._total:,} tokens"
+        scale, name = self._scale()
+        return f"{self._done / scale:,.2f} of {self._total / scale:,.2f} {name}"
+
+    def _rate(self) -> str:
+        """Nothing while nothing is done."""
+        rate = self._per_second()
+        if rate <= 0:
+            return ""
+        scale, name = self._scale()
+        return f"{rate:,.0f} tokens/s" if self._unit == "tokens" else f"{rate / scale:,.2f} {name}/s"
+
+    def _time_left(self) -> str:
+        rate = self._per_second()
+        return f"{format_seconds((self._total - self._done) / rate)} left" if rate > 0 else ""
+
+    def _per_second(self) -> float:
+        return (self._done - self._first_done) / max(time.monotonic() - self._started, 1e-9)
+
+    def _percent(self) -> int:
+        return 100 * self._done // max(self._total, 1)
+
+    def _scale(self) -> tuple[float, str]:
+        return (1e9, "GB") if self._total >= 1e9 else (1e6, "MB")
+
+    def _picture(self, characters: int) -> str:
+        share = min(max(self._done / max(self._total, 1), 0.0), 1.0)
+        full = round(share * characters)
+        return f"[{'#' * full}{'-' * (characters - full)}]"
 
     def _draw(self) -> None:
-        share = min(max(self._done / max(self._total, 1), 0.0), 1.0)
-        full = round(share * BAR_CHARACTERS)
-        bar = "#" * full + "-" * (BAR_CHARACTERS - full)
-        width = shutil.get_terminal_size().columns - 1
-        self._console.write(f"{CLEAR_LINE}{f'[{bar}] {self.describe()}'[:width]}")
+        self._console.write(CLEAR_LINE + self.fit(self._columns() - 1))
         self._console.flush()
+
+    def _columns(self) -> int:
+        """Width of the terminal that is drawn on: stdout, which the standard library asks, may be a file or another."""
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            if "COLUMNS" not in os.environ and (columns := os.get_terminal_size(self._console.fileno()).columns):
+                return columns
+        return shutil.get_terminal_size().columns
 
     def _write_line(self, text: str) -> None:
         if self._to_logger:

@@ -51,6 +51,14 @@ class RankPool:
         self._running = []
         return codes
 
+    def have_ended(self) -> bool:
+        """Whether all ranks started last have ended; `wait` then returns at once."""
+        for pid in self._running:
+            with contextlib.suppress(ProcessLookupError):  # the process that started it has collected its exit code
+                os.kill(pid, 0)
+                return False
+        return True
+
     def run(self, config: Path, *arguments: str, ranks: int, log: Path, env: dict[str, str] | None = None) -> list[int]:
         self.start(config, *arguments, ranks=ranks, log=log, env=env)
         return self.wait()

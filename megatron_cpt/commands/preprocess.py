@@ -101,7 +101,7 @@ def unit_progress() -> Iterator[StartProgress]:
                 tokens += sum(part.tokens for part in record.parts.values())
                 rejects += sum(record.reject_counts.values())
                 done_bytes += record.size_bytes
-                bar.update(done_bytes, text=f"{tokens / 1e6:,.1f} M tokens, {rejects:,} rejects")
+                bar.update(done_bytes, words=(f"{tokens / 1e6:,.1f} M tokens", f"{rejects:,} rejects"))
 
             return on_unit
 

@@ -35,16 +35,15 @@ class ConsoleView:
             self._bar.start()
 
     def step(self, row: dict[str, Any], train_iters: int, train_tokens: int) -> None:
-        text = (
-            f"iter {row['iteration']}/{train_iters}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
-            f"grad {row['grad_norm']:.3g}  {row['tokens_per_second']:,.0f} tok/s"
-        )
+        step, loss = f"iter {row['iteration']}/{train_iters}", f"loss {row['loss']:.4f}"
+        rates = f"lr {row['lr']:.3g}", f"grad {row['grad_norm']:.3g}"
+        speed = f"{row['tokens_per_second']:,.0f} tok/s"
         consumed = self._consumed_tokens = row["consumed_tokens"]
         if self._bar is not None:
-            self._bar.update(consumed, text=text)
+            self._bar.update(consumed, words=(step, loss, speed, *rates))
         else:
             left = format_seconds(row["eta_seconds"])
-            self.line(f"{text}  {consumed:,}/{train_tokens:,} tokens  left {left}")
+            self.line("  ".join((step, loss, *rates, speed, f"{consumed:,}/{train_tokens:,} tokens", f"left {left}")))
 
     def validation(self, name: str, done: int, total: int) -> None:
         """Show how far a validation is: in the bar, and elsewhere by a line when one takes long."""
@@ -52,7 +51,7 @@ class ConsoleView:
         if done == 0:
             self._said = now
         if self._bar is not None:
-            self._bar.update(self._consumed_tokens, text=text)
+            self._bar.update(self._consumed_tokens, words=(text,))
         elif now - self._said >= LOG_SECONDS:
             self._said = now
             self.line(text)

@@ -129,6 +129,16 @@ def wait_for_a_moment(rng: random.Random, run: Path, number: int) -> str:
     return f"{moment:.2f} s after start ({starts})"
 
 
+def wait_for_step(step: int, run: Path, pool: RankPool, log: Path) -> None:
+    """Return when `step` is trained; ranks that have ended, or take five minutes for it, are a failure at once."""
+    deadline = time.monotonic() + 300
+    while step not in rows(run):
+        if pool.have_ended():
+            pytest.fail(f"the ranks ended with {pool.wait()} before step {step}: {log.read_text()[-3000:]}")
+        assert time.monotonic() < deadline, f"no step {step} after five minutes: {log.read_text()[-3000:]}"
+        time.sleep(0.01)
+
+
 def test_another_layout_continues_within_rounding(
     pool: RankPool, work: Path, undisturbed: dict[str, dict[object, Row]]
 ) -> None:
@@ -142,9 +152,8 @@ def test_another_layout_continues_within_rounding(
         # the schedule is that of the whole budget: the run is stopped at `steps` by its switch file
         config = write_config(work, run.name, layout)
         pids = pool.start(config, ranks=2, log=log)
-        while steps < STEPS and not any(row == steps for row in rows(run)):
-            time.sleep(0.01)
         if steps < STEPS:
+            wait_for_step(steps, run, pool, log)
             os.kill(pids[1], signal.SIGUSR1)  # a rank that is not 0: all agree to stop
         assert pool.wait() == ([75, 75] if steps < STEPS else [0, 0]), log.read_text()[-3000:]
     moved, whole = rows(run), undisturbed["PP2"]
@@ -168,9 +177,8 @@ def test_bf16_and_both_forms_of_the_optimizer_resume_exactly(pool: RankPool, wor
         checkpoint = {"save_every": "3 iters", "optimizer_sharding": sharding}
         config = write_config(work, run.name, LAYOUTS["DP2"], checkpoint=checkpoint, **precision)
         pids = pool.start(config, ranks=2, log=log)
-        while steps < STEPS and not any(row == steps for row in rows(run)):
-            time.sleep(0.01)
         if steps < STEPS:
+            wait_for_step(steps, run, pool, log)
             os.kill(pids[0], signal.SIGTERM)
         assert pool.wait() == ([75, 75] if steps < STEPS else [0, 0]), log.read_text()[-3000:]
         newest = complete_checkpoints(run / "checkpoints")[0][1]

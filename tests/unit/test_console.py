@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import logging
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -66,7 +69,7 @@ def test_what_an_earlier_start_did_does_not_raise_the_rate(monkeypatch: pytest.M
     monkeypatch.setattr(console.time, "monotonic", lambda: now)
     bar = ProgressBar("", 1000, "tokens", done=800, stream=io.StringIO())
     now = 10.0
-    bar.update(900, text="iter 9")
+    bar.update(900, words=("iter 9",))
     assert bar.describe() == "iter 9: 900 of 1,000 tokens (90 %), 10 tokens/s, 0:10 left"
 
 
@@ -78,6 +81,7 @@ def test_work_that_failed_is_not_shown_as_done_in_a_log(caplog: pytest.LogCaptur
 
 def test_a_terminal_gets_one_line_redrawn_and_other_lines_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(console, "DRAW_SECONDS", 0.0)
     terminal = Terminal()
     with ProgressBar("eval", 100, "tokens", stream=terminal) as bar:
@@ -93,12 +97,39 @@ def test_a_terminal_gets_one_line_redrawn_and_other_lines_above_it(monkeypatch: 
     assert terminal.getvalue().strip("\0") == "later\n"
 
 
-def test_a_line_never_wraps_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
-    terminal = Terminal()
-    with ProgressBar("a long label " * 9, 100, "tokens", stream=terminal):
+@pytest.mark.parametrize("columns", [3, 24, 40, 59, 60, 79, 100, 200])
+@pytest.mark.parametrize(
+    "words", [(), ("iter 120000/715255", "loss 2.1234", "245,000 tok/s", "lr 0.0001"), ("validating " + "name" * 30,)]
+)
+def test_a_line_fits_its_terminal_with_the_time_left_in_it(
+    columns: int, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    bar = ProgressBar("a label", 3_000_000_000, "tokens", stream=io.StringIO())
+    now = 40_000.0
+    bar.update(1_500_000_000, words=words)
+    line = bar.fit(columns)
+    assert len(line) <= columns
+    if columns >= 24:
+        assert line.endswith(("50 %, 11:06:40 left", f"-] {bar.describe()}"))
+    if columns >= 79 and len(words) > 1:
+        assert "iter 120000/715255, loss 2.1234, " in line and "[#####" in line
+
+
+@pytest.mark.parametrize("columns", [40, 80, 132])
+def test_a_line_is_as_long_as_the_terminal_that_shows_it_though_stdout_is_a_file(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w") as terminal, ProgressBar("a long label " * 20, 100, "tokens", stream=terminal):
         pass
-    assert max(len(part) for part in terminal.getvalue().rstrip("\n").split(console.CLEAR_LINE)) == 39
+    shown = os.read(ours, 4096).decode().replace("\r\n", "").split(console.CLEAR_LINE)
+    os.close(ours)
+    assert max(map(len, shown)) == columns - 1 and shown[-1].endswith(", 0 %")
 
 
 @pytest.mark.parametrize(

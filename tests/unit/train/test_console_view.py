@@ -40,6 +40,7 @@ def test_steps_and_long_validations_are_lines_in_a_log(monkeypatch: pytest.Monke
 
 
 def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     stream = io.StringIO()
     stream.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setenv("TERM", "xterm")
@@ -47,7 +48,10 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     view.step(ROW, 10, 1000)
     view.line("a line")
     view.close()
-    assert "[############------------] train: iter 5/10" in stream.getvalue() and "a line\n" in stream.getvalue()
+    assert (
+        "[#####-----] iter 5/10, loss 2.5000, 1,000 tok/s, lr 0.0001" in stream.getvalue()
+        and "a line\n" in stream.getvalue()
+    )
 
 
 @pytest.mark.parametrize("kind", ["full", "closed", "none"])
