@@ -97,7 +97,7 @@ def test_killed_at_random_moments_the_losses_stay_the_same(
     moments = []
     while len(moments) < points:
         pids = pool.start(config, ranks=2, log=log)
-        moment = wait_for_a_moment(rng, run, len(moments))
+        moment = wait_for_a_moment(rng, run, len(moments), pool)
         with contextlib.suppress(ProcessLookupError):  # it has finished
             os.kill(rng.choice(pids), signal.SIGKILL)
         codes = pool.wait()
@@ -112,12 +112,12 @@ def test_killed_at_random_moments_the_losses_stay_the_same(
     assert rows(run) == undisturbed[name], f"--kill-seed {seed}: killed {moments}"
 
 
-def wait_for_a_moment(rng: random.Random, run: Path, number: int) -> str:
+def wait_for_a_moment(rng: random.Random, run: Path, number: int, pool: RankPool) -> str:
     """Every other kill falls into a save, the others anywhere from the first import to the last step."""
     deadline = time.monotonic() + 60
     if number % 2:
         before = {path.name for path in run.glob("checkpoints/iter_*")}
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not pool.have_ended():
             partial = [p.name for p in run.glob("checkpoints/*.partial-[1-9]*") if p.name not in before]
             if partial:
                 time.sleep(rng.uniform(0, 0.3))
