@@ -20,6 +20,15 @@ from megatron_cpt.config.section import Section
 from megatron_cpt.config.yaml_file import read_yaml
 from megatron_cpt.corpus.schema_processing import Clean, Decontaminate, Dedup, Filters, switch
 
+# What the product itself writes about a document in PREFIX.documents.jsonl.
+OWN_FIELDS = frozenset({"document", "source", "file", "line"})
+
+
+def field_name(key: str) -> str:
+    """The name of a kept key in PREFIX.documents.jsonl; the product's own fields are never overwritten."""
+    return f"metadata.{key}" if key in OWN_FIELDS else key
+
+
 Format = Literal["auto", "jsonl", "parquet", "arrow", "csv", "tsv", "text", "html"]
 
 
@@ -50,6 +59,14 @@ class Source(Section):
     def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not all(value):
             raise ValueError("has an empty name; for the working directory write .")
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _distinct_fields(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        fields = [field_name(key) for key in value]
+        if twice := [key for key, field in zip(value, fields, strict=True) if fields.count(field) > 1]:
+            raise ValueError(f"{' and '.join(map(repr, twice))} would have one name in PREFIX.documents.jsonl")
         return value
 
     @model_validator(mode="after")

@@ -142,17 +142,22 @@ def _batch(unit: Unit, path: str, rows: Any, tally: UnitTally, max_document_byte
 
 
 def _record(rows: Any, index: int) -> dict[str, Any]:
-    """One row as Python values. What Python has no type for, such as nanoseconds, becomes text."""
-    record = {}
-    for name, column in zip(rows.schema.names, rows.columns, strict=True):
-        value = column[index]
-        try:
-            record[name] = value.as_py()
-        except UnicodeDecodeError:
-            raise
-        except (ValueError, OverflowError, ImportError):
-            record[name] = _text_of(value)
-    return record
+    """One row as Python values."""
+    return {name: _value(column[index]) for name, column in zip(rows.schema.names, rows.columns, strict=True)}
+
+
+def _value(value: Any) -> Any:
+    """A scalar of Arrow in Python; what Python has no type for, such as nanoseconds or the year 10000, becomes text."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError, ImportError):
+        if isinstance(value, pa.StructScalar):
+            return {name: _value(item) for name, item in value.items()}
+        if isinstance(value, (pa.ListScalar, pa.MapScalar)):
+            return [_value(item) for item in value.values]
+        return _text_of(value)
 
 
 def _text_of(value: Any) -> str:

@@ -6,6 +6,7 @@ Blank lines are not documents.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -19,6 +20,8 @@ from megatron_cpt.corpus.readers.records import FieldError, add_record, empty_ba
 from megatron_cpt.corpus.readers.unit import Unit
 
 BATCH_BYTES = 4 << 20
+# orjson makes a float of an integer that 64 bits do not hold: two ids would become one.
+_LONG_INTEGER = re.compile(rb"[0-9]{19}")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -106,8 +109,16 @@ def _parse_one_by_one(
             if record is None:
                 continue
             tally.notes[NONSTANDARD_JSON] += 1
+        else:
+            if unit.metadata and _LONG_INTEGER.search(line):
+                record = _loads(line)
         add_record(batch, unit, record, place, tally)
     return batch
+
+
+def _loads(line: bytes) -> Any:
+    """JSON by Python's parser, with integers as long as they are. Above 4,300 digits Python makes none: they stay text."""
+    return json.loads(line.decode(), parse_int=lambda digits: int(digits) if len(digits) <= 4300 else digits)
 
 
 def _parse_leniently(unit: Unit, line: bytes, tally: UnitTally, refused: Reject) -> Any:
@@ -117,7 +128,7 @@ def _parse_leniently(unit: Unit, line: bytes, tally: UnitTally, refused: Reject)
     """
     path, place, detail = refused.path, refused.place, refused.detail
     try:
-        record = json.loads(line.decode())
+        record = _loads(line)
         text_field(unit.text_field).text_of(record).encode()
     except UnicodeDecodeError as error:
         tally.reject(path, place, "invalid_utf8", not_utf8(line, error))

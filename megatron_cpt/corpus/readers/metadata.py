@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-# What the product itself writes about a document in PREFIX.documents.jsonl.
-OWN_FIELDS = frozenset({"document", "source", "file", "line"})
 _INTEGERS = range(-(1 << 63), 1 << 64)  # those of 64 bits, with or without a sign
 
 
@@ -26,11 +24,6 @@ def find_value(record: Any, key: str) -> tuple[bool, Any]:
             return False, None
         value = value[part]
     return True, value
-
-
-def field_name(key: str) -> str:
-    """The name of a kept key in PREFIX.documents.jsonl; the product's own fields are never overwritten."""
-    return f"metadata.{key}" if key in OWN_FIELDS else key
 
 
 def kept_values(record: Any, keys: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import orjson
 
 from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.documents import Batch, DocumentCounts, Encoded, UnitTally
-from megatron_cpt.corpus.readers.metadata import field_name, json_value
+from megatron_cpt.corpus.readers.metadata import json_value
+from megatron_cpt.corpus.schema import field_name
 from megatron_cpt.durable import durable_file, flush_to_disk, sync
 
 

@@ -188,16 +188,28 @@ def test_metadata_of_any_type_becomes_json(tmp_path: Path, make_corpus: Any) -> 
         "dictionary": pa.array(["x"]).dictionary_encode(),
         "line": pa.array(["seven"]),
         "nothing": pa.nulls(1),
+        "far": pa.array([1 << 60], pa.timestamp("s")),
+        "nested far": pa.array([{"list": [1 << 60]}], pa.struct({"list": pa.list_(pa.timestamp("s"))})),
+        "nowhere": pa.array([0], pa.timestamp("s", "Nowhere/Land")),
+        "half": pa.array([1.5], pa.float16()),
+        "interval": pa.array([(1, 2, 3)], pa.month_day_nano_interval()),
+        "runs": pa.RunEndEncodedArray.from_arrays([1], ["x"]),
+        "uuid": pa.array([b"0123456789abcdef"], pa.binary(16)).cast(pa.uuid()),
     }
-    pq.write_table(pa.table({"text": ["hello world"], **columns}), tmp_path / "a.parquet")
-    corpus = make_corpus(tmp_path / "a.parquet", source={"metadata": list(columns)})
+    table = pa.table({"text": ["hello world"], **columns})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    corpus = make_corpus(tmp_path / "a.arrow", source={"metadata": list(columns)})
     preprocess(corpus, workers=1)
     (row,) = map(json.loads, Path(f"{corpus.output_prefix}.documents.jsonl").read_text().splitlines())
     nanoseconds = row.pop("nanoseconds")
     assert nanoseconds.startswith("1970-01-01") and nanoseconds.endswith("000000001")
     assert row == {
-        "document": 0, "source": "corpus", "file": str(tmp_path / "a.parquet"), "line": 1, "decimal": "1.50",
+        "document": 0, "source": "corpus", "file": str(tmp_path / "a.arrow"), "line": 1, "decimal": "1.50",
         "bytes": "AP8=", "word": "abc", "duration": "PT86400.5S", "date": "2024-02-29", "time": "01:02:03",
         "moment": moment.isoformat(), "nan": None, "large": (1 << 64) - 1, "nested": {"list": ["0.1", None]},
         "map": [["k", 1]], "dictionary": "x", "metadata.line": "seven", "nothing": None,
+        "far": f"<value out of range: {1 << 60}>", "nested far": {"list": [f"<value out of range: {1 << 60}>"]},
+        "nowhere": "0 (timestamp[s, tz=Nowhere/Land])", "half": 1.5, "interval": [1, 2, 3], "runs": "x",
+        "uuid": "30313233-3435-3637-3839-616263646566",
     }  # fmt: skip

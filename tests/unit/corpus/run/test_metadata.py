@@ -12,7 +12,7 @@ import pytest
 
 from megatron_cpt.corpus.dataset.manifest import read_manifest
 from megatron_cpt.corpus.run.preprocess import dataset_prefixes, preprocess
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import ConfigError, DataError
 from tests.unit.corpus.conftest import write_jsonl
 
 
@@ -80,3 +80,22 @@ def test_a_file_whose_name_is_not_utf8_is_read_and_named(tmp_path: Path, make_co
     assert read_manifest(corpus.output_prefix).config["sources"][0]["files"] == [row["file"]]
     assert "\\udcff.jsonl" in Path(f"{corpus.output_prefix}.report.html").read_text()
     assert preprocess(corpus, workers=1).already_done
+
+
+def test_integers_of_any_length_stay_what_they_are(tmp_path: Path, make_corpus: Any) -> None:
+    """A float of 64 bits would make one id of two, and one of the documents a duplicate."""
+    ids = [(1 << 64) + i for i in range(3)] + [-(1 << 63) - 1, 7, [1 << 70]]
+    file = write_records(tmp_path / "a.jsonl", *({"text": f"document {i}", "id": i} for i in ids))
+    with file.open("a") as out:
+        out.write('{"text": "of many digits", "id": ' + "9" * 5000 + "}\n")
+    corpus = make_corpus(file, source={"metadata": ["id"]}, dedup={"exact": False, "id_key": "id"})
+    assert preprocess(corpus, workers=1).rejects == {}
+    *kept, longest = [row["id"] for row in listed(corpus.output_prefix)]
+    assert kept == [*map(str, ids[:4]), 7, [str(1 << 70)]]
+    assert longest == "9" * 5000
+
+
+@pytest.mark.parametrize("keys", [["id", "id"], ["line", "metadata.line"], ["line", "line"]])
+def test_two_kept_keys_of_one_name_are_refused(keys: list[str], make_corpus: Any) -> None:
+    with pytest.raises(ConfigError, match=r"would have one name in PREFIX\.documents\.jsonl"):
+        make_corpus(Path("a.jsonl"), source={"metadata": keys})
