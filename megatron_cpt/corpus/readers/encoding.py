@@ -11,17 +11,18 @@ _MARKS = {
 _SAMPLE_BYTES = 4096
 
 
+class NotUtf8(Exception):
+    """The message says what is wrong with the bytes, for a reject's detail."""
+
+
 def likely_encoding(data: bytes) -> str | None:
     """A name that iconv knows, or None when nothing is likely."""
     for mark, name in _MARKS.items():
         if data.startswith(mark):
             return name
     sample = data[:_SAMPLE_BYTES]
-    # in UTF-16 every other byte of western text is zero
-    if len(sample) >= 4 and sample[1::2].count(0) > len(sample) // 3:
-        return "UTF-16LE"
-    if len(sample) >= 4 and sample[::2].count(0) > len(sample) // 3:
-        return "UTF-16BE"
+    if wide := _wide_encoding(sample):
+        return wide
     if _is_utf8(data):
         return None
     high = sum(byte >= 0x80 for byte in sample)
@@ -32,6 +33,28 @@ def likely_encoding(data: bytes) -> str | None:
     except UnicodeDecodeError:
         return None
     return "WINDOWS-1252"
+
+
+def _wide_encoding(sample: bytes) -> str | None:
+    """UTF-16 or UTF-32 without a mark: of western text every other byte is zero, or three of four are."""
+    if len(sample) < 4:
+        return None
+    zeros = "".join("0" if sample[place::4].count(0) > len(sample) // 6 else "x" for place in range(4))
+    return {"x000": "UTF-32LE", "000x": "UTF-32BE", "x0x0": "UTF-16LE", "0x0x": "UTF-16BE"}.get(zeros)
+
+
+def decoded(data: bytes) -> str:
+    """Text of UTF-8, without a byte order mark.
+
+    Raises NotUtf8 also for UTF-16 that is valid UTF-8 by chance: Latin letters with zero bytes between them.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise NotUtf8(not_utf8(data, error)) from error
+    if "\0" in text and (guess := _wide_encoding(data[:_SAMPLE_BYTES])):
+        raise NotUtf8(f"every other byte is zero; it looks like {guess}")
+    return text
 
 
 def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:

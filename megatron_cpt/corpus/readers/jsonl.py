@@ -117,7 +117,7 @@ def _parse_one_by_one(
 
 
 def _loads(line: bytes) -> Any:
-    """JSON by Python's parser, with integers as long as they are. Above 4,300 digits Python makes none: they stay text."""
+    """JSON by Python's parser, with integers as long as they are; those that are too long for Python stay text."""
     return json.loads(line.decode(), parse_int=lambda digits: int(digits) if len(digits) <= 4300 else digits)
 
 

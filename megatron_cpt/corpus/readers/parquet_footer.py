@@ -18,7 +18,7 @@ _MAGIC = b"PAR1"
 _END_BYTES = 8  # the footer's size, and the magic
 _FILE_ROWS, _FILE_GROUPS = 3, 4
 _GROUP_COLUMNS, _GROUP_BYTES, _GROUP_ROWS = 1, 2, 3
-_COLUMN_FILE, _COLUMN_FACTS = 1, 3
+_COLUMN_FACTS = 3
 _COMPRESSED_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 7, 9, 11
 
 
@@ -63,9 +63,10 @@ def _parse(footer: bytes, footer_start: int) -> tuple[tuple[RowGroup, ...], int]
         compressed = 0
         for column in group[_GROUP_COLUMNS]:
             facts = column[_COLUMN_FACTS]
-            start = min(facts[_DATA_OFFSET], facts.get(_DICTIONARY_OFFSET) or facts[_DATA_OFFSET])
+            offsets = [facts[_DATA_OFFSET], facts.get(_DICTIONARY_OFFSET, 0)]
+            start = min((offset for offset in offsets if offset > 0), default=len(_MAGIC))  # 0: it has no such page
             stop = start + facts[_COMPRESSED_BYTES]
-            if _COLUMN_FILE not in column and not len(_MAGIC) <= start <= stop <= footer_start:
+            if not len(_MAGIC) <= start <= stop <= footer_start:
                 raise ValueError(f"a column from byte {start:,} to {stop:,} of {footer_start:,}")
             compressed += facts[_COMPRESSED_BYTES]
             end = max(end, stop)

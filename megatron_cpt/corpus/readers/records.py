@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
-from megatron_cpt.corpus.readers.encoding import not_utf8
+from megatron_cpt.corpus.readers.encoding import NotUtf8, decoded
 from megatron_cpt.corpus.readers.metadata import find_value, kept_values
 from megatron_cpt.corpus.readers.unit import Unit
 
@@ -60,9 +60,9 @@ def lookup(record: Any, key: str) -> str:
 def _decoded(key: str, value: bytes) -> str:
     """Text out of a column of bytes."""
     try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise FieldError("invalid_utf8", f"{key!r}: {not_utf8(value, error)}") from error
+        return decoded(value)
+    except NotUtf8 as error:
+        raise FieldError("invalid_utf8", f"{key!r}: {error}") from error
 
 
 def empty_batch(unit: Unit, path: str) -> Batch:

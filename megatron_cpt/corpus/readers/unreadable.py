@@ -38,6 +38,8 @@ def _hint(bad: Mapping[str, int], examples: Sequence[str]) -> str:
         (found for example in examples if (found := re.search(r"it looks like ([\w-]+)$", example))), None
     ):
         return iconv_hint(guess[1])
+    if bad.keys() == {"invalid_utf8"}:
+        return "it is not UTF-8; where you know its encoding: iconv -f ENCODING -t UTF-8 FILE > NEW_FILE"
     if bad.keys() == {"missing_key"}:
         return "name the key that holds the text: --json-key KEY (`text:` of the source in corpus.yaml)"
     if bad.keys() == {"not_an_object"}:

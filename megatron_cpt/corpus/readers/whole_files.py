@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.readers.compression import open_input
-from megatron_cpt.corpus.readers.encoding import not_utf8
+from megatron_cpt.corpus.readers.encoding import NotUtf8, decoded
 from megatron_cpt.corpus.readers.html_text import html_to_text
 from megatron_cpt.corpus.readers.unit import Unit
 
@@ -21,9 +21,9 @@ def read_whole_files(unit: Unit, tally: UnitTally, max_document_bytes: int) -> I
             tally.reject(path, 1, "document_too_long", f"more than {max_document_bytes:,} bytes")
             continue
         try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            tally.reject(path, 1, "invalid_utf8", not_utf8(data, error))
+            text = decoded(data)
+        except NotUtf8 as error:
+            tally.reject(path, 1, "invalid_utf8", str(error))
             continue
         text = html_to_text(text) if unit.format == "html" else text
         yield Batch(path, [text], [1], [dict.fromkeys(unit.metadata)] if unit.metadata else None)

@@ -65,6 +65,16 @@ def test_a_dot_in_a_column_name_and_a_path_into_a_struct_both_work(tmp_path: Pat
     assert read(tmp_path / "a.parquet", text="{meta.body}, {doc.body}")[0] == ["flat, deep"]
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_a_file_without_rows_has_no_documents(tmp_path: Path, kind: Any) -> None:
+    empty = pa.table({"text": pa.array([], kind)})
+    pq.write_table(empty, tmp_path / "a.parquet")
+    pq.ParquetWriter(tmp_path / "b.parquet", empty.schema).close()
+    (tmp_path / "c.arrow").write_bytes(arrow(empty, pa.ipc.new_file))
+    (tmp_path / "d.arrow").write_bytes(arrow(empty, pa.ipc.new_stream))
+    assert read(tmp_path)[1].documents_read == 0
+
+
 def test_two_columns_of_one_name(tmp_path: Path) -> None:
     columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"]), pa.array(["d"])]
     pq.write_table(pa.Table.from_arrays(columns, ["text", "x", "x", "y"]), tmp_path / "a.parquet")

@@ -242,7 +242,11 @@ def test_fuzz_no_line_crashes_a_reader_or_gets_lost(
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     file.write_bytes(b"\n".join(data) + b"\n")
-    texts, tally = read(file)  # asserts read = kept + rejected
+    try:
+        texts, tally = read(file)  # asserts read = kept + rejected
+    except DataError as error:
+        assert "by its content" in error.message  # it begins as a compressed file does
+        return
     content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     assert tally.documents_read == sum(bool(line.strip()) for line in content.split(b"\n"))
     assert all(isinstance(text, str) for text in texts)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_cpt.corpus.readers import plan
@@ -62,23 +64,40 @@ def test_a_source_that_turns_unreadable_later_stops_the_run_early(
     assert "good" not in done
 
 
-@pytest.mark.parametrize(
-    ("encoding", "name"), [("utf-16", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("cp1252", "WINDOWS-1252")]
-)
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+ENCODINGS = [
+    ("utf-16", "UTF-16LE"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("utf-32-le", "UTF-32LE"),
+    ("utf-32-be", "UTF-32BE"), ("cp1252", "WINDOWS-1252"), ("latin-1", "WINDOWS-1252"),
+]  # fmt: skip
+GERMAN = "Größere Mengen sind für Ärzte üblich; so heißt es"
+ASCII = "plain words only whose UTF-16 is also valid UTF-8"
+
+
+@pytest.mark.parametrize(("encoding", "name"), ENCODINGS)
+@pytest.mark.parametrize("suffix", ["txt", "html", "jsonl", "csv", "tsv", "parquet"])
 def test_other_encodings_are_named_with_the_command_that_converts_them(
     tmp_path: Path, make_corpus: Any, encoding: str, name: str, suffix: str
 ) -> None:
-    text = "Größere Mengen sind für Ärzte üblich – „so“ heißt es"
-    line = {"txt": text, "jsonl": json.dumps({"text": text}, ensure_ascii=False), "csv": f"text\n{text}\n"}[suffix]
-    (tmp_path / f"a.{suffix}").write_bytes(line.encode(encoding))
-    with pytest.raises(DataError) as caught:
-        preprocess(make_corpus(tmp_path / f"a.{suffix}"), workers=1)
-    assert f"iconv -f {name} -t UTF-8" in str(caught.value.hint)
+    for text in (GERMAN, ASCII):
+        if text == ASCII and name == "WINDOWS-1252":
+            continue  # that is UTF-8
+        line = {
+            "jsonl": json.dumps({"text": text}, ensure_ascii=False),
+            "csv": f"text\n{text}\n",
+            "tsv": f"text\n{text}",
+        }
+        data = line.get(suffix, text).encode(encoding)
+        if suffix == "parquet":
+            pq.write_table(pa.table({"text": [data]}), tmp_path / "a.parquet")
+        else:
+            (tmp_path / f"a.{suffix}").write_bytes(data)
+        with pytest.raises(DataError) as caught:
+            preprocess(make_corpus(tmp_path / f"a.{suffix}"), workers=1)
+        assert f"iconv -f {name} -t UTF-8" in str(caught.value.hint)
 
 
 def test_another_script_in_utf8_is_not_taken_for_another_encoding(tmp_path: Path, make_corpus: Any) -> None:
     (tmp_path / "a.txt").write_bytes("第一条 为了保护当事人的合法权益，制定本法。".encode("gb18030"))
     with pytest.raises(DataError) as caught:
         preprocess(make_corpus(tmp_path / "a.txt"), workers=1)
-    assert "iconv" not in str(caught.value.hint) and "looks like" not in caught.value.message
+    assert "iconv -f ENCODING" in str(caught.value.hint)
+    assert "looks like" not in caught.value.message
