@@ -128,10 +128,10 @@ INERT = {(_METADATA, "StorageMeta")} | {
 INERT |= {("torch.distributed.checkpoint.planner", "WriteItemType")}
 INERT |= {("torch.distributed.checkpoint.filesystem", "_StoragePrefix")}  # from the second save of a process on
 HARMLESS: dict[tuple[str, str], Any] = {
-    ("pathlib", "Path"): lambda *parts: "/".join(parts),
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
-    ("collections", "OrderedDict"): dict,
-}
+    (module, name): lambda *parts: "/".join(parts)
+    for module in ("pathlib", "pathlib._local")  # the second: as Python 3.13 writes it
+    for name in ("Path", "PosixPath")
+} | {("collections", "OrderedDict"): dict}
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -18,7 +18,7 @@ from megatron_cpt.errors import ConversionError
 
 # Megatron-Core stores the factor only; these are constants of its rope scaling.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-NULL_TOKENIZER = "NullTokenizer"
+NULL_TOKENIZER, _NULL_EOD = "NullTokenizer", "null_tokenizer_eod_id"
 
 
 def config_from_stored(stored: StoredModel, tokenizer_dir: Path | None) -> Config:
@@ -54,7 +54,8 @@ def config_from_stored(stored: StoredModel, tokenizer_dir: Path | None) -> Confi
         "torch_dtype": "float16" if fields.get("fp16") else "bfloat16" if fields.get("bf16", True) else "float32",
     }
     if fields.get("tokenizer_type") == NULL_TOKENIZER:
-        config["eos_token_id"] = config["vocab_size"] - 1
+        eod = fields.get(_NULL_EOD)
+        config["eos_token_id"] = config["vocab_size"] - 1 if eod is None else int(_number(stored, (_NULL_EOD,), eod))
     scaling = known.get("rope_scaling")
     if scaling is not None:
         names = ("factor", *LLAMA3_SCALING)
@@ -165,7 +166,9 @@ def _vocab_size(stored: StoredModel, tokenizer_dir: Path | None) -> int:
     """Rows of the embedding without padding."""
     fields = stored.fields
     if fields.get("vocab_size") is not None:
-        one_more = fields.get("tokenizer_type") == NULL_TOKENIZER  # its EOD comes after the ids that were asked for
+        # Until Megatron-Core 0.17 a NullTokenizer's EOD came after the ids that were asked for; since 0.18, whose args
+        # have a name for it, it is among them.
+        one_more = fields.get("tokenizer_type") == NULL_TOKENIZER and _NULL_EOD not in fields
         return int(_number(stored, ("vocab_size",), fields["vocab_size"])) + one_more
     if tokenizer_dir is not None:
         return tokenizer_rows(tokenizer_dir / "tokenizer.json")

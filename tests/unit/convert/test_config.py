@@ -424,6 +424,18 @@ def test_a_null_tokenizer_has_one_row_more_than_it_was_asked_for(tmp_path: Path)
     assert (config["vocab_size"], config["eos_token_id"]) == (77, 76)
 
 
+@pytest.mark.parametrize(("eod", "seen"), [(None, 76), (3, 3)])
+def test_a_null_tokenizer_of_megatron_core_0_18_has_its_eod_among_its_rows(
+    tmp_path: Path, eod: int | None, seen: int
+) -> None:
+    _, folder = hf_tokenizer_checkpoint(
+        tmp_path, tokenizer_type="NullTokenizer", vocab_size=77, null_tokenizer_eod_id=eod
+    )
+    convert(open_checkpoint(folder), tmp_path / "out", Options(to="hf"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"]) == (77, seen)
+
+
 def test_reading_the_args_runs_no_code_of_the_file(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -324,7 +324,7 @@ def test_parent_killed_leaves_no_worker_behind(tmp_path: Path, make_corpus: Any)
         "import os, sys, time\n"
         "from megatron_cpt.corpus.workers import run_units\n"
         "def f(i):\n"
-        "    print(os.getpid(), flush=True); time.sleep(0.3); return i\n"
+        "    os.write(1, b'%d\\n' % os.getpid()); time.sleep(0.3); return i\n"
         "list(run_units(f, list(range(1000)), 2))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
