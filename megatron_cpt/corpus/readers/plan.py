@@ -37,8 +37,8 @@ def plan_units(corpus: Corpus) -> list[Unit]:
     units: list[Unit] = []
     for source, files in found:
         for cut in _cut(files, unit_bytes):
-            place = (cut.paths, cut.start, cut.stop, cut.size_bytes, cut.piece_bytes)
-            units.append(Unit(len(units), source.name, cut.format, source.text, source.metadata, *place))
+            place = (cut.paths, cut.formats, cut.start, cut.stop, cut.size_bytes, cut.piece_bytes)
+            units.append(Unit(len(units), source.name, source.text, source.metadata, *place))
     return units
 
 
@@ -60,7 +60,7 @@ class _Cut:
     """A unit before it has a number; the fields are Unit's."""
 
     paths: tuple[str, ...]
-    format: FileFormat
+    formats: tuple[FileFormat, ...]
     start: int
     stop: int | None
     size_bytes: int
@@ -68,15 +68,15 @@ class _Cut:
 
 
 def _cut(files: list[InputFile], unit_bytes: int) -> Iterator[_Cut]:
-    """Units of one source: ranges of a large file, groups of small files of one format."""
+    """Units of one source: ranges of a large file, groups of small files."""
     group: list[InputFile] = []
     held_bytes = 0
     for file in files:
         is_whole = file.size_bytes <= unit_bytes or file.format in READ_BY_ONE_WORKER
-        if group and (not is_whole or file.format != group[0].format):
-            yield _group(group, held_bytes)
-            group, held_bytes = [], 0
         if not is_whole:
+            if group:
+                yield _group(group, held_bytes)
+                group, held_bytes = [], 0
             yield from _ranges(file, unit_bytes)
             continue
         group.append(file)
@@ -89,22 +89,22 @@ def _cut(files: list[InputFile], unit_bytes: int) -> Iterator[_Cut]:
 
 
 def _group(files: list[InputFile], size_bytes: int) -> _Cut:
-    return _Cut(tuple(file.path for file in files), files[0].format, 0, None, size_bytes)
+    return _Cut(tuple(file.path for file in files), tuple(file.format for file in files), 0, None, size_bytes)
 
 
 def _ranges(file: InputFile, unit_bytes: int) -> Iterator[_Cut]:
     """The units of a file larger than a unit."""
     piece_bytes = max(unit_bytes, MIN_PIECE_BYTES)
     if file.format == "arrow" or is_compressed(file.path):
-        yield _Cut((file.path,), file.format, 0, None, file.size_bytes, piece_bytes)
+        yield _Cut((file.path,), (file.format,), 0, None, file.size_bytes, piece_bytes)
         return
     if file.format == "jsonl":
         for start in range(0, file.size_bytes, unit_bytes):
             stop = min(start + unit_bytes, file.size_bytes)
-            yield _Cut((file.path,), file.format, start, stop, stop - start)
+            yield _Cut((file.path,), (file.format,), start, stop, stop - start)
         return
     from megatron_cpt.corpus.readers.columnar import row_group_ranges
 
     for start, stop, compressed, uncompressed in row_group_ranges(file.path, unit_bytes):
         is_stream = stop == start + 1 and uncompressed > UNITS_PER_ROW_GROUP * unit_bytes
-        yield _Cut((file.path,), file.format, start, stop, compressed, piece_bytes * is_stream)
+        yield _Cut((file.path,), (file.format,), start, stop, compressed, piece_bytes * is_stream)

@@ -35,4 +35,5 @@ READERS: dict[FileFormat, Reader] = {
 
 def read_unit(unit: Unit, tally: UnitTally, max_document_bytes: int) -> Iterator[Batch]:
     """Documents of a unit in order; `tally.documents_read` counts every document met, readable or not."""
-    return READERS[unit.format](unit, tally, max_document_bytes)
+    for part in unit.by_format():
+        yield from READERS[part.format](part, tally, max_document_bytes)

@@ -6,7 +6,10 @@ piece while it is read; see streams.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 FileFormat = Literal["jsonl", "parquet", "arrow", "csv", "tsv", "text", "html"]
@@ -22,16 +25,30 @@ class Unit:
 
     number: int  # among the planned units, in output order
     source: str
-    format: FileFormat
     text_field: str
     metadata: tuple[str, ...]
     paths: tuple[str, ...]
+    formats: tuple[FileFormat, ...]  # of each path
     start: int
     stop: int | None
     size_bytes: int  # input bytes, for progress
     piece_bytes: int = 0  # of a stream: decoded bytes of a piece, about
     piece: int | None = None  # of a piece: its number within the stream
     data: str = ""  # of a piece: the file that holds it, as lines or as an Arrow stream
+
+    @property
+    def format(self) -> FileFormat:
+        """The format of a unit that has only one."""
+        return self.formats[0]
+
+    def by_format(self) -> Iterator[Unit]:
+        """The unit itself, or its files in order as units of one format each."""
+        if len(set(self.formats)) == 1:
+            yield self
+            return
+        for one, files in groupby(zip(self.paths, self.formats, strict=True), key=itemgetter(1)):
+            paths = tuple(path for path, _ in files)
+            yield replace(self, paths=paths, formats=(one,) * len(paths))
 
     @property
     def name(self) -> str:

@@ -69,6 +69,24 @@ def test_small_files_share_a_unit(tmp_path: Path, make_corpus: Any) -> None:
     assert Path(f"{other.output_prefix}.bin").read_bytes() == expected
 
 
+def test_small_files_of_several_formats_share_a_unit_in_their_order(tmp_path: Path, make_corpus: Any) -> None:
+    folder, texts = tmp_path / "in", [f"document {i}" for i in range(60)]
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        if i % 3 == 0:
+            write_jsonl(folder / f"{i:03d}.jsonl", [text])
+        else:
+            suffix, content = ("txt", text) if i % 3 == 1 else ("csv", f"text\n{text}\n")
+            (folder / f"{i:03d}.{suffix}").write_text(content)
+    corpus = make_corpus(folder)
+    (unit,) = plan.plan_units(corpus)
+    assert len(unit.paths) == 60 and len(set(unit.formats)) == 3
+    preprocess(corpus, workers=1)
+    other = make_corpus(write_jsonl(tmp_path / "one.jsonl", texts), output_prefix=str(tmp_path / "one"))
+    preprocess(other, workers=1)
+    assert Path(f"{corpus.output_prefix}.bin").read_bytes() == Path(f"{other.output_prefix}.bin").read_bytes()
+
+
 def test_places_in_a_shared_unit_are_those_of_each_file(tmp_path: Path, make_corpus: Any) -> None:
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n' * 40 + "{broken\n")
