@@ -39,7 +39,7 @@ TOKENIZER_TYPES = ["HuggingFaceTokenizer", "SentencePieceTokenizer", "Llama2Toke
 @click.option("--json-keys", default="text", show_default=True, help="Keys to extract; further ones may follow.")
 @click.option("--tokenizer-hf-include-special-tokens", "include_special", is_flag=True, help="Add BOS where HF does.")
 @click.option("--tokenizer-hf-use-fast", is_flag=True, help="Accepted; the fast tokenizer is always used.")
-@click.option("--legacy-tokenizer", is_flag=True, help="As Megatron-LM's legacy tokenizers: HF and Llama2 add BOS.")
+@click.option("--legacy-tokenizer", is_flag=True, help="HF and Llama2 add BOS; no effect for SentencePiece.")
 @click.option("--append-eod", is_flag=True, help="End each document with the end-of-document token.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
 @click.option("--partitions", default=1, help="Accepted and not needed: memory does not grow with the input.")
@@ -70,8 +70,9 @@ def main(
 ) -> None:
     """Tokenise jsonl with Megatron-LM's flags."""
     is_huggingface = tokenizer_type == "HuggingFaceTokenizer"
-    if legacy_tokenizer and tokenizer_type not in ("HuggingFaceTokenizer", "Llama2Tokenizer"):
+    if legacy_tokenizer and tokenizer_type == "TikTokenizer":
         raise ConfigError(f"--legacy-tokenizer is not there for {tokenizer_type}", hint="leave it out")
+    adds_bos = legacy_tokenizer and tokenizer_type in ("HuggingFaceTokenizer", "Llama2Tokenizer")
     if is_huggingface and eod_token is None:
         eod_token = own_eos(tokenizer_model)
     for key in (json_keys, *more_keys):
@@ -81,7 +82,7 @@ def main(
             "eod_token": eod_token,
             "append_eod": append_eod,
             "special_tokens_in_text": "parse" if is_huggingface or tokenizer_type == "TikTokenizer" else "literal",
-            "post_processor": legacy_tokenizer or (include_special and is_huggingface),
+            "post_processor": adds_bos or (include_special and is_huggingface),
             "keep_empty_documents": True,
             "max_reject_ratio": max_reject_ratio,
             "sources": [{"files": [inputs], "text": key, "format": "jsonl"}],

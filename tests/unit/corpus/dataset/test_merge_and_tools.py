@@ -25,6 +25,7 @@ from megatron_cpt.errors import ConfigError, DataError
 from tests.synthetic_data import random_documents, write_dataset
 from tests.unit.corpus.conftest import TEXTS, build_tokenizer, write_jsonl
 from tests.unit.corpus.dedup.test_dedup import document, edited
+from tests.unit.corpus.tokenizers.test_stated_tokens import sentencepiece_folder
 
 ROOT = Path(__file__).parents[4]
 
@@ -208,6 +209,21 @@ def test_megatron_flags_for_a_tokenizer_that_adds_a_token(tmp_path: Path, flag: 
         assert bool(flag) == (len(found) > 0 and found[0] == theirs.bos_token_id)
     # our own default adds nothing
     assert load_tokenizer(model).encode_batch(["hello"])[0][0] != theirs.bos_token_id
+
+
+def test_the_legacy_flag_is_accepted_for_sentencepiece_and_adds_nothing(tmp_path: Path) -> None:
+    model = sentencepiece_folder(tmp_path / "m") / "tokenizer.model"
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    written = {}
+    for kind in ("SentencePieceTokenizer", "Llama2Tokenizer"):
+        for flags in ([], ["--legacy-tokenizer"]):
+            result = tool("preprocess_data.py", "--input", file, "--output-prefix", tmp_path / f"{kind}{len(flags)}",
+                          "--tokenizer-type", kind, "--tokenizer-model", model, "--append-eod", "--workers", 1,
+                          *flags)  # fmt: skip
+            assert result.returncode == 0, result.stderr
+            written[kind, bool(flags)] = (tmp_path / f"{kind}{len(flags)}_text_document.bin").read_bytes()
+    assert written["SentencePieceTokenizer", True] == written["SentencePieceTokenizer", False]
+    assert written["Llama2Tokenizer", True] != written["Llama2Tokenizer", False]  # it adds BOS
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
