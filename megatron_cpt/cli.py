@@ -38,6 +38,7 @@ _COMMANDS = "megatron_cpt.commands"
 COMMANDS: dict[str, Entry] = {
     "init": Entry("Setup", f"{_COMMANDS}.init:init", "Write a commented config.yaml and corpus.yaml for a model."),
     "env": Entry("Setup", f"{_COMMANDS}.env:env", "Show versions, devices, what is available and what is missing."),
+    "doctor": Entry("Setup", f"{_COMMANDS}.doctor:doctor", "Check the machine, the data and the model before a job."),
     "preprocess": Entry("Data", f"{_COMMANDS}.preprocess:preprocess", "Tokenise raw text into .bin/.idx datasets."),
     "inspect": Entry("Data", f"{_COMMANDS}.dataset:inspect", "Show a dataset's manifest, statistics and documents."),
     "verify": Entry("Data", f"{_COMMANDS}.dataset:verify", "Prove a dataset sound in one pass."),

@@ -72,9 +72,9 @@ def check_datasets(config: RunConfig, arch: Architecture, model_dir: Path) -> Da
             "data.train is empty: there is nothing to train on",
             hint="name a dataset: data: {train: [{name: domain, prefix: data/domain}]}",
         )
-    fingerprint = _fingerprint(model_dir)
-    train = tuple(_check(s.name, s.prefix, config, arch, fingerprint) for s in config.data.train)
-    validation = tuple(_check(name, p, config, arch, fingerprint) for name, p in config.data.validation.items())
+    fingerprint = model_fingerprint(model_dir)
+    train = tuple(check_dataset(s.name, s.prefix, config, arch, fingerprint) for s in config.data.train)
+    validation = tuple(check_dataset(name, p, config, arch, fingerprint) for name, p in config.data.validation.items())
     _warn_of_differences((*train, *validation))
     for dataset in train:
         if dataset.tokens <= config.batch.seq_length:
@@ -100,7 +100,8 @@ def check_datasets(config: RunConfig, arch: Architecture, model_dir: Path) -> Da
     return Datasets(train, validation)
 
 
-def _fingerprint(model_dir: Path) -> str | None:
+def model_fingerprint(model_dir: Path) -> str | None:
+    """Return the fingerprint of the model's tokenizer.json, None where there is none."""
     if (model_dir / "tokenizer.json").is_file():
         return tokenizer_fingerprint(model_dir)
     logger.warning("%s has no tokenizer.json: only the vocabulary size of the data is checked", model_dir)
@@ -122,7 +123,13 @@ def _warn_of_differences(datasets: Sequence[Dataset]) -> None:
             logger.warning("datasets %r and %r were not written by the same rules: %s", dataset.name, first.name, found)
 
 
-def _check(name: str, prefix: str, config: RunConfig, arch: Architecture, fingerprint: str | None) -> Dataset:
+def check_dataset(name: str, prefix: str, config: RunConfig, arch: Architecture, fingerprint: str | None) -> Dataset:
+    """Return one dataset, checked against the model and the tokenizer `fingerprint`, None where it is unknown.
+
+    Raises:
+        DataError: a file is missing or has another length than .idx says, another tokenizer wrote it, or an id is
+            outside the vocabulary.
+    """
     manifest = read_manifest(prefix)
     if config.model.document_attention and not manifest.append_eod:
         raise DataError(

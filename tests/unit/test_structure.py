@@ -28,7 +28,7 @@ LAYERS = (
     ("model",),
     ("forgetting", "peft"),
     ("train",),
-    ("eval", "report", "chat", "web"),
+    ("doctor", "eval", "report", "chat", "web"),
     ("commands",),
     ("cli",),
 )

@@ -1,0 +1,48 @@
+"""`megatron-cpt doctor`: check a machine, its data and its model before a job is started on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from megatron_cpt.config.load import load_config
+from megatron_cpt.doctor.check import Check, failed
+from megatron_cpt.doctor.examine import examine_machine
+
+
+@click.command()
+@click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
+def doctor(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Check the machine that will run CONFIG: versions, GPUs, port, disk, data, tokenizer, untrained tokens.
+
+    \b
+    Run it on a machine of the job, before the job:
+      srun --gpus-per-node=8 megatron-cpt doctor config.yaml
+    Each line says what was looked at. Exit code 0, or 1 when a check found an error; a wrong config is 2.
+    """
+    checks = examine_machine(load_config(config_path, overrides), str(config_path))
+    if as_json:
+        click.echo(json.dumps({"failed": failed(checks), "checks": [asdict(check) for check in checks]}, indent=1))
+    else:
+        click.echo(_text(checks))
+    return 1 if failed(checks) else 0
+
+
+def _text(checks: Sequence[Check]) -> str:
+    lines = []
+    for check in checks:
+        lines.append(f"{check.verdict:<12} {check.name}: {check.detail}")
+        lines.append(f"{'':<12}   looked at {check.looked_at}")
+        if check.hint is not None and check.verdict != "ok":
+            lines.append(f"{'':<12}   hint: {check.hint}")
+    counts = {
+        verdict: sum(check.verdict == verdict for check in checks) for verdict in ("error", "warning", "not checked")
+    }
+    lines.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + f" of {len(checks)} checks")
+    return "\n".join(lines)

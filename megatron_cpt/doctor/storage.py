@@ -1,0 +1,59 @@
+"""The file system of the run folder: room for the checkpoints that the plan keeps, and whether it can be written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.trainable import trainable_of
+from megatron_cpt.doctor.check import Check
+from megatron_cpt.runs.checkpoints import complete_checkpoints, free_bytes
+
+
+def check_storage(config: RunConfig, arch: Architecture, train_iters: int, tokens_per_step: int) -> list[Check]:
+    """Check the storage of the run folder, which need not exist."""
+    root = Path(config.folder).absolute()
+    existing = next(path for path in (root, *root.parents) if path.is_dir())
+    return [_writable(existing), _room(config, arch, existing, _kept(config, train_iters, tokens_per_step))]
+
+
+def _writable(folder: Path) -> Check:
+    looked_at = f"a file written to {folder} and removed"
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
+            file.write(b"written by megatron-cpt doctor")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        hint = "set run_dir to a folder that this user may write"
+        return Check("run folder", looked_at, "error", f"{folder} cannot be written: {error.strerror}", hint)
+    return Check("run folder", looked_at, "ok", "it can be written")
+
+
+def _kept(config: RunConfig, train_iters: int, tokens_per_step: int) -> int:
+    """Most checkpoints that lie there at once: what the retention keeps, the best one, and the one being written."""
+    checkpoint = config.checkpoint
+    multiples = config.budget.train_tokens // checkpoint.keep_every if checkpoint.keep_every else 0
+    kept = checkpoint.keep_last + multiples + (checkpoint.best_by is not None) + 1
+    if checkpoint.save_every is None:  # the last step alone saves
+        return 1
+    interval = checkpoint.save_every
+    save_iters = interval.count if interval.unit == "iters" else max(1, interval.count // tokens_per_step)
+    return min(kept, -(-train_iters // save_iters))
+
+
+def _room(config: RunConfig, arch: Architecture, existing: Path, kept: int) -> Check:
+    one = trainable_of(config, arch).checkpoint_bytes()
+    saved = sum(marker.total_bytes for _, marker in complete_checkpoints(Path(config.folder) / "checkpoints"))
+    free = free_bytes(existing)
+    looked_at = f"free bytes of {existing}; {kept} checkpoints of {one:,} bytes, {saved:,} bytes of them there"
+    hint = "free some space, lower checkpoint.keep_last, or set run_dir to a folder on larger storage"
+    if free < one:
+        return Check("disk", looked_at, "error", f"{free:,} bytes are free, one checkpoint needs {one:,}", hint)
+    if free < (needed := max(0, kept * one - saved)):
+        detail = f"{free:,} bytes are free, the checkpoints that this run keeps need {needed:,} more"
+        return Check("disk", looked_at, "error", detail, hint)
+    return Check("disk", looked_at, "ok", f"{free:,} bytes are free, {needed:,} are needed")
