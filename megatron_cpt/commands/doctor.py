@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,8 @@ import click
 
 from megatron_cpt.config.load import load_config
 from megatron_cpt.doctor.check import Check, failed
-from megatron_cpt.doctor.examine import examine_machine
+from megatron_cpt.doctor.examine import examine_job, examine_machine
+from megatron_cpt.launch.place import adopt_slurm_ranks, under_launcher
 
 
 @click.command()
@@ -23,10 +25,17 @@ def doctor(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> int:
 
     \b
     Run it on a machine of the job, before the job:
-      srun --gpus-per-node=8 megatron-cpt doctor config.yaml
+      srun --nodes=1 --gpus-per-node=8 megatron-cpt doctor config.yaml
+    Or on all of them, one process each or one per GPU; rank 0 prints what it and the others found:
+      srun --ntasks-per-node=1 --gpus-per-node=8 megatron-cpt doctor config.yaml
     Each line says what was looked at. Exit code 0, or 1 when a check found an error; a wrong config is 2.
     """
-    checks = examine_machine(load_config(config_path, overrides), str(config_path))
+    os.environ.update(adopt_slurm_ranks())
+    config = load_config(config_path, overrides)
+    several = under_launcher() and int(os.environ["WORLD_SIZE"]) > 1
+    checks = (examine_job if several else examine_machine)(config, str(config_path))
+    if several and not checks:
+        return 0  # rank 0 speaks for all
     if as_json:
         click.echo(json.dumps({"failed": failed(checks), "checks": [asdict(check) for check in checks]}, indent=1))
     else:
@@ -37,7 +46,8 @@ def doctor(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> int:
 def _text(checks: Sequence[Check]) -> str:
     lines = []
     for check in checks:
-        lines.append(f"{check.verdict:<12} {check.name}: {check.detail}")
+        where = f"{check.host} " if check.host else ""
+        lines.append(f"{check.verdict:<12} {where}{check.name}: {check.detail}")
         lines.append(f"{'':<12}   looked at {check.looked_at}")
         if check.hint is not None and check.verdict != "ok":
             lines.append(f"{'':<12}   hint: {check.hint}")

@@ -24,8 +24,8 @@ WINDOW_TOKENS = 1 << 20
 SHOWN_TOKENS = 8
 
 
-def check_data(config: RunConfig, arch: Architecture, model_dir: Path, origin: Origin) -> list[Check]:
-    """Check every dataset of `config`, and the embedding rows of the ids in those that are sound."""
+def check_data(config: RunConfig, arch: Architecture, model_dir: Path, origin: Origin | None) -> list[Check]:
+    """Check every dataset of `config`, and with an `origin` the embedding rows of the ids in those that are sound."""
     named = {source.name: source.prefix for source in config.data.train}
     if not named:
         return [Check("data", "data.train", "error", "it is empty", "data: {train: [{name: domain, prefix: PREFIX}]}")]
@@ -39,7 +39,8 @@ def check_data(config: RunConfig, arch: Architecture, model_dir: Path, origin: O
         checks.append(_files(name, prefix, config, arch, fingerprint))
         if checks[-1].verdict == "ok" and named.get(name) == prefix:
             sound.append(prefix)
-    return [tokenizer, *checks, check_embedding(sound, model_dir, origin)]
+    embedding = [] if origin is None else [check_embedding(sound, model_dir, origin)]
+    return [tokenizer, *checks, *embedding]
 
 
 def _tokenizer(model_dir: Path, fingerprint: str | None) -> Check:

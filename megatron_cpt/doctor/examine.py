@@ -1,7 +1,9 @@
-"""All checks of one machine, in the order in which a job would meet the faults."""
+"""All checks of one machine, and of the machines of a job, in the order in which a job would meet the faults."""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 
 from megatron_cpt.architecture.facts import Architecture
@@ -9,20 +11,51 @@ from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import check_datasets, plan_sources
+from megatron_cpt.doctor.board import StoreBoard
 from megatron_cpt.doctor.check import Check
 from megatron_cpt.doctor.data import check_data
 from megatron_cpt.doctor.gpus import check_gpus
 from megatron_cpt.doctor.network import check_meeting_place
-from megatron_cpt.doctor.storage import check_storage
+from megatron_cpt.doctor.nodes import Node
+from megatron_cpt.doctor.storage import check_storage, existing_parent
 from megatron_cpt.doctor.versions import check_versions
 from megatron_cpt.errors import CptError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.origin import model_dir, resolve_origin
+from megatron_cpt.launch.place import rank_here
 from megatron_cpt.launch.preflight import CheckedRun, refuse_missing_trackers, standing_ledger
 
 
-def examine_machine(config: RunConfig, named: str) -> list[Check]:
+def examine_job(config: RunConfig, named: str) -> list[Check]:
+    """Check every machine of the job that torchrun or srun has started, and what they share.
+
+    Return all checks on rank 0, and nothing on the others.
+
+    Raises:
+        UserError: on rank 0 the config is wrong or there is no model that it names; the ranks cannot meet.
+    """
+    meeting = check_meeting_place()  # before a rank listens there itself
+    node = Node(StoreBoard(), rank_here(), int(os.environ["WORLD_SIZE"]), socket.gethostname())
+    clocks, shared = node.clocks(), node.shared_folder(existing_parent(config))
+    if not node.speaks:
+        return []
+    try:
+        mine = examine_machine(config, named, read_weights=node.rank == 0, meeting=meeting)
+    except CptError as error:
+        if node.rank == 0:
+            raise
+        mine = [meeting, Check("config", f"{named} and its model", "error", error.message, error.hint)]
+    found = node.collect(mine)
+    return [node.presence(), *clocks, *shared, *found] if node.rank == 0 else []
+
+
+def examine_machine(
+    config: RunConfig, named: str, *, read_weights: bool = True, meeting: Check | None = None
+) -> list[Check]:
     """Check this machine and the data that it sees; imports no torch. `named` says in errors where `config` is from.
+
+    `read_weights`: also check the embedding; one machine of a job is enough. `meeting`: the check of the port, where it
+    was made before.
 
     Raises:
         UserError: the config is wrong, or there is no model that it names.
@@ -34,10 +67,10 @@ def examine_machine(config: RunConfig, named: str) -> list[Check]:
         *check_versions(),
         _trackers(config),
         *check_gpus(config.parallel.gpus_per_node),
-        check_meeting_place(),
+        meeting or check_meeting_place(),
         *check_storage(config, arch, derived.train_iters, derived.tokens_per_step),
         _allowed("base model", f"{folder}/config.json", lambda: refuse_instruct_model(config, folder)),
-        *check_data(config, arch, folder, origin),
+        *check_data(config, arch, folder, origin if read_weights else None),
         _epochs(config, arch, derived),
     ]
 

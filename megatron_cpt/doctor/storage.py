@@ -15,9 +15,14 @@ from megatron_cpt.runs.checkpoints import complete_checkpoints, free_bytes
 
 def check_storage(config: RunConfig, arch: Architecture, train_iters: int, tokens_per_step: int) -> list[Check]:
     """Check the storage of the run folder, which need not exist."""
-    root = Path(config.folder).absolute()
-    existing = next(path for path in (root, *root.parents) if path.is_dir())
+    existing = existing_parent(config)
     return [_writable(existing), _room(config, arch, existing, _kept(config, train_iters, tokens_per_step))]
+
+
+def existing_parent(config: RunConfig) -> Path:
+    """Return the run folder, or the folder above it in which it would be created."""
+    root = Path(config.folder).absolute()
+    return next(path for path in (root, *root.parents) if path.is_dir())
 
 
 def _writable(folder: Path) -> Check:
