@@ -12,15 +12,16 @@ import click
 
 from megatron_cpt.config.load import load_config
 from megatron_cpt.doctor.check import Check, failed
-from megatron_cpt.doctor.examine import examine_job, examine_machine
-from megatron_cpt.launch.place import adopt_slurm_ranks, under_launcher
+from megatron_cpt.doctor.examine import examine
+from megatron_cpt.launch.place import adopt_slurm_ranks, rank_here
 
 
 @click.command()
 @click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--preflight", is_flag=True, help="Also join all ranks, measure all-reduce, and run the first samples.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
-def doctor(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> int:
+def doctor(config_path: Path, overrides: tuple[str, ...], preflight: bool, as_json: bool) -> int:
     """Check the machine that will run CONFIG: versions, GPUs, port, disk, data, tokenizer, untrained tokens.
 
     \b
@@ -32,9 +33,8 @@ def doctor(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> int:
     """
     os.environ.update(adopt_slurm_ranks())
     config = load_config(config_path, overrides)
-    several = under_launcher() and int(os.environ["WORLD_SIZE"]) > 1
-    checks = (examine_job if several else examine_machine)(config, str(config_path))
-    if several and not checks:
+    checks = examine(config, str(config_path), preflight=preflight)
+    if rank_here() != 0:
         return 0  # rank 0 speaks for all
     if as_json:
         click.echo(json.dumps({"failed": failed(checks), "checks": [asdict(check) for check in checks]}, indent=1))

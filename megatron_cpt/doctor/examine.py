@@ -12,30 +12,54 @@ from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import check_datasets, plan_sources
 from megatron_cpt.doctor.board import StoreBoard
-from megatron_cpt.doctor.check import Check
+from megatron_cpt.doctor.check import Check, failed
 from megatron_cpt.doctor.data import check_data
 from megatron_cpt.doctor.gpus import check_gpus
 from megatron_cpt.doctor.network import check_meeting_place
-from megatron_cpt.doctor.nodes import Node
+from megatron_cpt.doctor.nodes import ANSWER_SECONDS, EXAMINATION_SECONDS, Node
+from megatron_cpt.doctor.preflight import check_start_of_training
 from megatron_cpt.doctor.storage import check_storage, existing_parent
 from megatron_cpt.doctor.versions import check_versions
 from megatron_cpt.errors import CptError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.origin import model_dir, resolve_origin
-from megatron_cpt.launch.place import rank_here
+from megatron_cpt.launch.place import rank_here, under_launcher
 from megatron_cpt.launch.preflight import CheckedRun, refuse_missing_trackers, standing_ledger
 
 
-def examine_job(config: RunConfig, named: str) -> list[Check]:
-    """Check every machine of the job that torchrun or srun has started, and what they share.
+def examine(config: RunConfig, named: str, *, preflight: bool) -> list[Check]:
+    """Check this machine, or under torchrun or srun all machines; with `preflight` also the start of training.
 
-    Return all checks on rank 0, and nothing on the others.
+    Return all checks, on rank 0 alone. `named` says in errors where `config` is from.
 
     Raises:
         UserError: on rank 0 the config is wrong or there is no model that it names; the ranks cannot meet.
     """
+    if not (under_launcher() and int(os.environ["WORLD_SIZE"]) > 1):
+        alone = examine_machine(config, named)
+        return [*alone, *_start(config, named, wanted=not failed(alone))] if preflight else alone
     meeting = check_meeting_place()  # before a rank listens there itself
     node = Node(StoreBoard(), rank_here(), int(os.environ["WORLD_SIZE"]), socket.gethostname())
+    checks: list[Check] = []
+    try:
+        checks = _examine_together(node, meeting, config, named)
+    finally:
+        if node.rank == 0:
+            node.board.put("preflight", "yes" if checks and not failed(checks) else "no")
+    if preflight:
+        wanted = node.board.get("preflight", EXAMINATION_SECONDS + 2 * ANSWER_SECONDS) == "yes"
+        checks += _start(config, named, wanted=wanted)
+    return checks if node.rank == 0 else []
+
+
+def _start(config: RunConfig, named: str, *, wanted: bool) -> list[Check]:
+    if not wanted:
+        return [Check("start of training", "nothing", "not checked", "there are errors above: repair them first")]
+    return check_start_of_training(config, named)
+
+
+def _examine_together(node: Node, meeting: Check, config: RunConfig, named: str) -> list[Check]:
+    """Return the checks of all machines on rank 0, nothing on the others."""
     clocks, shared = node.clocks(), node.shared_folder(existing_parent(config))
     if not node.speaks:
         return []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import itertools
 import os
 import random
@@ -22,6 +21,7 @@ from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.place import check_variables, check_world_size
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
+_met: list[Store] = []
 _inits = itertools.count()  # a process may join and leave a job several times: each time has its own keys
 
 
@@ -63,13 +63,20 @@ def init_runtime(config: RunConfig, *, timeout_minutes: float = 10.0) -> Runtime
     return Runtime(rank, world_size, local_rank, device, backend)
 
 
-@functools.cache
 def meeting_store(timeout_minutes: float = 30.0) -> Store:
     """The key-value store at which the ranks of torchrun or srun meet; one of its own for a job of one process.
+
+    A process meets the others once; later calls return the same store, as rank 0 can listen only once.
 
     Raises:
         LaunchError: rank 0 cannot listen on MASTER_PORT, or the others do not reach it.
     """
+    if not _met:
+        _met.append(_meet(timeout_minutes))
+    return _met[0]
+
+
+def _meet(timeout_minutes: float) -> Store:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return HashStore()
     check_variables()

@@ -34,17 +34,17 @@ _MEMORY_FACTOR = 2.0  # of the model's own bytes: activations and logits
 _LARGEST_COMPARED_PARAMETERS = 4_000_000_000  # beyond, a CPU would need minutes
 
 
-def check_start(state: TrainState, batch: MicroBatch, origin: Origin) -> None:
+def check_start(state: TrainState, batch: MicroBatch, origin: Origin) -> float | None:
     """Check the untrained state, with the weights of `origin`, on the first micro batch of data-parallel rank 0.
 
-    Every rank calls it.
+    Every rank calls it. Return the loss per token, None where the config or random weights leave the check out.
 
     Raises:
         CheckpointError: on every rank, when the loss is near ln(vocabulary) or is not transformers'.
     """
     config = state.config
     if origin.kind == "random" or not config.model.check_start:
-        return
+        return None
     apart = batch.copy()
     apart.pop("document_ids", None)  # as transformers sees it
     loss_sum, tokens = evaluate_step(state, [apart] if parallel_state.get_data_parallel_rank() == 0 else [])
@@ -59,6 +59,7 @@ def check_start(state: TrainState, batch: MicroBatch, origin: Origin) -> None:
     with failing_together():
         if dist.get_rank() == 0:
             _compare_with_transformers(state, apart, loss, origin.weights)
+    return loss
 
 
 def _compare_with_transformers(state: TrainState, batch: MicroBatch, loss: float, model_dir: Path) -> None:

@@ -200,3 +200,43 @@ def test_nvidia_smi_that_hangs_is_ended_in_time(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(gpus, "SMI_TIMEOUT_SECONDS", 0.2)
     with pytest.raises(SmiError, match="did not answer"):
         gpus.run_smi(["-L"])
+
+
+def preflight(folder: Path, *overrides: str) -> dict[str, dict[str, str]]:
+    command = [sys.executable, "-m", "megatron_cpt", "doctor", str(write_tiny_run(folder)), *overrides]
+    command += ["--preflight", "--json"]
+    done = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=False)
+    report = json.loads(done.stdout)
+    assert done.returncode == int(report["failed"]), done.stderr
+    assert not (folder / "run").exists()
+    return {check["name"]: check for check in report["checks"]}
+
+
+def test_the_first_loss_of_weights_that_know_nothing_is_an_error(inputs: Path) -> None:
+    found = preflight(inputs, "model.check_start=true")["start of training"]
+    assert found["verdict"] == "error" and "know nothing of this text" in found["detail"]
+
+
+def test_the_first_loss_of_weights_that_fit_the_text_is_told(tmp_path: Path) -> None:
+    """Every token is 5, and the output layer gives 5 to the hidden state of 5."""
+    write_model(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[:] = 0
+    tensors["lm_head.weight"][5] = 10 * tensors["model.embed_tokens.weight"][5]
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    write_dataset(tmp_path / "data", [np.full(4000, 5)])
+    found = preflight(tmp_path, "model.check_start=true")["first loss"]
+    assert found["verdict"] == "ok" and float(found["detail"].split()[0]) < 1
+
+
+def test_the_start_of_training_is_not_tried_where_a_check_has_failed(inputs: Path) -> None:
+    bin_path(inputs / "data").unlink()
+    found = preflight(inputs)["start of training"]
+    assert found["verdict"] == "not checked" and "errors above" in found["detail"]
+
+
+def test_a_layout_of_other_ranks_than_were_started_is_an_error(inputs: Path) -> None:
+    found = preflight(inputs, "parallel.gpus_per_node=2")["start of training"]
+    assert found["verdict"] == "error" and "asks for 2 processes" in found["detail"]

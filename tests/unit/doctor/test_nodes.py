@@ -113,7 +113,7 @@ def test_a_machine_that_hangs_in_its_checks_is_an_error_and_the_others_are_told(
 def test_ranks_of_torchrun_print_one_report_of_both_machines(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     write_dataset(tmp_path / "data", random_documents(60, 128, 1))
-    config = write_tiny_run(tmp_path)
+    config = write_tiny_run(tmp_path, parallel={"gpus_per_node": 2})
     script = tmp_path / "two_hosts.py"
     script.write_text(
         "import os, socket\n"
@@ -123,7 +123,12 @@ def test_ranks_of_torchrun_print_one_report_of_both_machines(tmp_path: Path) -> 
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
-        [*command, "doctor", str(config), "--json"], cwd=REPO, text=True, capture_output=True, check=False, timeout=300
+        [*command, "doctor", str(config), "--preflight", "--json"],
+        cwd=REPO,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads(done.stdout)["checks"]
@@ -131,3 +136,8 @@ def test_ranks_of_torchrun_print_one_report_of_both_machines(tmp_path: Path) -> 
     assert verdicts[None, "ranks"] == verdicts[None, "shared folder"] == verdicts[None, "clocks"] == "ok"
     assert verdicts["node0", "dataset data"] == verdicts["node1", "dataset data"] == "ok"
     assert ("node0", "untrained tokens") in verdicts and ("node1", "untrained tokens") not in verdicts
+    bandwidth = next(check for check in checks if check["name"] == "bandwidth")
+    assert bandwidth["verdict"] == "ok" and "gloo" in bandwidth["looked_at"]
+    assert "across 2 machines" in bandwidth["detail"] and "within" not in bandwidth["detail"]
+    assert verdicts[None, "first loss"] == "not checked"  # model.check_start is false
+    assert not (tmp_path / "run").exists()
