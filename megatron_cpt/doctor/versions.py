@@ -51,9 +51,6 @@ def _known_bad(installed: Installed) -> list[Check]:
 
 
 def _matches(entry: dict[str, Any], installed: Installed) -> list[Check]:
-    beside = entry.get("beside")
-    if beside is not None and not _in_range(installed(beside["package"]), beside):
-        return []
     return [
         Check(
             "known bad versions",
