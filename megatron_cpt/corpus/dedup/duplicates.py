@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_cpt.corpus.arrays import Array, sorted_unique
-from megatron_cpt.corpus.dedup.records import NO_KEY, UnitRecords, key_kinds, load_records
+from megatron_cpt.corpus.dedup.records import NO_KEY, UnitRecords, key_kinds, load_documents, load_records
 from megatron_cpt.corpus.dedup.signatures import jaccard, shingle_set
 from megatron_cpt.corpus.schema_processing import Dedup
 from megatron_cpt.corpus.workers import run_units
@@ -31,7 +31,7 @@ DOCUMENTS_PER_BUCKET = 2 << 20
 # Each document of a group of equal keys is compared with at most this many distinct earlier documents.
 LEADERS_PER_GROUP = 8
 SHINGLE_SETS_KEPT = 1024
-VERDICTS_KEPT = 1 << 19
+VERDICTS_KEPT = 1 << 21  # 32 MiB in each worker
 EDGES_JOINED = 1 << 18
 _UNIT_SHIFT = np.uint64(32)
 
@@ -77,9 +77,10 @@ class Duplicates:
 def find_duplicates(store: DocumentStore, dedup: Dedup, workers: int) -> Duplicates:
     """All documents to leave out. Exact matches first: near ones are then looked for among the rest."""
     _records.cache_clear()
-    _verdicts.clear()
+    documents_of.cache_clear()
+    _verdicts.forget()
     _last_shingles.clear()
-    total = sum(len(load_records(store.folder, unit).documents) for unit in store.units)
+    total = sum(len(load_documents(store.folder, unit)) for unit in store.units)
     ranges = -(-max(total, 1) // DOCUMENTS_PER_BUCKET)
     edges: dict[str, Array] = {}
     settled = np.empty(0, np.uint64)
@@ -180,7 +181,7 @@ def _same(store: DocumentStore, dedup: Dedup, kind: str, a: int, b: int) -> bool
 
 
 def _document(store: DocumentStore, document: int) -> Array:
-    row: Array = _records(store.folder, store.units[document >> 32]).documents[document & 0xFFFFFFFF]
+    row: Array = documents_of(store.folder, store.units[document >> 32])[document & 0xFFFFFFFF]
     return row
 
 
@@ -189,18 +190,50 @@ def _records(folder: Path, unit: str) -> UnitRecords:
     return load_records(folder, unit)
 
 
-_verdicts: dict[int, bool] = {}
+@lru_cache(maxsize=256)  # pairs are met in no order of units, so a miss must cost little: it maps one file
+def documents_of(folder: Path, unit: str) -> Array:
+    """The rows of `DOCUMENT` of a unit."""
+    return load_documents(folder, unit)
+
+
+class _Verdicts:
+    """Verdicts on pairs of documents, each in the one place that its hash names; a later pair takes the place.
+
+    A pair meets again in most of its bands. A dictionary of pairs would take ten times the memory, and whenever it was
+    full and cleared every pair would be judged again in every band.
+    """
+
+    def __init__(self) -> None:
+        self._pairs = array("Q")  # later document, earlier document with the verdict in its highest bit; 0, 0: none
+
+    def forget(self) -> None:
+        self._pairs = array("Q", bytes(16 * VERDICTS_KEPT))
+
+    def place(self, a: int, b: int) -> int:
+        return 2 * (((a * _MIX_A + b * _MIX_B & _U64) >> 32) % VERDICTS_KEPT)
+
+    def get(self, place: int, a: int, b: int) -> bool | None:
+        first, second = self._pairs[place], self._pairs[place + 1]
+        return bool(second & _VERDICT) if first == a and second & ~_VERDICT == b else None
+
+    def put(self, place: int, a: int, b: int, verdict: bool) -> None:
+        self._pairs[place], self._pairs[place + 1] = a, b | _VERDICT * verdict
+
+
+_U64, _VERDICT = (1 << 64) - 1, 1 << 63
+_MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+_verdicts = _Verdicts()
 _last_shingles: dict[int, Array] = {}
 
 
 def _is_similar(store: DocumentStore, a: int, b: int, similarity: float) -> bool:
     """Whether two documents are near-duplicates; a pair meets again in other bands, so the verdict is remembered."""
-    pair = a << 64 | b
-    if pair not in _verdicts:
-        if len(_verdicts) >= VERDICTS_KEPT:
-            _verdicts.clear()
-        _verdicts[pair] = jaccard(_shingles(store, a), _shingles(store, b)) >= similarity
-    return _verdicts[pair]
+    place = _verdicts.place(a, b)
+    verdict = _verdicts.get(place, a, b)
+    if verdict is None:
+        verdict = jaccard(_shingles(store, a), _shingles(store, b)) >= similarity
+        _verdicts.put(place, a, b, verdict)
+    return verdict
 
 
 def _shingles(store: DocumentStore, document: int) -> Array:

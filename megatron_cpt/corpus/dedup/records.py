@@ -1,6 +1,7 @@
 """The map stage of duplicate detection: what each unit leaves about its documents.
 
-    000012.documents.npy   one row per document of all splits: split, path, place, low half of the exact key
+    000012.documents.npy   one row per document of all splits: split, path, place, low half of the exact key, and the
+                           tokens before it in the part of its split and of its own
     000012.keys.npy        u64[kinds, documents]: keys of each kind, sorted
     000012.order.npy       u32[kinds, documents]: the document of each sorted key
 
@@ -10,6 +11,7 @@ stage read a range of keys of all units without holding the rest.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,12 @@ from megatron_cpt.corpus.documents import Batch, Encoded
 from megatron_cpt.corpus.schema_processing import Dedup
 
 NO_KEY = (1 << 64) - 1  # never compared
-DOCUMENT = np.dtype([("split", np.uint8), ("path", np.uint32), ("place", np.uint32), ("check", np.uint64)])
+DOCUMENT = np.dtype(
+    [
+        ("split", np.uint8), ("path", np.uint32), ("place", np.uint32), ("check", np.uint64),
+        ("first_token", np.uint64), ("tokens", np.uint32),
+    ]
+)  # fmt: skip
 
 
 def key_kinds(dedup: Dedup) -> list[str]:
@@ -39,10 +46,17 @@ class RecordWriter:
     dedup: Dedup
     _documents: list[Array] = field(default_factory=list)
     _keys: list[Array] = field(default_factory=list)
+    _tokens: Counter[int] = field(default_factory=Counter)  # so far, by split
 
     def add(self, batch: Batch, encoded: Encoded, split: Array, path_index: int) -> None:
         documents = np.zeros(len(batch), DOCUMENT)
         documents["split"], documents["path"], documents["place"] = split, path_index, batch.places
+        documents["tokens"] = tokens = encoded.document_tokens()
+        for index in np.unique(split).tolist():
+            mine = split == index
+            ends = self._tokens[index] + np.cumsum(tokens[mine])
+            documents["first_token"][mine] = ends - tokens[mine]
+            self._tokens[index] = int(ends[-1])
         exact = exact_keys(batch.texts)
         documents["check"] = exact[:, 1]
         rows = []
@@ -52,7 +66,7 @@ class RecordWriter:
         if self.dedup.exact:
             rows.append(exact[None, :, 0])
         if self.dedup.near:
-            rows.append(band_keys(encoded.ids, encoded.document_tokens()))
+            rows.append(band_keys(encoded.ids, tokens))
         self._documents.append(documents)
         self._keys.append(np.concatenate(rows))
 
@@ -82,7 +96,14 @@ class UnitRecords:
 
 
 def load_records(folder: Path, unit: str) -> UnitRecords:
-    return UnitRecords(*(_load(folder / f"{unit}.{name}.npy") for name in ("documents", "keys", "order")))
+    return UnitRecords(
+        load_documents(folder, unit), *(_load(folder / f"{unit}.{name}.npy") for name in ("keys", "order"))
+    )
+
+
+def load_documents(folder: Path, unit: str) -> Array:
+    """The rows of `DOCUMENT`, mapped."""
+    return _load(folder / f"{unit}.documents.npy")
 
 
 def _load(path: Path) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import read_manifest
 from megatron_cpt.corpus.dedup.dedup_datasets import DocumentRange, encoded_documents, ranges_of
-from megatron_cpt.corpus.dedup.duplicates import DocumentStore, Duplicates, find_duplicates
-from megatron_cpt.corpus.dedup.records import RecordWriter, load_records
-from megatron_cpt.corpus.documents import Batch, DocumentCounts
+from megatron_cpt.corpus.dedup.duplicates import DocumentStore, Duplicates, documents_of, find_duplicates
+from megatron_cpt.corpus.dedup.records import RecordWriter
+from megatron_cpt.corpus.documents import Batch
 from megatron_cpt.corpus.run.corpus_run import CorpusRun
 from megatron_cpt.corpus.run.finished import FinishedUnits
-from megatron_cpt.corpus.run.parts import read_part
+from megatron_cpt.corpus.run.parts import part_path
 from megatron_cpt.corpus.workers import run_units
 from megatron_cpt.errors import DataError
 
@@ -37,9 +37,6 @@ class DedupResult:
     clusters: Callable[[], Iterator[dict[str, Any]]] = lambda: iter(())
 
 
-PartLayout = tuple[tuple[str, DocumentCounts], ...]  # splits in order, with the counts of the unit's part
-
-
 @dataclass(frozen=True)
 class _PartTokens:
     """Documents of a unit of this run, in its parts."""
@@ -47,28 +44,14 @@ class _PartTokens:
     staging: Path
     unit: str
     dtype: str
-    parts: PartLayout
+    splits: tuple[str, ...]
 
     def tokens(self, document: int) -> Array:
-        split, within, arrays = _part_documents(self.staging, self.unit, self.dtype, self.parts)
-        ids, offsets = arrays[int(split[document])]
-        index = int(within[document])
-        return ids[offsets[index] : offsets[index + 1]]
-
-
-@lru_cache(maxsize=64)  # every mapped file holds a descriptor
-def _part_documents(
-    staging: Path, unit: str, dtype: str, parts: PartLayout
-) -> tuple[Array, Array, list[tuple[Array, Array]]]:
-    """(split of each document, its index within that split, per split the ids and token offsets)."""
-    split = np.asarray(load_records(staging, unit).documents["split"])
-    within = np.zeros(len(split), np.int64)
-    arrays = []
-    for index, (name, counts) in enumerate(parts):
-        within[split == index] = np.arange(int((split == index).sum()))
-        part = read_part(staging, unit, name, counts, dtype)
-        arrays.append((part.ids, np.concatenate(([0], np.cumsum(part.document_tokens())))))
-    return split, within, arrays
+        row = documents_of(self.staging, self.unit)[document]
+        path = part_path(self.staging, self.unit, self.splits[int(row["split"])])
+        start = int(row["first_token"]) * np.dtype(self.dtype).itemsize
+        ids: Array = np.fromfile(path, self.dtype, int(row["tokens"]), offset=start)  # holds no descriptor
+        return ids
 
 
 def remove_duplicates(run: CorpusRun, done: FinishedUnits) -> DedupResult:
@@ -78,13 +61,7 @@ def remove_duplicates(run: CorpusRun, done: FinishedUnits) -> DedupResult:
         return DedupResult()
     references = _references(run)
     list(run_units(partial(_write_records, run), references, run.workers))
-    _part_documents.cache_clear()
-    _documents.cache_clear()
-    dtype = run.tokenizer.dtype
-    parts = [
-        _PartTokens(run.staging, record.unit, dtype, tuple((split, record.parts[split]) for split in run.splits))
-        for record in done.records
-    ]
+    parts = [_PartTokens(run.staging, record.unit, run.tokenizer.dtype, tuple(run.splits)) for record in done.records]
     names = [*(reference.name for reference in references), *(unit.name for unit in done.units)]
     store = DocumentStore(run.staging, names, [*references, *parts])
     return _result(run, done, references, find_duplicates(store, dedup, run.workers))
@@ -128,7 +105,7 @@ def _result(run: CorpusRun, done: FinishedUnits, references: Sequence[DocumentRa
     positions, begins = np.unique(found.dropped >> _UNIT_SHIFT, return_index=True)
     for position, documents in zip(positions.tolist(), _cut(found.dropped, begins), strict=True):
         unit = done.units[position - len(references)]
-        split = load_records(run.staging, unit.name).documents["split"]
+        split = documents_of(run.staging, unit.name)["split"]
         wanted = np.ones(len(split), bool)
         wanted[(documents & _DOCUMENT).astype(np.int64)] = False
         for number, name in enumerate(run.splits):
@@ -154,7 +131,7 @@ def _clusters(
             return {"dataset": references[index].reader.prefix, "document": references[index].first + document}
         index -= len(references)
         unit = done.units[index]
-        row = _documents(run.staging, unit.name)[document]
+        row = documents_of(run.staging, unit.name)[document]
         line = int(row["place"]) + done.lines_before[index]
         return {"source": unit.source, "file": unit.paths[int(row["path"])], "line": line}
 
@@ -168,8 +145,3 @@ def _clusters(
             for i in members
         ]
         yield {"kept": place(node), "dropped": dropped}
-
-
-@lru_cache(maxsize=64)
-def _documents(staging: Path, unit: str) -> Array:
-    return load_records(staging, unit).documents

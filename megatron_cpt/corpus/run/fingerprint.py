@@ -16,7 +16,7 @@ from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.tokenizers.record import TokenizerRecord
 
 # Changes when a staging folder of an older version cannot be continued.
-STAGING_FORMAT = 2
+STAGING_FORMAT = 3
 # Begins every fingerprint made by these rules, so that one made by older rules is not taken for another input.
 PREFIX = "v2-"
 # Keys of a corpus that do not change what is in its datasets.

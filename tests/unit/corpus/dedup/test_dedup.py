@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -130,6 +131,21 @@ def test_result_does_not_depend_on_workers_or_buckets(
         seen.append((files, outcome.rejects))
     assert seen[0] == seen[1] == seen[2]
     assert seen[0][1]["duplicate_near"] > 30
+
+
+def test_pairs_whose_verdicts_share_a_place_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedup, "VERDICTS_KEPT", 2)
+    verdicts = dedup._Verdicts()
+    verdicts.forget()
+    told: dict[int, tuple[int, int, bool]] = {}
+    for a, b in itertools.product((1, 7, 3 << 32 | 5, (1 << 31) << 32 | 9), (0, 2, 1 << 32)):
+        place = verdicts.place(a, b)
+        expected = told[place][2] if told.get(place, (0, 0, False))[:2] == (a, b) else None
+        assert verdicts.get(place, a, b) is expected
+        told[place] = a, b, a % 2 == 1
+        verdicts.put(place, a, b, a % 2 == 1)
+        assert verdicts.get(place, a, b) is (a % 2 == 1)
+    assert len(told) == 2
 
 
 def test_across_sources_ids_and_sidecar(tmp_path: Path, make_corpus: Any) -> None:
