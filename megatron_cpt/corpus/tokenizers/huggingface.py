@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -92,14 +93,32 @@ def _special_by_role(raw: dict[str, Any], eod: str) -> dict[str, Any]:
     return raw | {"added_tokens": [token | {"special": True} if token["content"] == eod else token for token in tokens]}
 
 
+@contextmanager
+def _panics_told(file: Path) -> Iterator[None]:
+    """A panic of a library in Rust as a DataError: Python sees it as no Exception, and would print a traceback."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(
+            f"the tokenizers library breaks down with {file}: {error}",
+            hint="its added tokens contradict each other; save it with transformers' AutoTokenizer and try again",
+        ) from error
+
+
 class _Reference:
     """The `tokenizers` library, by which every other encoder is judged."""
 
     def __init__(self, text: str, file: Path, split_special: bool, post_processor: bool) -> None:
         from tokenizers import Tokenizer
 
+        self._file = file
         try:
-            self._tokenizer = Tokenizer.from_str(text)
+            with _panics_told(file):
+                self._tokenizer = Tokenizer.from_str(text)
+        except DataError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{file} is not a tokenizer: {error}", hint="copy the tokenizer again") from error
         self._tokenizer.no_truncation()
@@ -115,7 +134,8 @@ class _Reference:
         return interface.added_by_post_processor(bare, whole)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=self._post_processor)
+        with _panics_told(self._file):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=self._post_processor)
         rows = [encoding.ids for encoding in encodings]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
@@ -130,7 +150,9 @@ def _fastest(
     """fastokens when it loads the tokenizer and agrees with the reference on the sample, else the reference."""
     try:
         fast = _fastokens(text, split_special, post_processor)
-        if interface.encodings_equal(reference, fast, sample):
+        with _panics_told(Path("tokenizer.json")):
+            equal = interface.encodings_equal(reference, fast, sample)
+        if equal:
             return "fastokens", fast
         reason = f"its ids differ from the reference on the self-check sample of {len(sample)} texts"
     except Exception as error:  # a native library: whatever it raises, the reference still works

@@ -163,3 +163,21 @@ def test_tiktoken_ranks(tmp_path: Path) -> None:
     assert tokenizer.fingerprint == tokenizer_fingerprint(file)
     parsed = load_tokenizer(file, special_tokens_in_text="parse", backend="reference")
     assert 300 in parsed.encode_batch(texts)[0].tolist() and 300 not in ids.tolist()
+
+
+def test_a_panic_of_the_library_is_an_error_and_no_traceback(
+    tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):  # as pyo3 derives it: no Exception
+        pass
+
+    class Breaks:
+        def __getattr__(self, name: str) -> object:
+            raise PanicException("AddedVocabulary bad split")
+
+    reference = tokenizer_huggingface._Reference(
+        (tokenizer_dir / "tokenizer.json").read_text(), tokenizer_dir / "tokenizer.json", True, False
+    )
+    monkeypatch.setattr(reference, "_tokenizer", Breaks())
+    with pytest.raises(DataError, match=r"breaks down with .*tokenizer\.json: AddedVocabulary bad split"):
+        reference.encode_batch(["a"])
