@@ -10,7 +10,7 @@ from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.doctor.check import Check
-from megatron_cpt.runs.checkpoints import complete_checkpoints, free_bytes
+from megatron_cpt.runs.checkpoints import complete_checkpoints, format_bytes, free_bytes
 
 
 def check_storage(config: RunConfig, arch: Architecture, train_iters: int, tokens_per_step: int) -> list[Check]:
@@ -54,11 +54,15 @@ def _room(config: RunConfig, arch: Architecture, existing: Path, kept: int) -> C
     one = trainable_of(config, arch).checkpoint_bytes()
     saved = sum(marker.total_bytes for _, marker in complete_checkpoints(Path(config.folder) / "checkpoints"))
     free = free_bytes(existing)
-    looked_at = f"free bytes of {existing}; {kept} checkpoints of {one:,} bytes, {saved:,} bytes of them there"
+    looked_at = (
+        f"free bytes of {existing}; {kept} checkpoints of {format_bytes(one)}, {format_bytes(saved)} of them there"
+    )
     hint = "free some space, lower checkpoint.keep_last, or set run_dir to a folder on larger storage"
     if free < one:
-        return Check("disk", looked_at, "error", f"{free:,} bytes are free, one checkpoint needs {one:,}", hint)
+        return Check(
+            "disk", looked_at, "error", f"{format_bytes(free)} are free, one checkpoint needs {format_bytes(one)}", hint
+        )
     if free < (needed := max(0, kept * one - saved)):
-        detail = f"{free:,} bytes are free, the checkpoints that this run keeps need {needed:,} more"
+        detail = f"{format_bytes(free)} are free, the checkpoints that this run keeps need {format_bytes(needed)} more"
         return Check("disk", looked_at, "error", detail, hint)
-    return Check("disk", looked_at, "ok", f"{free:,} bytes are free, {needed:,} are needed")
+    return Check("disk", looked_at, "ok", f"{format_bytes(free)} are free, {format_bytes(needed)} are needed")

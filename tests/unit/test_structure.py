@@ -21,7 +21,7 @@ LAYERS = (
     ("budget", "durable", "console"),
     ("architecture",),
     ("config",),
-    ("corpus", "runs", "planner", "presets", "checkpoint_convert"),
+    ("corpus", "runs", "presets", "checkpoint_convert"),
     ("data",),
     ("launch",),
     ("runtime",),
