@@ -188,9 +188,10 @@ def test_norms_are_those_of_the_models_embedding(tmp_path: Path, dtype: str) -> 
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
+    from checkpoint_convert.embedding import EMBEDDING, row_norms
+    from checkpoint_convert.hf import read_hf
     from megatron_cpt.architecture.families import read_architecture
     from megatron_cpt.architecture.tensors import hf_tensor_shapes
-    from megatron_cpt.commands.adopt import EMBEDDING, embedding_norms
 
     config = {
         "model_type": "qwen2", "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 5000,
@@ -199,12 +200,13 @@ def test_norms_are_those_of_the_models_embedding(tmp_path: Path, dtype: str) -> 
         "hidden_act": "silu",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shapes = hf_tensor_shapes(read_architecture(tmp_path))
+    arch = read_architecture(tmp_path)
+    shapes = hf_tensor_shapes(arch)
     kind = {"F32": torch.float32, "BF16": torch.bfloat16}[dtype]
     tensors = {name: torch.randn(shape).to(kind) for name, shape in shapes.items()}
     save_file(tensors, str(tmp_path / "model.safetensors"))
     expected = tensors[EMBEDDING].float().norm(dim=1).numpy()
-    np.testing.assert_allclose(embedding_norms(tmp_path), expected, rtol=1e-5)
+    np.testing.assert_allclose(row_norms(read_hf(tmp_path, arch).tensors[EMBEDDING]), expected, rtol=1e-5)
 
 
 def test_the_command_prints_what_is_proven_and_what_is_not(
