@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import warnings
 from pathlib import Path
@@ -34,7 +35,7 @@ def megatron_scorer(checkpoint: Path, arch: Architecture, seq_length: int, docum
         adapt_megatron_core_to_cpu()
         from megatron_cpt.model.build import build_model
         from megatron_cpt.model.load_megatron import load_megatron_weights
-        from megatron_cpt.runtime.distributed import init_runtime
+        from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
 
         config = build_config(
             {
@@ -45,6 +46,7 @@ def megatron_scorer(checkpoint: Path, arch: Architecture, seq_length: int, docum
             }
         )
         device = init_runtime(config).device
+        atexit.register(shutdown_runtime)  # gloo's threads may abort an interpreter that ends around them
         (model,) = build_model(config, arch)
         load_megatron_weights([model], checkpoint)
     model.eval()
