@@ -67,14 +67,26 @@ def check_datasets(config: RunConfig, arch: Architecture, model_dir: Path) -> Da
     Raises:
         DataError: the first fault found, with the dataset's name.
     """
+    fingerprint = model_fingerprint(model_dir)
+    train = tuple(check_dataset(s.name, s.prefix, config, arch, fingerprint) for s in config.data.train)
+    validation = tuple(check_dataset(name, p, config, arch, fingerprint) for name, p in config.data.validation.items())
+    datasets = Datasets(train, validation)
+    check_together(config, datasets)
+    return datasets
+
+
+def check_together(config: RunConfig, datasets: Datasets) -> None:
+    """Check the lengths of datasets that are sound alone, and warn where two of them do not go together.
+
+    Raises:
+        DataError: there is nothing to train on, or a dataset is too short to train on or to predict anything.
+    """
     if not config.data.train:
         raise DataError(
             "data.train is empty: there is nothing to train on",
             hint="name a dataset: data: {train: [{name: domain, prefix: data/domain}]}",
         )
-    fingerprint = model_fingerprint(model_dir)
-    train = tuple(check_dataset(s.name, s.prefix, config, arch, fingerprint) for s in config.data.train)
-    validation = tuple(check_dataset(name, p, config, arch, fingerprint) for name, p in config.data.validation.items())
+    train, validation = datasets.train, datasets.validation
     _warn_of_differences((*train, *validation))
     for dataset in train:
         if dataset.tokens <= config.batch.seq_length:
@@ -97,7 +109,6 @@ def check_datasets(config: RunConfig, arch: Architecture, model_dir: Path) -> Da
                 dataset.name,
                 sources[dataset.hash],
             )
-    return Datasets(train, validation)
 
 
 def model_fingerprint(model_dir: Path) -> str | None:
@@ -110,6 +121,8 @@ def model_fingerprint(model_dir: Path) -> str | None:
 
 def _warn_of_differences(datasets: Sequence[Dataset]) -> None:
     """Say where two datasets of a run were not written by the same rules, which nothing later shows."""
+    if not datasets:
+        return
     first, known = datasets[0], read_manifest(datasets[0].prefix)
     for dataset in datasets[1:]:
         manifest = read_manifest(dataset.prefix)
@@ -205,21 +218,27 @@ def blend_of(phase: Phase) -> Blend:
     return build_blend({source.name: source.weight for source in phase.sources}, phase.seed)
 
 
+def needed_tokens(config: RunConfig, ledger: Ledger) -> dict[str, int]:
+    """Return the tokens that each source gives from `ledger` to the end of the budget."""
+    phase, seq_length = phase_at(config, ledger.tokens), config.batch.seq_length
+    samples = (phase.end_tokens - ledger.tokens) // seq_length
+    counts = blend_of(phase).counts(ledger.samples, ledger.samples + samples)
+    return {name: count * seq_length for name, count in counts.items()}
+
+
 def plan_sources(config: RunConfig, datasets: Datasets, ledger: Ledger) -> tuple[SourcePlan, ...]:
     """What each source must give from `ledger` to the end of the budget.
 
     Raises:
         DataError: a source would be repeated more often than data.max_epochs allows.
     """
-    phase, seq_length = phase_at(config, ledger.tokens), config.batch.seq_length
-    samples = (phase.end_tokens - ledger.tokens) // seq_length
-    counts = blend_of(phase).counts(ledger.samples, ledger.samples + samples)
+    needed_by_source = needed_tokens(config, ledger)
     plans = []
     for dataset in datasets.train:
         position = ledger.sources[dataset.name]
         block = position.block_tokens
         available = (dataset.tokens - 1) // block * block  # whole blocks; the tail differs in each epoch
-        needed = counts[dataset.name] * seq_length
+        needed = needed_by_source[dataset.name]
         plans.append(
             SourcePlan(
                 dataset.name,

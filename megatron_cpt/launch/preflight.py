@@ -6,6 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint_convert.checkpoint import clear_os_errors
+from checkpoint_convert.hf import read_hf
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
@@ -13,7 +15,7 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.data.datasets import Datasets, check_datasets
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.errors import CheckpointError, ConfigError
+from megatron_cpt.errors import CheckpointError, ConfigError, ConversionError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
 from megatron_cpt.launch.environment import refuse_broken_environment
@@ -56,12 +58,30 @@ def check_run(config: RunConfig, named: str) -> CheckedRun:
 
 
 def refuse_missing_trackers(config: RunConfig) -> None:
-    """Raise ConfigError when a tracker is asked for whose package is not installed."""
-    asked = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb_project is not None}
-    for package, wanted in asked.items():
-        if wanted and importlib.util.find_spec(package) is None:
-            key = "log.tensorboard" if package == "tensorboard" else "log.wandb_project"
-            raise ConfigError(f"{key} needs the package {package}", hint="pip install 'megatron-cpt[trackers]'")
+    """Raise ConfigError when trackers are asked for whose packages are not installed."""
+    asked = {
+        ("tensorboard", "log.tensorboard"): config.log.tensorboard,
+        ("wandb", "log.wandb_project"): config.log.wandb_project is not None,
+    }
+    missing = {key: name for (name, key), wanted in asked.items() if wanted and importlib.util.find_spec(name) is None}
+    if missing:
+        needs = ", ".join(f"{key} needs the package {package}" for key, package in missing.items())
+        raise ConfigError(f"{needs}, not installed here", hint="pip install 'megatron-cpt[trackers]'")
+
+
+def check_weights(origin: Origin, arch: Architecture) -> None:
+    """Check the headers of a Hugging Face folder's weights against its config.json: half a model cannot start.
+
+    Raises:
+        CheckpointError: a shard or a tensor is missing, surplus, misshapen or cut off.
+    """
+    if origin.kind != "hf":
+        return
+    try:
+        with clear_os_errors(f"cannot read {origin.weights}"):
+            read_hf(origin.weights, arch)
+    except ConversionError as error:
+        raise CheckpointError(error.message, hint=error.hint) from error
 
 
 def branch_point(config: RunConfig) -> tuple[Path, Marker] | None:

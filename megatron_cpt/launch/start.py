@@ -18,7 +18,14 @@ from megatron_cpt.errors import CheckpointError, ConfigError, CptError, LaunchEr
 from megatron_cpt.launch.identity import Identity, check_identity, identity_of, write_identity
 from megatron_cpt.launch.origin import side_files_dir
 from megatron_cpt.launch.place import check_variables, check_world_size, under_launcher
-from megatron_cpt.launch.preflight import CheckedRun, branch_point, check_free_space, check_run, standing_ledger
+from megatron_cpt.launch.preflight import (
+    CheckedRun,
+    branch_point,
+    check_free_space,
+    check_run,
+    check_weights,
+    standing_ledger,
+)
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART
 from megatron_cpt.runs.folder import (
@@ -93,13 +100,12 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
     run = load_run(config, named)
     _check_processes(config)
     folder = run.folder
-    if folder.kill_switch.exists():
-        raise KillSwitchSet(folder)
-    changes = _check_continues(run.checked, accept_changes)
+    refuse_kill_switch(folder)
+    changes = check_continues(run.checked, accept_changes)
     refuse_or_clear(folder.lease)
     if not under_launcher() and _is_finished(run):  # else the ranks are up, and loading it proves that it is whole
         return replace(run, finished=True)
-    _check_beginning(run)
+    check_beginning(run.checked)
     check_free_space(run.checked)
     fresh = not complete_checkpoints(folder.checkpoints)
     create_run_folder(folder, config, run.checked.model_dir if fresh else None)
@@ -108,6 +114,12 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
     record_attempt(folder, changes)
     _announce(run, changes)
     return run
+
+
+def refuse_kill_switch(folder: RunFolder) -> None:
+    """Raise KillSwitchSet when a person has forbidden this run to start."""
+    if folder.kill_switch.exists():
+        raise KillSwitchSet(folder)
 
 
 def _check_processes(config: RunConfig) -> None:
@@ -130,7 +142,7 @@ def _is_finished(run: PreparedRun) -> bool:
     return bool(newest) and not faults(*newest[0])
 
 
-def _check_continues(run: CheckedRun, accept_changes: bool) -> list[Change]:
+def check_continues(run: CheckedRun, accept_changes: bool) -> list[Change]:
     """What changed since the last attempt, if there was one.
 
     Raises:
@@ -161,13 +173,14 @@ def _identity(run: CheckedRun) -> Identity:
     return identity_of(side_files_dir(run.config.model), run.origin, branch and branch[0])
 
 
-def _check_beginning(run: PreparedRun) -> None:
+def check_beginning(checked: CheckedRun) -> None:
     """Without a checkpoint the weights must be there, and a run that has trained before says that it begins again.
 
     Raises:
         ConfigError: there are no weights to start from.
+        CheckpointError: they are not whole.
     """
-    checked, folder = run.checked, run.folder
+    folder = checked.folder
     if complete_checkpoints(folder.checkpoints) or checked.config.checkpoint.branch_from is not None:
         return
     if checked.origin.kind == "missing":
@@ -175,6 +188,7 @@ def _check_beginning(run: PreparedRun) -> None:
             f"model.init_from = {checked.config.model.init_from!r} does not exist",
             hint="name a Hugging Face directory, a torch_dist checkpoint or a run folder, or `random`",
         )
+    check_weights(checked.origin, checked.arch)
     trained = max((row.get("consumed_tokens", 0) for row in read_rows(folder.metrics)[0]), default=0)
     if trained:
         logger.warning(

@@ -24,6 +24,7 @@ LAYERS = (
     ("corpus", "runs", "presets", "checkpoint_convert"),
     ("data",),
     ("launch",),
+    ("planner",),
     ("runtime",),
     ("model",),
     ("forgetting", "peft"),
@@ -46,7 +47,19 @@ CORPUS_LAYERS = (
 ENTRY_SCRIPTS = {"megatron_cpt.__main__", "checkpoint_convert.__main__"}
 
 # These answer on a login node, where neither is installed; `data` only in the modules that `launch` needs.
-WITHOUT_TORCH = ("errors", "budget", "durable", "architecture", "config", "corpus", "runs", "presets", "launch", "cli")
+WITHOUT_TORCH = (
+    "errors",
+    "budget",
+    "durable",
+    "architecture",
+    "config",
+    "corpus",
+    "runs",
+    "presets",
+    "launch",
+    "planner",
+    "cli",
+)
 
 # Imports that are known to point upward or to close a circle, until their owner has turned them round.
 TO_BE_REMOVED: set[tuple[str, str]] = set()

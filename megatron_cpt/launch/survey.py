@@ -1,0 +1,194 @@
+"""Everything that a start of training checks, looked at together, on a machine that need not be the one that trains.
+
+`prepare` stops at the first fault; a plan wants all of them at once. The checks are the same functions. What is only
+absent here (a dataset, the weights, a package, disk space) may be there on the cluster, so it is kept apart from what
+is wrong anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.families import read_architecture
+from megatron_cpt.config.derive import Derived, derive
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.data.datasets import (
+    Dataset,
+    Datasets,
+    check_dataset,
+    check_together,
+    model_fingerprint,
+    needed_tokens,
+    plan_sources,
+)
+from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.errors import ConfigError, CptError, UserError
+from megatron_cpt.launch.base_model import refuse_instruct_model
+from megatron_cpt.launch.engine import check_engine
+from megatron_cpt.launch.environment import refuse_broken_environment
+from megatron_cpt.launch.origin import model_dir, resolve_origin
+from megatron_cpt.launch.preflight import (
+    CheckedRun,
+    check_free_space,
+    check_weights,
+    refuse_missing_trackers,
+    standing_ledger,
+)
+from megatron_cpt.launch.start import check_beginning, check_continues, refuse_kill_switch
+from megatron_cpt.runs.checkpoints import complete_checkpoints
+from megatron_cpt.runs.lease import refuse_if_held
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that would stop the run."""
+
+    message: str
+    hint: str | None
+    only_here: bool  # it is absent on this machine, which says nothing of the one that trains
+
+
+@dataclass(frozen=True)
+class SourceNeed:
+    """What the rest of the budget takes from one source. Epochs count from the beginning of the source."""
+
+    name: str
+    needed_tokens: int
+    available_tokens: int | None  # of one epoch; None while the dataset is not here or not sound
+    epochs_at_end: float | None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A config that can be planned, and what stands between it and a start."""
+
+    config: RunConfig
+    arch: Architecture
+    derived: Derived
+    ledger: Ledger  # where the run stands; empty for a new one
+    sources: tuple[SourceNeed, ...]
+    findings: tuple[Finding, ...]
+
+
+@dataclass
+class _Findings:
+    found: list[Finding] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def of(self, *, only_here: bool = False) -> Iterator[None]:
+        """Keep what the code inside refuses."""
+        try:
+            yield
+        except CptError as error:
+            self.found.append(Finding(error.message, error.hint, only_here))
+
+
+def survey(config: RunConfig, named: str) -> Survey:
+    """Check everything that `train` checks. `named` says in errors where `config` is from.
+
+    Raises:
+        UserError: there is no model that the config names, or a rule of the config itself is broken; all that is wrong
+            anywhere is listed with it.
+    """
+    findings = _Findings()
+    _look_at_machine(config, findings)
+    folder = model_dir(config)
+    arch = read_architecture(folder)
+    with findings.of():
+        refuse_instruct_model(config, folder)
+    origin = resolve_origin(config.model.init_from)
+    if not complete_checkpoints(Path(config.folder) / "checkpoints"):  # a new run needs its first weights whole
+        with findings.of():
+            check_weights(origin, arch)
+    datasets = _look_at_datasets(config, arch, folder, findings)
+    try:
+        derived = derive(config, arch, origin=named)
+    except ConfigError as error:
+        wrong = [finding for finding in findings.found if not finding.only_here]
+        if not wrong:
+            raise
+        raise_findings([Finding(error.message, error.hint, only_here=False), *wrong], named)
+        raise AssertionError from error
+    run = CheckedRun(config, arch, derived, datasets, origin, folder)
+    ledger = _look_at_run_folder(run, findings)
+    return Survey(config, arch, derived, ledger, _sources(run, ledger, findings), tuple(findings.found))
+
+
+def raise_findings(findings: list[Finding], named: str) -> None:
+    """Raise one UserError that lists `findings`; return when there is none."""
+    if not findings:
+        return
+    if len(findings) == 1:
+        raise UserError(findings[0].message, hint=findings[0].hint)
+    listed = "\n".join(
+        f"  - {finding.message}" + (f"\n    hint: {finding.hint}" if finding.hint else "") for finding in findings
+    )
+    raise UserError(
+        f"{named}: {len(findings)} things would stop this run:\n{listed}", hint="correct all of them, then plan again"
+    )
+
+
+def _look_at_machine(config: RunConfig, findings: _Findings) -> None:
+    with findings.of(only_here=True):
+        refuse_broken_environment()
+        check_engine()
+    with findings.of(only_here=True):
+        refuse_missing_trackers(config)
+
+
+def _look_at_datasets(config: RunConfig, arch: Architecture, folder: Path, findings: _Findings) -> Datasets:
+    """The sound datasets; what is wrong with the others is among the findings."""
+    fingerprint: str | None = None
+    with findings.of():
+        fingerprint = model_fingerprint(folder)
+    sound: dict[str, list[Dataset]] = {"train": [], "validation": []}
+    named = [("train", source.name, source.prefix) for source in config.data.train]
+    named += [("validation", name, prefix) for name, prefix in config.data.validation.items()]
+    for kind, name, prefix in named:
+        with findings.of(only_here=_is_absent(prefix)):
+            sound[kind].append(check_dataset(name, prefix, config, arch, fingerprint))
+    datasets = Datasets(tuple(sound["train"]), tuple(sound["validation"]))
+    with findings.of():
+        check_together(config, datasets)
+    return datasets
+
+
+def _is_absent(prefix: str) -> bool:
+    """Whether nothing of a dataset is here, not even a part that would be a fault."""
+    endings = (".bin", ".idx", ".manifest.json", ".partial")
+    return not any(Path(prefix + ending).exists() for ending in endings)
+
+
+def _look_at_run_folder(run: CheckedRun, findings: _Findings) -> Ledger:
+    """Where the run stands, and whether its folder lets it start."""
+    ledger = Ledger()
+    with findings.of():
+        ledger = standing_ledger(run)
+    with findings.of():
+        check_continues(run, accept_changes=False)
+    with findings.of():
+        refuse_kill_switch(run.folder)
+    with findings.of(only_here=True):
+        refuse_if_held(run.folder.lease)
+    if run.origin.kind == "missing":
+        with findings.of(only_here=True):
+            check_beginning(run)
+    with findings.of(only_here=True):
+        check_free_space(run)
+    return ledger
+
+
+def _sources(run: CheckedRun, ledger: Ledger, findings: _Findings) -> tuple[SourceNeed, ...]:
+    """Tokens needed of every source, and epochs of those that are here."""
+    if not run.config.data.train:
+        return ()
+    needed = needed_tokens(run.config, ledger)
+    known: Mapping[str, SourceNeed] = {}
+    with findings.of():
+        plans = plan_sources(run.config, run.datasets, ledger)
+        known = {p.name: SourceNeed(p.name, p.needed_tokens, p.available_tokens, p.epochs_at_end) for p in plans}
+    return tuple(known.get(name, SourceNeed(name, tokens, None, None)) for name, tokens in needed.items())

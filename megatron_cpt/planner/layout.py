@@ -1,0 +1,94 @@
+"""What memory and time of a step depend on, apart from the model: one flat value that a search can vary cheaply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.config.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over GPUs, with the batch of a step and what saves memory."""
+
+    tp: int
+    pp: int
+    vpp: int | None  # virtual chunks per pipeline stage
+    cp: int
+    dp: int
+    gpus_per_node: int
+    micro_batch_size: int  # samples
+    micro_batches: int  # per step and data-parallel rank
+    seq_length: int  # tokens
+    layers_per_stage: tuple[int, ...]
+    sequence_parallel: bool
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: tuple[str, ...] = ()  # of `selective`
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    fp8: bool = False
+    attention: Literal["te", "sdpa", "block_causal", "unfused"] = "te"
+    dropout: float = 0.0
+    offload_ratio: float = 0.0  # share of the optimizer state in host memory
+    moments_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+
+    @classmethod
+    def of(cls, config: RunConfig, arch: Architecture) -> Layout:
+        """Return the layout of a config that `derive` accepts, with its full batch."""
+        parallel, batch, model = config.parallel, config.batch, config.model
+        layers = parallel.layers_per_stage(arch.num_layers)
+        assert layers is not None, "derive refuses such a config"
+        dp = parallel.data_parallel_size
+        return cls(
+            tp=parallel.tp,
+            pp=parallel.pp,
+            vpp=parallel.vpp,
+            cp=parallel.cp,
+            dp=dp,
+            gpus_per_node=parallel.gpus_per_node,
+            micro_batch_size=batch.micro_batch_size,
+            micro_batches=batch.global_batch_size // (batch.micro_batch_size * dp),
+            seq_length=batch.seq_length,
+            layers_per_stage=layers,
+            sequence_parallel=parallel.uses_sequence_parallel,
+            recompute=config.recompute.granularity,
+            recompute_modules=config.recompute.modules if config.recompute.granularity == "selective" else (),
+            distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            dtype=config.precision.dtype,
+            fp8=config.precision.fp8 is not None,
+            attention="te" if model.attention == "auto" else model.attention,
+            dropout=model.dropout,
+            offload_ratio=config.optimizer.cpu_offload_ratio,
+            moments_dtype=config.optimizer.moments_dtype,
+        )
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def chunks(self) -> int:
+        """Virtual chunks per stage; 1 is the plain schedule."""
+        return self.vpp or 1
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a step."""
+        return self.micro_batch_size * self.micro_batches * self.dp
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_length
+
+    def layers_of(self, stage: int) -> int:
+        return self.layers_per_stage[stage]
+
+    def recomputes(self, module: str) -> bool:
+        """Whether `selective` recomputes the module; `full` is asked for by `recompute`."""
+        return module in self.recompute_modules

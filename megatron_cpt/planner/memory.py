@@ -1,0 +1,222 @@
+"""Bytes of a GPU, by part, for each pipeline stage: the one place where a rank's bytes are counted. No torch.
+
+Symbols, per rank: T tokens of a micro-batch (micro_batch_size * seq_length / cp), t = tp, h hidden, f MLP rows,
+a = heads * head_dim, g = key/value heads * head_dim, V padded vocabulary, e bytes of an activation (2 in bf16).
+
+What a layer keeps for its backward pass (Korthikanti et al. 2022, arXiv:2205.05198, for attention that never holds the
+matrix of scores (Dao 2023, arXiv:2307.08691) and a gated activation that keeps its input only):
+
+    input and output of both norms        e * 4h           per token, / t under sequence parallelism
+    q and k after the rotation            e * (a + g)      / t
+    q, k, v before it, kept alive by v    e * (a + 2g)     / t
+    output of the attention               e * a            / t
+    gate and up, and their product        e * 3f           / t
+    cosines and sines of q and k          e * 4 head_dim   per position
+
+`megatron-cpt dry-run` counts the live bytes of the real model under the real schedule, and a test compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.planner.layout import Layout
+
+GIB = 2**30
+# What no formula gives: the CUDA context and cuBLAS's workspace, NCCL's buffers of one group of ranks, and what the
+# caching allocator holds between its blocks, as a share of what lives there for one step only.
+CONTEXT_BYTES = 0.7 * GIB
+GROUP_BYTES = 0.3 * GIB
+FRAGMENTATION = 0.06
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one rank of a pipeline stage when it holds most, by part."""
+
+    stage: int
+    layers: int
+    parameters: int  # on this rank
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # of all micro-batches in flight
+    logits: int  # of the last micro-batch: what the loss keeps
+    transient: int  # beyond them, in the most demanding moment of the backward pass
+    overhead: int
+    host: int = 0  # optimizer state in the host's memory
+
+    @property
+    def static(self) -> int:
+        """Bytes that do not depend on the batch."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def live(self) -> int:
+        """Bytes that a step allocates and frees again."""
+        return self.activations + self.logits + self.transient
+
+    @property
+    def total(self) -> int:
+        """Bytes on the GPU in all."""
+        return self.static + self.live + self.overhead
+
+
+def memory_of_stages(arch: Architecture, layout: Layout) -> tuple[StageMemory, ...]:
+    """Return the bytes of a rank of each pipeline stage, the first stage first."""
+    return tuple(_stage(arch, layout, stage) for stage in range(layout.pp))
+
+
+def worst_stage(stages: tuple[StageMemory, ...]) -> StageMemory:
+    """Return the stage that holds most."""
+    return max(stages, key=lambda stage: stage.total)
+
+
+def parameters_of_stage(arch: Architecture, layout: Layout, stage: int) -> int:
+    """Return the parameters of a rank of the stage: its part of embedding, layers, last norm and output layer.
+
+    A tied output layer shares the embedding on a rank that holds both; on a last stage of its own it is a copy.
+    """
+    h, d, t = arch.hidden_size, arch.head_dim, layout.tp
+    first, last = stage == 0, stage == layout.pp - 1
+    table = arch.padded_vocab_size(t) * h // t
+    q_rows, kv_rows = arch.num_attention_heads * d, 2 * arch.num_query_groups * d
+    layer = ((q_rows + kv_rows) * h + q_rows * h + 3 * arch.ffn_hidden_size * h) // t + 2 * h
+    layer += (q_rows + kv_rows) // t if arch.qkv_bias else 0
+    layer += 2 * d if arch.qk_norm else 0
+    tables = int(first) + int(last and not (first and arch.tie_word_embeddings))
+    return layer * layout.layers_of(stage) + tables * table + (h if last else 0)
+
+
+def optimizer_bytes_per_parameter(layout: Layout) -> int:
+    """Return the bytes of optimizer state per parameter: an fp32 master weight where there is none, and two moments."""
+    return (4 if layout.dtype == "bf16" else 0) + 2 * {"fp32": 4, "bf16": 2, "fp8": 1}[layout.moments_dtype]
+
+
+def activation_bytes_of_layer(arch: Architecture, layout: Layout) -> float:
+    """Return what one layer keeps of one micro-batch, under the recomputation that `layout` asks for."""
+    if layout.recompute == "full":
+        return _item(layout) * _tokens(layout) * arch.hidden_size / _norm_split(layout)
+    kept = _whole_layer(arch, layout)
+    if layout.recomputes("mlp"):
+        kept -= _mlp(arch, layout)
+    return kept
+
+
+def layers_in_flight(layout: Layout, stage: int) -> float:
+    """Return how many layers' activations the stage holds at once, over all its micro-batches.
+
+    1F1B: stage r of p runs p - r micro-batches ahead. Interleaved (Narayanan et al. 2021, arXiv:2104.04473): the chunks
+    of the warm-up and the one that is computed.
+    """
+    p, v, m, layers = layout.pp, layout.chunks, layout.micro_batches, layout.layers_of(stage)
+    if v == 1:
+        return min(p - stage, m) * layers
+    chunks = min(m * v, 2 * (p - stage - 1) + (v - 1) * p + 1)
+    return chunks * layers / v
+
+
+def _stage(arch: Architecture, layout: Layout, stage: int) -> StageMemory:
+    parameters = parameters_of_stage(arch, layout, stage)
+    state = optimizer_bytes_per_parameter(layout) * parameters
+    if layout.distributed_optimizer:
+        state = -(-state // (layout.dp * layout.cp))
+    host = int(state * layout.offload_ratio)
+    activations = layers_in_flight(layout, stage) * activation_bytes_of_layer(arch, layout)
+    logits, transient = _peak(arch, layout, stage)
+    groups = sum(size > 1 for size in (layout.tp, layout.pp, layout.dp * layout.cp, layout.cp))
+    overhead = CONTEXT_BYTES + groups * GROUP_BYTES + FRAGMENTATION * (activations + logits + transient)
+    return StageMemory(
+        stage=stage,
+        layers=layout.layers_of(stage),
+        parameters=parameters,
+        weights=_item(layout) * parameters,
+        gradients=4 * parameters,
+        optimizer=state - host,
+        activations=int(activations),
+        logits=int(logits),
+        transient=int(transient),
+        overhead=int(overhead),
+        host=host,
+    )
+
+
+def _peak(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
+    """Return (kept by the head, transient) at the moment that needs most: in the loss, or in the last layer's backward.
+
+    The loss keeps the probabilities in fp32 and the last norm's input and output, and holds the logits in the dtype of
+    the model beside them. Once it is behind, a layer's backward pass holds the gradients of the MLP.
+    """
+    h = arch.hidden_size
+    in_layer = _layer_transient(arch, layout)
+    if stage < layout.pp - 1:
+        return 0.0, in_layer
+    rows = arch.padded_vocab_size(layout.tp) / layout.tp
+    kept = _tokens(layout) * (4 * rows + 2 * _item(layout) * h / _norm_split(layout))
+    in_loss = _tokens(layout) * _item(layout) * rows
+    full_width = _item(layout) * _tokens(layout) * h  # the gradient of the last norm's output, of all tokens
+    weight = _item(layout) * rows * h  # the gradient of the output layer, before it is added to the fp32 sum
+    in_linear = in_loss + full_width + _gathered(arch, layout) + weight - 4 * _tokens(layout) * rows
+    in_head = max(in_loss, in_linear)
+    if kept + in_head >= in_layer:
+        return kept, in_head
+    return 0.0, in_layer
+
+
+def _layer_transient(arch: Architecture, layout: Layout) -> float:
+    """What a layer's backward pass holds beyond what the forward pass kept, at its most."""
+    tokens, item, t, h = _tokens(layout), _item(layout), layout.tp, arch.hidden_size
+    stream = item * tokens * h / _norm_split(layout)  # the gradient of the layer's output
+    rows = item * tokens * arch.ffn_hidden_size / t  # of one of gate, up and product
+    weight = item * arch.ffn_hidden_size * h / t  # of one of the MLP's matrices
+    gathered, full_width = _gathered(arch, layout), item * tokens * h
+    in_activation = 3 * rows + gathered
+    in_first_linear = 2 * rows - 3 * rows + gathered + full_width + 2 * weight  # what the activation kept is freed
+    in_second_linear = rows + gathered + weight
+    again = 0.0
+    if layout.recompute == "full":
+        again = _whole_layer(arch, layout) - stream  # its input is kept already
+    elif layout.recomputes("mlp"):
+        again = _mlp(arch, layout) + stream
+    return stream + max(in_activation, in_first_linear, in_second_linear) + again
+
+
+def _whole_layer(arch: Architecture, layout: Layout) -> float:
+    """What a layer keeps without recomputation."""
+    tokens, item, t = _tokens(layout), _item(layout), layout.tp
+    heads, groups, d = arch.num_attention_heads, arch.num_query_groups, arch.head_dim
+    a, g = heads * d, groups * d
+    norms = tokens * (4 * item * arch.hidden_size + 8) / _norm_split(layout)
+    attention = item * (3 * a + 3 * g) + 4 * heads
+    if layout.attention == "unfused":
+        attention = item * 4 * a + layout.seq_length * ((4 + item) * heads + t)
+    elif layout.cp > 1 and layout.attention == "sdpa":  # keys and values of the whole sequence, in its order
+        attention += item * 2 * g * layout.cp
+    if arch.qk_norm:
+        attention += item * a + 4 * (heads + groups)
+    rope = 4 * item * d * tokens / layout.micro_batch_size
+    dropout = 2 * tokens * arch.hidden_size / _norm_split(layout) if layout.dropout else 0.0
+    return norms + tokens * attention / t + _mlp(arch, layout) + rope + dropout
+
+
+def _mlp(arch: Architecture, layout: Layout) -> float:
+    return 3 * _item(layout) * _tokens(layout) * arch.ffn_hidden_size / layout.tp
+
+
+def _gathered(arch: Architecture, layout: Layout) -> float:
+    """Activations of all tokens that a linear layer gathers under sequence parallelism, and frees again."""
+    return _item(layout) * _tokens(layout) * arch.hidden_size if layout.sequence_parallel else 0.0
+
+
+def _tokens(layout: Layout) -> float:
+    return layout.micro_batch_size * layout.seq_length / layout.cp
+
+
+def _norm_split(layout: Layout) -> int:
+    """Into how many parts the activations between the linear layers are cut."""
+    return layout.tp if layout.sequence_parallel else 1
+
+
+def _item(layout: Layout) -> int:
+    return 2 if layout.dtype == "bf16" else 4
