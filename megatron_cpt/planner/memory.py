@@ -176,10 +176,14 @@ def _layer_transient(arch: Architecture, layout: Layout) -> float:
     in_second_linear = rows + gathered + weight
     again = 0.0
     if layout.recompute == "full":
-        again = _whole_layer(arch, layout) - stream  # its input is kept already
+        again = _whole_layer(arch, layout)
     elif layout.recomputes("mlp"):
         again = _mlp(arch, layout) + stream
-    return stream + max(in_activation, in_first_linear, in_second_linear) + again
+    in_attention = 0.0  # the MLP is behind
+    if layout.attention == "unfused":  # gradients of scores and probabilities
+        in_attention = 8 * tokens * layout.seq_length * arch.num_attention_heads / t - _mlp(arch, layout)
+    in_norm = 16 * tokens * h / _norm_split(layout) if layout.attention == "block_causal" else 0.0  # a CPU's, in fp32
+    return stream + max(in_activation, in_first_linear, in_second_linear, in_attention, in_norm) + again
 
 
 def _whole_layer(arch: Architecture, layout: Layout) -> float:
