@@ -92,7 +92,7 @@ def examine_machine(
         _trackers(config),
         *check_gpus(config.parallel.gpus_per_node),
         meeting or check_meeting_place(),
-        *check_storage(config, arch, derived.train_iters, derived.tokens_per_step),
+        *check_storage(config, arch, derived),
         _allowed("base model", f"{folder}/config.json", lambda: refuse_instruct_model(config, folder)),
         *check_data(config, arch, folder, origin if read_weights else None),
         _epochs(config, arch, derived),

@@ -7,16 +7,17 @@ import tempfile
 from pathlib import Path
 
 from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.config.derive import Derived
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.doctor.check import Check
+from megatron_cpt.planner.disk import DiskNeed, disk_need
 from megatron_cpt.runs.checkpoints import complete_checkpoints, format_bytes, free_bytes
 
 
-def check_storage(config: RunConfig, arch: Architecture, train_iters: int, tokens_per_step: int) -> list[Check]:
+def check_storage(config: RunConfig, arch: Architecture, derived: Derived) -> list[Check]:
     """Check the storage of the run folder, which need not exist."""
     existing = existing_parent(config)
-    return [_writable(existing), _room(config, arch, existing, _kept(config, train_iters, tokens_per_step))]
+    return [_writable(existing), _room(config, existing, disk_need(config, arch, derived))]
 
 
 def existing_parent(config: RunConfig) -> Path:
@@ -38,20 +39,8 @@ def _writable(folder: Path) -> Check:
     return Check("run folder", looked_at, "ok", "it can be written")
 
 
-def _kept(config: RunConfig, train_iters: int, tokens_per_step: int) -> int:
-    """Most checkpoints that lie there at once: what the retention keeps, the best one, and the one being written."""
-    checkpoint = config.checkpoint
-    multiples = config.budget.train_tokens // checkpoint.keep_every if checkpoint.keep_every else 0
-    kept = checkpoint.keep_last + multiples + (checkpoint.best_by is not None) + 1
-    if checkpoint.save_every is None:  # the last step alone saves
-        return 1
-    interval = checkpoint.save_every
-    save_iters = interval.count if interval.unit == "iters" else max(1, interval.count // tokens_per_step)
-    return min(kept, -(-train_iters // save_iters))
-
-
-def _room(config: RunConfig, arch: Architecture, existing: Path, kept: int) -> Check:
-    one = trainable_of(config, arch).checkpoint_bytes()
+def _room(config: RunConfig, existing: Path, need: DiskNeed) -> Check:
+    one, kept = need.checkpoint_bytes, need.kept
     saved = sum(marker.total_bytes for _, marker in complete_checkpoints(Path(config.folder) / "checkpoints"))
     free = free_bytes(existing)
     looked_at = (
