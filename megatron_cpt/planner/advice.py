@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.budget import Interval, format_count
+from megatron_cpt.budget import format_count
 from megatron_cpt.config.derive import Derived
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.launch.survey import SourceNeed, Survey
@@ -50,11 +50,11 @@ def surprises(config: RunConfig, derived: Derived) -> list[str]:
     notes = list(derived.notes)
     step = derived.tokens_per_step
     for key, every in (("checkpoint.save_every", config.checkpoint.save_every), ("eval.every", config.eval.every)):
-        if every is not None and _in_tokens(every, step) < step:
+        if every is not None and every.in_tokens(step) < step:
             notes.append(f"{key} = {every} is less than a step of {step:,} tokens: it happens at every step")
     if 0 < derived.warmup_tokens < step:
         notes.append(f"budget.warmup_tokens = {derived.warmup_tokens:,} is less than a step of {step:,} tokens")
-    if config.eval.every is not None and _in_tokens(config.eval.every, step) > derived.train_tokens:
+    if config.eval.every is not None and config.eval.every.in_tokens(step) > derived.train_tokens:
         notes.append(f"eval.every = {config.eval.every} is longer than the run: only its two ends evaluate")
     if config.checkpoint.keep_every and config.checkpoint.keep_every < step:
         notes.append(
@@ -65,15 +65,11 @@ def surprises(config: RunConfig, derived: Derived) -> list[str]:
     return notes
 
 
-def _in_tokens(every: Interval, step: int) -> int:
-    return every.in_tokens(step)
-
-
 def _budget_advice(derived: Derived) -> Iterator[Advice]:
     if derived.train_tokens < _FEW_TOKENS:
         yield Advice(
-            f"{format_count(derived.train_tokens)} tokens are few for continued pre-training of all weights: 1B or more "
-            "is advised; with less, expect style rather than knowledge",
+            f"{format_count(derived.train_tokens)} tokens are few for continued pre-training of all weights: 1B or "
+            "more is advised; with less, expect style rather than knowledge",
             "practice of Qwen2-72B recipes; S",
         )
 
@@ -88,7 +84,7 @@ def _rate_advice(config: RunConfig, arch: Architecture, derived: Derived) -> Ite
         yield Advice(
             f"optimizer.lr = {rate:g} is {than} {low:g} to {high:g}, the rates that kept general ability for budgets "
             "below 5B tokens",
-            "ChipNeMo and EntiGraph use 5e-6; 3e-4 was harmful and 3e-5 good in The Stability Gap (arXiv:2406.14833); S",
+            "ChipNeMo and EntiGraph use 5e-6; 3e-4 harmful, 3e-5 good: The Stability Gap, arXiv:2406.14833; S",
         )
     if tokens >= _LONG_BUDGET_TOKENS and rate < 3e-5:
         yield Advice(
@@ -135,7 +131,7 @@ def _epoch_advice(source: SourceNeed) -> Iterator[Advice]:
         yield Advice(
             f"source {source.name!r} is read {source.epochs_at_end:.2f} times: up to 4 epochs repeats are worth nearly "
             "as much as new text, beyond that little",
-            "Muennighoff et al. 2023, arXiv:2305.16264; P",
+            "Muennighoff et al. 2023, arXiv:2305.16264; S",
         )
 
 
