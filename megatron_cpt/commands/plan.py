@@ -1,4 +1,4 @@
-"""`megatron-cpt plan`: validate a config and print what follows from it."""
+"""`megatron-cpt plan`: everything that can be known of a run before it starts."""
 
 from __future__ import annotations
 
@@ -9,78 +9,84 @@ from typing import Any
 
 import click
 
-from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.families import read_architecture
-from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.phase import phase_at
-from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.launch.origin import side_files_dir
+from megatron_cpt.launch.survey import raise_findings, survey
+from megatron_cpt.planner.hardware import DEFAULT, find_hardware, known_hardware
+from megatron_cpt.planner.page import plan_page, search_page
+from megatron_cpt.planner.plan import Plan, blocking_findings, make_plan, plan_json
+from megatron_cpt.planner.search import search, search_json
 from megatron_cpt.train.schedule import draw_schedule, sample_schedule
 
 
 @click.command()
 @click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option(
+    "--hardware",
+    metavar="NAME",
+    default=DEFAULT,
+    show_default=True,
+    help=f"GPUs to plan for: {', '.join(known_hardware())}.",
+)
+@click.option(
+    "--price-per-gpu-hour", type=click.FloatRange(min=0.0), help="Print the cost of the run at this price of a GPU."
+)
+@click.option("--search", "searches", is_flag=True, help="List the fastest layouts that fit, with overrides to paste.")
+@click.option("--gpus", type=click.IntRange(min=1), help="With --search: GPUs to use instead of the config's number.")
+@click.option("--strict", is_flag=True, help="What is missing on this machine, or does not fit, is an error.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
-def plan(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Validate CONFIG and print its derived numbers; nothing is started.
+def plan(
+    config_path: Path,
+    overrides: tuple[str, ...],
+    hardware: str,
+    price_per_gpu_hour: float | None,
+    searches: bool,
+    gpus: int | None,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Check CONFIG as `train` would, and print what the run will need: memory, time, disk, data and cost.
+
+    Nothing is started or written, and no GPU is needed. All that is wrong is listed at once, each with a legal value.
+    What is only missing on this machine, a dataset or the weights, is a note; with --strict it is an error, for the
+    machine that will train.
 
     \b
-    Every problem is listed at once with a legal value. Try a change without editing the file:
-      megatron-cpt plan examples/qwen2_72b/config.yaml budget.train_tokens=1.5B parallel.pp=8
+    Try a change without editing the file:
+      megatron-cpt plan examples/qwen2_72b/config.yaml budget.train_tokens=3B parallel.pp=8 --hardware a800-80g
+      megatron-cpt plan examples/qwen2_72b/config.yaml --search --gpus 64
     """
-    config = load_config(config_path, overrides)
-    arch = read_architecture(side_files_dir(config.model))
-    derived = derive(config, arch, origin=str(config_path))
+    if gpus is not None and not searches:
+        raise click.UsageError(
+            "--gpus belongs to --search; the GPUs of the plan are parallel.nodes x parallel.gpus_per_node"
+        )
+    gpu = find_hardware(hardware)
+    made = make_plan(survey(load_config(config_path, overrides), str(config_path)), gpu, price_per_gpu_hour)
+    raise_findings(blocking_findings(made, strict=strict and not searches), str(config_path))
+    found = search(made.survey.config, made.survey.arch, gpu, gpus) if searches else None
     if as_json:
-        click.echo(json.dumps(plan_json(config, arch, derived), indent=1))
+        click.echo(
+            json.dumps(
+                _contract(made) | ({} if found is None else search_json(found, made.survey.config, gpu)), indent=1
+            )
+        )
+    elif found is not None:
+        click.echo(search_page(found, made))
     else:
-        _print_plan(config, arch, derived)
+        click.echo(plan_page(made, draw_schedule(phase_at(made.survey.config, made.survey.ledger.tokens))))
 
 
-def plan_json(config: RunConfig, arch: Architecture, derived: Derived) -> dict[str, Any]:
+def _contract(plan: Plan) -> dict[str, Any]:
     """The plan under the names of the config contract."""
+    config, derived = plan.survey.config, plan.survey.derived
+    phase = phase_at(config, plan.survey.ledger.tokens)
     return {
         "job_name": config.job_name,
         "run_dir": config.folder,
         **{key: value for key, value in dataclasses.asdict(derived).items() if key != "notes"},
-        "notes": list(derived.notes),
-        "architecture": dataclasses.asdict(arch),
-        "learning_rates": [
-            {"consumed_tokens": tokens, "lr": lr} for tokens, lr in sample_schedule(phase_at(config), 21)
-        ],
+        "architecture": dataclasses.asdict(plan.survey.arch),
+        "learning_rates": [{"consumed_tokens": tokens, "lr": lr} for tokens, lr in sample_schedule(phase, 21)],
+        **plan_json(plan),
         "config": config.model_dump(mode="json"),
     }
-
-
-def _print_plan(config: RunConfig, arch: Architecture, derived: Derived) -> None:
-    parallel, batch = config.parallel, config.batch
-    rows = [
-        ("model", f"{arch.family}, {arch.num_parameters / 1e9:.2f} billion parameters ({arch.num_parameters:,})"),
-        ("ranks", f"{derived.world_size} = {parallel.nodes} nodes x {parallel.gpus_per_node}"),
-        (
-            "layout",
-            f"TP {parallel.tp} x PP {parallel.pp} x CP {parallel.cp} x DP {derived.data_parallel_size}"
-            + (f", {parallel.vpp} virtual stages" if parallel.vpp else "")
-            + (", sequence parallel" if derived.sequence_parallel else ""),
-        ),
-        ("layers per stage", ", ".join(map(str, derived.layers_per_stage or ()))),
-        ("vocabulary rows", f"{arch.vocab_size:,} padded to {derived.padded_vocab_size:,}"),
-        (
-            "one step",
-            f"{derived.tokens_per_step:,} tokens = {batch.global_batch_size} samples x {batch.seq_length} tokens, "
-            f"{derived.gradient_accumulation_steps} micro-batches of {batch.micro_batch_size}",
-        ),
-        ("budget", f"{derived.train_tokens:,} tokens = {derived.train_iters:,} iterations"),
-        ("warm-up", f"{derived.warmup_tokens:,} tokens"),
-        ("schedule", f"{config.schedule.kind}, lr {config.optimizer.lr:g} to {config.optimizer.min_lr:g}"),
-        ("", draw_schedule(phase_at(config))),
-        ("checkpoints", f"every {config.checkpoint.save_every}, and the last step"),
-        ("run folder", config.folder),
-    ]
-    click.echo(f"plan of {config.job_name}")
-    for name, value in rows:
-        click.echo(f"  {name:<17} {value}")
-    for note in derived.notes:
-        click.echo(f"note: {note}")

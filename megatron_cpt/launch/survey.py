@@ -71,6 +71,7 @@ class Survey:
     derived: Derived
     ledger: Ledger  # where the run stands; empty for a new one
     sources: tuple[SourceNeed, ...]
+    validation_tokens: dict[str, int | None]  # read at each validation of a set; None while it is not here
     findings: tuple[Finding, ...]
 
 
@@ -115,7 +116,8 @@ def survey(config: RunConfig, named: str) -> Survey:
         raise AssertionError from error
     run = CheckedRun(config, arch, derived, datasets, origin, folder)
     ledger = _look_at_run_folder(run, findings)
-    return Survey(config, arch, derived, ledger, _sources(run, ledger, findings), tuple(findings.found))
+    sources = _sources(run, ledger, findings)
+    return Survey(config, arch, derived, ledger, sources, _validation_tokens(run), tuple(findings.found))
 
 
 def raise_findings(findings: list[Finding], named: str) -> None:
@@ -192,3 +194,12 @@ def _sources(run: CheckedRun, ledger: Ledger, findings: _Findings) -> tuple[Sour
         plans = plan_sources(run.config, run.datasets, ledger)
         known = {p.name: SourceNeed(p.name, p.needed_tokens, p.available_tokens, p.epochs_at_end) for p in plans}
     return tuple(known.get(name, SourceNeed(name, tokens, None, None)) for name, tokens in needed.items())
+
+
+def _validation_tokens(run: CheckedRun) -> dict[str, int | None]:
+    """Tokens of each validation set that one validation reads."""
+    wanted, known = run.config.eval.tokens, {dataset.name: dataset.tokens for dataset in run.datasets.validation}
+    read: dict[str, int | None] = {}
+    for name in run.config.data.validation:
+        read[name] = min(wanted or known[name], known[name]) if name in known else wanted
+    return read

@@ -57,9 +57,7 @@ def find_hardware(name: str) -> Hardware:
     known = known_hardware()
     if (found := known.get(name.lower())) is not None:
         return found
-    near = near_match(name.lower(), known)
-    listed = ", ".join(known)
-    raise ConfigError(
-        f"there is no hardware {name!r}",
-        hint=f"did you mean {near!r}? known are {listed}" if near else f"one of {listed}",
-    )
+    begins = [candidate for candidate in known if candidate.startswith(name.lower())]
+    near = begins[0] if begins else near_match(name.lower(), known)
+    question = f"did you mean {near!r}? " if near else ""
+    raise ConfigError(f"there is no hardware {name!r}", hint=f"{question}known are {', '.join(known)}")
