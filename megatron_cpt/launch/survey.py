@@ -190,8 +190,9 @@ def _sources(run: CheckedRun, ledger: Ledger, findings: _Findings) -> tuple[Sour
         return ()
     needed = needed_tokens(run.config, ledger)
     known: Mapping[str, SourceNeed] = {}
+    long_enough = tuple(d for d in run.datasets.train if d.tokens > run.config.batch.seq_length)
     with findings.of():
-        plans = plan_sources(run.config, run.datasets, ledger)
+        plans = plan_sources(run.config, Datasets(long_enough, ()), ledger)
         known = {p.name: SourceNeed(p.name, p.needed_tokens, p.available_tokens, p.epochs_at_end) for p in plans}
     return tuple(known.get(name, SourceNeed(name, tokens, None, None)) for name, tokens in needed.items())
 

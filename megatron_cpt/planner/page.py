@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
@@ -14,6 +15,7 @@ from megatron_cpt.runs.checkpoints import format_bytes
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "transient", "overhead", "total")
 _LABEL_COLUMNS = 18
+_COLUMNS = 110
 
 
 def plan_page(plan: Plan, schedule: str) -> str:
@@ -25,8 +27,8 @@ def search_page(found: Found, plan: Plan) -> str:
     """Return the best layouts as a table, with the overrides to paste, and where the config's own stands."""
     hardware = plan.hardware
     lines = [
-        f"{found.legal:,} legal layouts, {found.fitting:,} hold at most {TIGHT:.0%} of the {hardware.memory_bytes / GIB:.1f} "
-        f"GiB of {hardware.name}",
+        f"{found.legal:,} legal layouts, {found.fitting:,} hold at most {TIGHT:.0%} of the "
+        f"{hardware.memory_bytes / GIB:.1f} GiB of {hardware.name}",
     ]
     if found.best:
         lines.append(f"  {'tokens/s':>10} {'MFU':>6} {'GiB':>6} {'hours':>9}  overrides")
@@ -138,12 +140,16 @@ def _ends(plan: Plan) -> Iterator[str]:
     if plan.advice:
         yield "advice"
     for advice in plan.advice:
-        yield f"  - {advice.text} [{advice.evidence}]"
+        yield from _wrapped(f"  - {advice.text} [{advice.evidence}]")
     for note in plan.notes:
-        yield f"note: {note}"
+        yield from _wrapped(f"note: {note}")
     for finding in plan.survey.findings:
         if finding.only_here:
-            yield f"note: not on this machine: {finding.message}"
+            yield from _wrapped(f"note: not on this machine: {finding.message}")
+
+
+def _wrapped(text: str) -> Iterator[str]:
+    yield from textwrap.wrap(text, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _about(tokens: int) -> str:
