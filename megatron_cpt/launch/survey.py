@@ -144,12 +144,13 @@ def _look_at_machine(config: RunConfig, findings: _Findings) -> None:
 
 def _look_at_datasets(config: RunConfig, arch: Architecture, folder: Path, findings: _Findings) -> Datasets:
     """The sound datasets; what is wrong with the others is among the findings."""
-    fingerprint: str | None = None
-    with findings.of():
-        fingerprint = model_fingerprint(folder)
     sound: dict[str, list[Dataset]] = {"train": [], "validation": []}
     named = [("train", source.name, source.prefix) for source in config.data.train]
     named += [("validation", name, prefix) for name, prefix in config.data.validation.items()]
+    fingerprint: str | None = None
+    if not all(_is_absent(prefix) for _, _, prefix in named):
+        with findings.of():
+            fingerprint = model_fingerprint(folder)
     for kind, name, prefix in named:
         with findings.of(only_here=_is_absent(prefix)):
             sound[kind].append(check_dataset(name, prefix, config, arch, fingerprint))
