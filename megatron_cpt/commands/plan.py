@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from megatron_cpt.config.load import load_config
-from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.phase import Phase, phase_at
 from megatron_cpt.launch.survey import raise_findings, survey
 from megatron_cpt.planner.hardware import DEFAULT, find_hardware, known_hardware
 from megatron_cpt.planner.page import plan_page, search_page
+from megatron_cpt.planner.pictures import Course, write_picture
 from megatron_cpt.planner.plan import Plan, blocking_findings, make_plan, plan_json
 from megatron_cpt.planner.search import search, search_json
 from megatron_cpt.train.schedule import draw_schedule, sample_schedule
@@ -34,6 +35,12 @@ from megatron_cpt.train.schedule import draw_schedule, sample_schedule
 )
 @click.option("--search", "searches", is_flag=True, help="List the fastest layouts that fit, with overrides to paste.")
 @click.option("--gpus", type=click.IntRange(min=1), help="With --search: GPUs to use instead of the config's number.")
+@click.option(
+    "--picture",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw memory, one step and the course of the run: FILE.html, which holds the page too, or FILE.png.",
+)
 @click.option("--strict", is_flag=True, help="What is missing on this machine, or does not fit, is an error.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
 def plan(
@@ -43,6 +50,7 @@ def plan(
     price_per_gpu_hour: float | None,
     searches: bool,
     gpus: int | None,
+    picture: Path | None,
     strict: bool,
     as_json: bool,
 ) -> None:
@@ -62,31 +70,46 @@ def plan(
             "--gpus belongs to --search; the GPUs of the plan are parallel.nodes x parallel.gpus_per_node"
         )
     gpu = find_hardware(hardware)
-    made = make_plan(survey(load_config(config_path, overrides), str(config_path)), gpu, price_per_gpu_hour)
+    config = load_config(config_path, overrides)
+    made = make_plan(survey(config, str(config_path)), gpu, price_per_gpu_hour)
     raise_findings(blocking_findings(made, strict=strict and not searches), str(config_path))
-    found = search(made.survey.config, made.survey.arch, gpu, gpus) if searches else None
+    found = search(config, made.survey.arch, gpu, gpus) if searches else None
+    page = plan_page(made, draw_schedule(_phase(made)))
+    if picture is not None:
+        write_picture(made, _course(made), page, picture)
     if as_json:
-        click.echo(
-            json.dumps(
-                _contract(made) | ({} if found is None else search_json(found, made.survey.config, gpu)), indent=1
-            )
-        )
-    elif found is not None:
-        click.echo(search_page(found, made))
+        click.echo(json.dumps(_contract(made) | ({} if found is None else search_json(found, config, gpu)), indent=1))
     else:
-        click.echo(plan_page(made, draw_schedule(phase_at(made.survey.config, made.survey.ledger.tokens))))
+        click.echo(page if found is None else search_page(found, made))
+        if picture is not None:
+            click.echo(f"wrote {picture}")
+
+
+def _phase(plan: Plan) -> Phase:
+    return phase_at(plan.survey.config, plan.survey.ledger.tokens)
+
+
+def _course(plan: Plan) -> Course:
+    samples = sample_schedule(_phase(plan), 401)
+    size, sources = plan.survey.config.batch.size, plan.survey.config.data.train
+    whole = sum(source.weight for source in sources)
+    return Course(
+        [tokens for tokens, _ in samples],
+        [rate for _, rate in samples],
+        [size.at(tokens) for tokens, _ in samples],
+        {source.name: source.weight / whole for source in sources},
+    )
 
 
 def _contract(plan: Plan) -> dict[str, Any]:
     """The plan under the names of the config contract."""
     config, derived = plan.survey.config, plan.survey.derived
-    phase = phase_at(config, plan.survey.ledger.tokens)
     return {
         "job_name": config.job_name,
         "run_dir": config.folder,
         **{key: value for key, value in dataclasses.asdict(derived).items() if key != "notes"},
         "architecture": dataclasses.asdict(plan.survey.arch),
-        "learning_rates": [{"consumed_tokens": tokens, "lr": lr} for tokens, lr in sample_schedule(phase, 21)],
+        "learning_rates": [{"consumed_tokens": tokens, "lr": lr} for tokens, lr in sample_schedule(_phase(plan), 21)],
         **plan_json(plan),
         "config": config.model_dump(mode="json"),
     }

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.planner.hardware import Hardware
 from megatron_cpt.planner.layout import Layout
+from megatron_cpt.planner.timeline import StageTimes
 
 _ITEM = 2  # bytes of an activation in bf16
 # Nine of ten predictions for sources that were not fitted lie within this share: benchmarks/planner_accuracy.py.
@@ -128,6 +129,13 @@ def throughput(shape: Shape, layout: Layout, hardware: Hardware) -> Throughput:
     per_gpu = tokens_per_s / layout.gpus
     peak = hardware.peak_flops[number_format(layout, hardware)]
     return Throughput(step, tokens_per_s, per_gpu, per_gpu * shape.flops_per_token(layout.seq_length) / peak)
+
+
+def stage_seconds(shape: Shape, layout: Layout, hardware: Hardware) -> list[StageTimes]:
+    """Return the seconds of one micro-batch on each pipeline stage."""
+    forward = 1 / (4.0 if layout.recompute == "full" else 3.0)
+    totals = [_stage(shape, layout, hardware, stage).total for stage in range(layout.pp)]
+    return [StageTimes(total * forward, total * (1 - forward)) for total in totals]
 
 
 def _step(shape: Shape, layout: Layout, hardware: Hardware) -> StepSeconds:

@@ -158,3 +158,33 @@ def test_validation_is_part_of_the_time_where_its_size_is_known(tmp_path: Path) 
     _, printed, said = plan(config, "--json")
     found = json.loads(printed)
     assert found["cost"]["validation_hours"] > 0, said
+
+
+@pytest.mark.parametrize("arguments", [(), ("parallel.vpp=5",), ("parallel.pp=1", "parallel.tp=8")])
+def test_pictures_are_one_file_that_loads_nothing_and_the_same_each_time(
+    tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(preflight, "free_bytes", lambda path: 10**15)  # not of this machine
+    written = []
+    for number in range(2):
+        path = tmp_path / f"{number}.html"
+        code, page, said = plan(EXAMPLE, *arguments, "--picture", path)
+        assert code == 0 and f"wrote {path}" in page, said
+        written.append(path.read_text())
+    assert written[0] == written[1]
+    assert "<svg" in written[0] and "stage 0" in written[0] and "72,706,203,648" in written[0]
+    for outside in ("src=", "<script", "@import", "url(http"):
+        assert outside not in written[0]
+
+
+def test_a_png_is_a_png_and_another_ending_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code, _, said = plan(EXAMPLE, "--picture", tmp_path / "plan.png")
+    assert code == 0, said
+    assert (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    code, _, said = plan(EXAMPLE, "--picture", tmp_path / "plan.pdf")
+    assert code != 0 and ".html or .png" in said
+    (tmp_path / "file").write_text("")
+    code, _, said = plan(EXAMPLE, "--picture", tmp_path / "file" / "plan.png")
+    assert code != 0 and "cannot be written" in said
