@@ -38,7 +38,7 @@ def loss_spikes() -> None:
     """The loss of the steps in SPIKE_STEPS is ten times what it is."""
     from megatron_cpt.train import step
 
-    bad, done, real = _steps("SPIKE_STEPS"), [0], step._run_schedule
+    bad, done, real = _steps("SPIKE_STEPS"), [0], step.run_schedule
 
     def run_schedule(*args: Any, forward_only: bool) -> Any:
         sums = real(*args, forward_only=forward_only)
@@ -47,7 +47,7 @@ def loss_spikes() -> None:
             sums.loss *= 10
         return sums
 
-    step._run_schedule = run_schedule
+    step.run_schedule = run_schedule
 
 
 def full_disk() -> None:

@@ -20,7 +20,7 @@ from megatron_cpt.config.problems import raise_problems
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.sections.batch import sliding_window_problems
 from megatron_cpt.model.gpu_options import fp8_settings
-from megatron_cpt.model.spec import layer_spec, resolve_attention
+from megatron_cpt.model.spec import LayerModules, layer_spec, resolve_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -115,23 +115,27 @@ def _interleaving(config: RunConfig) -> dict[str, Any]:
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False} if _vpp(config) else {}
 
 
-def build_model(config: RunConfig, arch: Architecture) -> list[GPTModel]:
+def build_model(config: RunConfig, arch: Architecture, modules: LayerModules | None = None) -> list[GPTModel]:
     """This rank's model: one GPTModel per virtual pipeline chunk, on its device, weights not yet set.
 
-    Needs `init_runtime` before. Raises ConfigError for what the model's config asks for and this layout lacks.
+    `modules` are the classes of a layer, by default those of `model.attention`. Needs `init_runtime` before. Raises ConfigError for what the model's config asks for and this layout lacks.
     """
     raise_problems(list(sliding_window_problems(config.batch.seq_length, arch)), "the model's config")
     engine_config = transformer_config(config, arch)
     if (vpp := _vpp(config)) is None:
-        return [_build_chunk(config, arch, engine_config, None)]
-    return [_build_chunk(config, arch, engine_config, stage) for stage in range(vpp)]
+        return [_build_chunk(config, arch, engine_config, modules, None)]
+    return [_build_chunk(config, arch, engine_config, modules, stage) for stage in range(vpp)]
 
 
 def _build_chunk(
-    config: RunConfig, arch: Architecture, engine_config: TransformerConfig, vp_stage: int | None
+    config: RunConfig,
+    arch: Architecture,
+    engine_config: TransformerConfig,
+    modules: LayerModules | None,
+    vp_stage: int | None,
 ) -> GPTModel:
     where: dict[str, Any] = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
-    attention = resolve_attention(config.model.attention)
+    attention = modules or resolve_attention(config.model.attention)
     model = CptModel(
         config=engine_config,
         transformer_layer_spec=layer_spec(

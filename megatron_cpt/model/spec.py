@@ -9,6 +9,7 @@ a laptop continues on a GPU cluster, and back. To add a back end: a class with t
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +53,14 @@ class RMSNorm(torch.nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
+@dataclass(frozen=True)
+class LayerModules:
+    """The classes that take the place of TransformerEngine's; constructed as `SdpaAttention` and `RMSNorm` are."""
+
+    core_attention: type
+    norm: type = RMSNorm
+
+
 def transformer_engine_is_usable() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
@@ -70,9 +79,13 @@ def resolve_attention(asked: str) -> str:
 
 
 def layer_spec(
-    config: TransformerConfig, attention: str, *, document_attention: bool = False, vp_stage: int | None = None
+    config: TransformerConfig,
+    attention: str | LayerModules,
+    *,
+    document_attention: bool = False,
+    vp_stage: int | None = None,
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The spec for GPTModel. `attention` is `te` or a key of CORE_ATTENTION.
+    """The spec for GPTModel. `attention` is `te`, a key of CORE_ATTENTION, or the classes to build with.
 
     With documents kept apart, TransformerEngine's linear layers and norms work with torch's SDPA, which needs
     neither a mask nor another data layout.
@@ -83,11 +96,12 @@ def layer_spec(
             layer.submodules.self_attention.submodules.core_attention = SdpaAttention
         return layer
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    modules = LayerModules(CORE_ATTENTION[attention]) if isinstance(attention, str) else attention
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = modules.norm
     heads = parts.self_attention.submodules
-    heads.core_attention = CORE_ATTENTION[attention]
+    heads.core_attention = modules.core_attention
     if config.qk_layernorm:
-        heads.q_layernorm = heads.k_layernorm = RMSNorm
+        heads.q_layernorm = heads.k_layernorm = modules.norm
     layers = [layer] * get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=modules.norm)

@@ -118,8 +118,22 @@ def _null_context(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-def _cpu_device(*args: Any) -> torch.device:
-    return torch.device("cpu")
+_device = torch.device("cpu")  # what stands for the GPU
+
+
+@contextlib.contextmanager
+def engine_on_meta() -> Iterator[None]:
+    """Within it Megatron-Core makes its tensors on the meta device: shapes without memory, for the dry run."""
+    global _device
+    _device = torch.device("meta")
+    try:
+        yield
+    finally:
+        _device = torch.device("cpu")
+
+
+def _current_device(*args: Any) -> torch.device:
+    return _device
 
 
 def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -131,12 +145,12 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`factory` with `device="cuda"` read as the CPU, where memory is not pinned either."""
+    """`factory` with `device="cuda"` read as the device that stands for it, where memory is not pinned either."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
+            kwargs["device"] = _device
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
@@ -150,7 +164,7 @@ def _called_by_engine() -> bool:
 def _tensor_cuda(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(real)
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self if _called_by_engine() else real(self, *args, **kwargs)
+        return self.to(_device) if _called_by_engine() else real(self, *args, **kwargs)
 
     return cuda
 
@@ -162,7 +176,7 @@ def _tensor_type(real: Callable[..., Any]) -> Callable[..., Any]:
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = real(self, *args, **kwargs)
         if not args and not kwargs and _called_by_engine():
-            return result.replace("torch.", "torch.cuda.", 1)
+            return result.replace("torch.", "torch.cuda.", 1).replace(".meta.", ".", 1)
         return result
 
     return type_
@@ -171,7 +185,7 @@ def _tensor_type(real: Callable[..., Any]) -> Callable[..., Any]:
 _NVTX = _StandIn(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing, mark=_nothing)
 _CUDA_ON_CPU = _StandIn(
     torch.cuda,
-    current_device=_cpu_device,
+    current_device=_current_device,
     synchronize=_nothing,
     empty_cache=_nothing,
     Stream=_Stream,

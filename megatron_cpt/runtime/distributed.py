@@ -101,8 +101,11 @@ def tell_ranks(store: Store, text: str, wait_seconds: float = 60.0) -> None:
             store.wait(others, datetime.timedelta(seconds=wait_seconds))
 
 
-def init_parallel_groups(config: RunConfig, *, timeout_minutes: float = 10.0) -> None:
-    """Megatron-Core's groups for this layout, and seeds; also used to change the layout within one process."""
+def init_parallel_groups(config: RunConfig, *, timeout_minutes: float = 10.0, gloo: bool = True) -> None:
+    """Megatron-Core's groups for this layout, and seeds; also used to change the layout within one process.
+
+    Without `gloo` there are no second data-parallel groups for tensors in host memory.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     parallel = config.parallel
@@ -113,6 +116,7 @@ def init_parallel_groups(config: RunConfig, *, timeout_minutes: float = 10.0) ->
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp and parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=gloo,
     )
     # Pipeline stages draw different dropout; data-parallel ranks the same, because their samples differ.
     seed = config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -120,6 +124,13 @@ def init_parallel_groups(config: RunConfig, *, timeout_minutes: float = 10.0) ->
     np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def has_gloo_groups() -> bool:
+    """Whether `init_parallel_groups` made data-parallel groups for tensors in host memory."""
+    from megatron.core import parallel_state
+
+    return parallel_state._DATA_PARALLEL_GROUP_GLOO is not None
 
 
 def _forget_parallel_groups() -> None:

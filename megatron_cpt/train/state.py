@@ -31,7 +31,9 @@ from megatron_cpt.model.build import DTYPES, build_model
 from megatron_cpt.model.gpu_options import optimizer_settings
 from megatron_cpt.model.load_hf import global_name, load_hf_weights, random_weights
 from megatron_cpt.model.load_megatron import load_megatron_weights, unset_weights
+from megatron_cpt.model.spec import LayerModules
 from megatron_cpt.runtime.adamw import select_adam
+from megatron_cpt.runtime.distributed import has_gloo_groups
 from megatron_cpt.train.terms import Penalty
 
 
@@ -68,17 +70,19 @@ def build_train_state(
     trainable: Trainable | None = None,
     read_base: bool = True,
     bucket_elements: int | None = None,
+    modules: LayerModules | None = None,
 ) -> TrainState:
     """Build model, weights, gradient buffers and optimizer of this rank; `init_runtime` comes before.
 
     `origin` and `trainable` are by default what the config says. Without `read_base` the weights stay NaN, for a
-    checkpoint to set. `bucket_elements` is the size of the buckets that overlapped communication works in.
+    checkpoint to set. `bucket_elements` is the size of the buckets that overlapped communication works in. `modules`
+    are the classes of a layer, by default those of `model.attention`.
 
     Raises:
         ConfigError: the layout or precision lacks what the model needs.
         CheckpointError: the weights are missing, damaged or of another model; on every rank.
     """
-    chunks = build_model(config, arch)
+    chunks = build_model(config, arch, modules)
     trainable = trainable or trainable_of(config, arch)
     if read_base:
         _set_from_origin(chunks, origin or resolve_origin(config.model.init_from), arch, config.seed, trainable)
@@ -102,7 +106,7 @@ def build_train_state(
         for index, chunk in enumerate(wrapped)
     ]
     adam = select_adam()
-    optimizer = get_megatron_optimizer(optimizer_config(config), ddp)
+    optimizer = get_megatron_optimizer(optimizer_config(config), ddp, use_gloo_process_groups=has_gloo_groups())
     _connect(model_config, ddp, optimizer, config)
     return TrainState(config, arch, trainable, model_config, ddp, optimizer, adam)
 

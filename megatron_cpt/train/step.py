@@ -47,7 +47,7 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    sums = _run_schedule(state, micro_batches, num_sources, terms, forward_only=False)
+    sums = run_schedule(state, micro_batches, num_sources, terms, forward_only=False)
     grad_norm, refused = _update(state, sums.mean_loss, refuse)
     return StepResult.of(sums, [term.name for term in terms], grad_norm, refused)
 
@@ -71,7 +71,7 @@ def evaluate_step(
         for chunk in state.chunks:
             chunk.eval()
         watched = todo if on_progress is None else _Watched(todo, on_progress)
-        sums = _run_schedule(state, watched, 0, (), forward_only=True)
+        sums = run_schedule(state, watched, 0, (), forward_only=True)
         for chunk in state.chunks:
             chunk.train()
     return float(sums.loss), round(float(sums.tokens))
@@ -90,7 +90,7 @@ class _Watched(list[MicroBatch]):
             yield micro_batch
 
 
-def _run_schedule(
+def run_schedule(
     state: TrainState,
     micro_batches: Sequence[MicroBatch],
     num_sources: int,
