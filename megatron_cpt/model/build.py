@@ -118,7 +118,8 @@ def _interleaving(config: RunConfig) -> dict[str, Any]:
 def build_model(config: RunConfig, arch: Architecture, modules: LayerModules | None = None) -> list[GPTModel]:
     """This rank's model: one GPTModel per virtual pipeline chunk, on its device, weights not yet set.
 
-    `modules` are the classes of a layer, by default those of `model.attention`. Needs `init_runtime` before. Raises ConfigError for what the model's config asks for and this layout lacks.
+    `modules` are the classes of a layer, by default those of `model.attention`. Needs `init_runtime` before. Raises
+    ConfigError for what the model's config asks for and this layout lacks.
     """
     raise_problems(list(sliding_window_problems(config.batch.seq_length, arch)), "the model's config")
     engine_config = transformer_config(config, arch)

@@ -23,6 +23,7 @@ import queue
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -118,22 +119,21 @@ def _null_context(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-_device = torch.device("cpu")  # what stands for the GPU
+_device: ContextVar[torch.device] = ContextVar("device", default=torch.device("cpu"))  # what stands for the GPU
 
 
 @contextlib.contextmanager
 def engine_on_meta() -> Iterator[None]:
     """Within it Megatron-Core makes its tensors on the meta device: shapes without memory, for the dry run."""
-    global _device
-    _device = torch.device("meta")
+    token = _device.set(torch.device("meta"))
     try:
         yield
     finally:
-        _device = torch.device("cpu")
+        _device.reset(token)
 
 
 def _current_device(*args: Any) -> torch.device:
-    return _device
+    return _device.get()
 
 
 def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
-            kwargs["device"] = _device
+            kwargs["device"] = _device.get()
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
@@ -164,7 +164,7 @@ def _called_by_engine() -> bool:
 def _tensor_cuda(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(real)
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.to(_device) if _called_by_engine() else real(self, *args, **kwargs)
+        return self.to(_device.get()) if _called_by_engine() else real(self, *args, **kwargs)
 
     return cuda
 
