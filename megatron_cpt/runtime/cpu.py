@@ -119,13 +119,13 @@ def _null_context(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-_device: ContextVar[torch.device] = ContextVar("device", default=torch.device("cpu"))  # what stands for the GPU
+_device: ContextVar[str] = ContextVar("device", default="cpu")  # what stands for the GPU
 
 
 @contextlib.contextmanager
 def engine_on_meta() -> Iterator[None]:
     """Within it Megatron-Core makes its tensors on the meta device: shapes without memory, for the dry run."""
-    token = _device.set(torch.device("meta"))
+    token = _device.set("meta")
     try:
         yield
     finally:
@@ -133,7 +133,7 @@ def engine_on_meta() -> Iterator[None]:
 
 
 def _current_device(*args: Any) -> torch.device:
-    return _device.get()
+    return torch.device(_device.get())
 
 
 def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,0 +1,133 @@
+"""Build one rank as training does, and note what it holds and what it would save."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.sections.optimizer import OptimizerConfig
+from megatron_cpt.dry_run.fake_world import META, Place
+from megatron_cpt.dry_run.live_bytes import storage_bytes
+from megatron_cpt.dry_run.shards import Shard, shards_of
+from megatron_cpt.model.load_megatron import model_shards
+from megatron_cpt.model.spec import LayerModules
+from megatron_cpt.train.checkpoint_state import saved_state
+from megatron_cpt.train.state import TrainState, build_train_state, unwrap
+
+_MOMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class StaticBytes:
+    """What a rank holds before its first step, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    host: int  # optimizer state that `optimizer.cpu_offload_ratio` keeps in the host's memory
+
+    @property
+    def total(self) -> int:
+        """On the GPU."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class BuiltRank:
+    """What is kept of a rank when its model is gone."""
+
+    place: Place
+    bytes: StaticBytes
+    weights: tuple[Shard, ...]  # every weight that the rank holds, also one that no checkpoint holds
+    saved: tuple[Shard, ...]  # the rank's part of a checkpoint
+    structure: str  # digest of the names, shapes and dtypes of its parameters, in order
+
+
+def for_the_cluster(config: RunConfig) -> RunConfig:
+    """Return `config` without what only a GPU can build. None of it changes a shape; `static_bytes` counts it.
+
+    The parameters gathered during the forward pass would be waited for, and nobody sends them here.
+    """
+    return config.model_copy(
+        update={
+            "precision": config.precision.model_copy(update={"fp8": None}),
+            "optimizer": config.optimizer.model_copy(update={"cpu_offload_ratio": 0.0, "moments_dtype": "fp32"}),
+            "parallel": config.parallel.model_copy(update={"overlap_param_gather": False}),
+        }
+    )
+
+
+def build_rank(config: RunConfig, arch: Architecture, modules: LayerModules | None) -> TrainState:
+    """Build the model, gradient buffers and optimizer of the rank that this process is (`as_rank`), with its state.
+
+    `modules` are the classes of a layer, by default those of this machine.
+    """
+    with META:
+        state = build_train_state(for_the_cluster(config), arch, read_base=False, modules=modules)
+    for optimizer, parameter in _optimizer_parameters(state):
+        optimizer.state[parameter].update(exp_avg=torch.empty_like(parameter), exp_avg_sq=torch.empty_like(parameter))
+    return state
+
+
+def note_rank(state: TrainState, place: Place, asked: OptimizerConfig) -> BuiltRank:
+    """Return what there is to know of a built rank. `asked` is the section of the run's own config."""
+    chunks = [unwrap(chunk) for chunk in state.chunks]
+    saved = shards_of(saved_state(state))
+    return BuiltRank(
+        place, static_bytes(state, asked), tuple(shards_of(model_shards(chunks))), tuple(saved), _structure(chunks)
+    )
+
+
+def static_bytes(state: TrainState, asked: OptimizerConfig) -> StaticBytes:
+    """Count the storages of weights, gradient sums and optimizer state.
+
+    Moments count in the dtype that `asked` names, and the offloaded share of the state counts in the host's memory.
+    """
+    weights = storage_bytes(p for chunk in state.chunks for p in chunk.parameters())
+    gradients = storage_bytes(buffer.grad_data for buffer in _buffers(state))
+    owned = [parameter for _, parameter in _optimizer_parameters(state)]
+    main = sum(size for key, size in storage_bytes(owned).items() if key not in weights)
+    moments = sum(2 * _MOMENT_BYTES[asked.moments_dtype] * parameter.numel() for parameter in owned)
+    host = int((main + moments) * asked.cpu_offload_ratio)
+    return StaticBytes(sum(weights.values()), sum(gradients.values()), main + moments - host, host)
+
+
+def known_storages(state: TrainState) -> set[int]:
+    """Return the storages that `static_bytes` counts."""
+    tensors = [p for chunk in state.chunks for p in chunk.parameters()]
+    tensors += [buffer.grad_data for buffer in _buffers(state)]
+    for optimizer, parameter in _optimizer_parameters(state):
+        tensors += [parameter, *optimizer.state[parameter].values()]
+    return set(storage_bytes(tensors))
+
+
+def _buffers(state: TrainState) -> Iterator[Any]:
+    for chunk in state.chunks:
+        yield from chunk.buffers
+        yield from chunk.expert_parallel_buffers
+
+
+def _optimizer_parameters(state: TrainState) -> Iterator[tuple[Any, Tensor]]:
+    """The torch optimizers of this rank, each with the tensors that it updates."""
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield part.optimizer, parameter
+
+
+def _structure(chunks: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad}\n".encode())
+        digest.update(b"chunk\n")
+    return digest.hexdigest()
