@@ -47,6 +47,7 @@ COMMANDS: dict[str, Entry] = {
     "split": Entry("Data", f"{_COMMANDS}.dataset:split", "Split a dataset by document."),
     "dedup": Entry("Data", f"{_COMMANDS}.dataset:dedup", "Join datasets without duplicate documents."),
     "plan": Entry("Run", f"{_COMMANDS}.plan:plan", "Check a config and print what follows from its token budget."),
+    "dry-run": Entry("Run", f"{_COMMANDS}.dry_run:dry_run_command", "Build every rank of a config on one CPU."),
     "index": Entry("Run", f"{_COMMANDS}.index:index", "Build a run's data indices before its job starts."),
     "train": Entry("Run", f"{_COMMANDS}.train:train", "Start or continue the run that a config describes."),
     "status": Entry("Run", f"{_COMMANDS}.status:status", "Show where a run stands: tokens, rate, time left, errors."),

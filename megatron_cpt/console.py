@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, TextIO
 
 OnTokens = Callable[[int, int], None]  # (tokens done, tokens in all)
-Unit = Literal["bytes", "tokens"]
+Unit = Literal["bytes", "tokens", "ranks"]
 
 LOG_SECONDS = 10.0  # between two lines of a progress bar in a log
 DRAW_SECONDS = 0.1  # between two drawings on a terminal
@@ -179,8 +179,8 @@ class ProgressBar:
         return f"{picture}{words}, {end}"[:columns] if words else end[:columns]
 
     def _amounts(self) -> str:
-        if self._unit == "tokens":
-            return f"{self._done:,} of {self._total:,} tokens"
+        if self._unit != "bytes":
+            return f"{self._done:,} of {self._total:,} {self._unit}"
         scale, name = self._scale()
         return f"{self._done / scale:,.2f} of {self._total / scale:,.2f} {name}"
 
@@ -189,8 +189,10 @@ class ProgressBar:
         rate = self._per_second()
         if rate <= 0:
             return ""
+        if self._unit != "bytes":
+            return f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"
         scale, name = self._scale()
-        return f"{rate:,.0f} tokens/s" if self._unit == "tokens" else f"{rate / scale:,.2f} {name}/s"
+        return f"{rate / scale:,.2f} {name}/s"
 
     def _time_left(self) -> str:
         rate = self._per_second()

@@ -1,4 +1,4 @@
-"""Do neighbouring pipeline stages agree on every tensor that passes between them, in order, shape and dtype?"""
+"""Neighbouring pipeline stages must agree on every tensor that passes between them, in order, shape and dtype."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def exchange_faults(messages: Mapping[int, Sequence[Message]]) -> list[str]:
             for number, (out, into) in enumerate(zip_longest(sent, expected)):
                 if _described(out) != _described(into):
                     found.append(
-                        f"stage {sender} to stage {receiver}, tensor {number + 1} of a step: {_described(out)} is sent, "
-                        f"{_described(into)} is expected"
+                        f"stage {sender} to stage {receiver}, tensor {number + 1} of a step: {_described(out)} is "
+                        f"sent, {_described(into)} is expected"
                     )
                     break
     strangers = {m.peer for stage in messages.values() for m in stage} - set(messages)

@@ -46,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[int] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self.at_peak: dict[Part, int] = dict.fromkeys(PARTS, 0)
         self.forward_part: Part = "activations"

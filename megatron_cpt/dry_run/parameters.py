@@ -1,4 +1,4 @@
-"""Are the weights that the ranks hold those of config.json: every tensor, its shape, and the number of parameters?"""
+"""The weights that the ranks hold must be those of config.json: every tensor, its shape, the number of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the shards of all ranks make whole tensors, each element written once? Exact, on rectangles of any size.
+"""The shards of all ranks must make whole tensors, each element written once. Exact, on rectangles of any size.
 
 Megatron-Core's own check looks at grids only, and a hole in a checkpoint is not noticed when it is loaded: the weight
 stays what it was.

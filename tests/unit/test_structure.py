@@ -29,7 +29,7 @@ LAYERS = (
     ("model",),
     ("forgetting", "peft"),
     ("train",),
-    ("doctor", "eval", "report", "chat", "web"),
+    ("doctor", "dry_run", "eval", "report", "chat", "web"),
     ("commands",),
     ("cli",),
 )

@@ -1,0 +1,127 @@
+"""The result of a dry run as one page of text, and as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.dry_run.every_rank import DryRun, Stage
+from megatron_cpt.dry_run.live_bytes import PARTS
+from megatron_cpt.launch.survey import Survey
+
+_GIB = 2**30
+_COLUMNS = 110
+_MOST_FAULTS = 20
+_MOST_STAGES = 8
+_STATIC = ("weights", "gradients", "optimizer")
+NOT_COUNTED = "a GPU also holds the CUDA context, NCCL's buffers and the allocator's gaps: megatron-cpt plan adds them"
+
+
+def notes(survey: Survey) -> list[str]:
+    """Return what a reader of the result should know that it does not show."""
+    config = survey.config
+    found = [f"not on this machine: {finding.message}" for finding in survey.findings if finding.only_here]
+    if config.precision.fp8 is not None:
+        found.append("activations are counted in bf16: what TransformerEngine keeps of them in fp8 is not known here")
+    if config.model.attention == "auto":
+        found.append("attention is counted as TransformerEngine's, which model.attention: auto takes where it is there")
+    return [*found, NOT_COUNTED]
+
+
+def dry_run_page(result: DryRun, survey: Survey, files: Sequence[str]) -> str:
+    """Return the page. `files` are the lines of `read_headers`."""
+    lines = [
+        f"dry run of {survey.config.job_name}: each of the {result.ranks:,} ranks was built",
+        *_checks(result, survey),
+        *(f"  {line}" for line in files),
+        *_bytes(result),
+        *(line for note in notes(survey) for line in _wrapped(f"note: {note}")),
+        *(line for fault in result.faults[:_MOST_FAULTS] for line in _wrapped(f"fault: {fault}")),
+    ]
+    if len(result.faults) > _MOST_FAULTS:
+        lines.append(f"and {len(result.faults) - _MOST_FAULTS:,} more faults")
+    if result.ok:
+        lines.append("everything fits together")
+    return "\n".join(lines)
+
+
+def dry_run_json(result: DryRun, survey: Survey, files: Sequence[str]) -> dict[str, Any]:
+    """Return the result under stable names; sizes in bytes."""
+    return {
+        "job_name": survey.config.job_name,
+        "ok": result.ok,
+        "parameters": result.parameters,
+        "expected_parameters": survey.arch.num_parameters,
+        "ranks": result.ranks,
+        "max_rank_bytes": result.max_rank_bytes,
+        "checkpoint": {"tensors": result.tensors, "shards": result.shards},
+        "micro_batches": result.micro_batches,
+        "messages": result.messages,
+        "stages": [_stage_json(stage) for stage in result.stages],
+        "files": list(files),
+        "notes": notes(survey),
+        "faults": list(result.faults),
+    }
+
+
+def _stage_json(stage: Stage) -> dict[str, Any]:
+    return {
+        "stage": stage.stage,
+        "ranks": stage.ranks,
+        "layers": stage.layers,
+        **{f"{part}_bytes": getattr(stage.static, part) for part in _STATIC},
+        **{f"{part}_bytes": stage.step.at_peak[part] for part in PARTS},
+        "total_bytes": stage.peak,
+        "host_bytes": stage.static.host,
+    }
+
+
+def _checks(result: DryRun, survey: Survey) -> Iterator[str]:
+    expected = survey.arch.num_parameters
+    same = "as" if result.parameters == expected else f"not the {expected:,} that"
+    yield _row("layout", _layout(survey.config, survey.derived.data_parallel_size))
+    yield _row("parameters", f"{result.parameters:,} over all ranks, {same} config.json says")
+    yield _row("checkpoint", f"{result.tensors:,} tensors of weights and optimizer in {result.shards:,} shards")
+    yield _row(
+        "one step",
+        f"{result.micro_batches:,} of {survey.derived.gradient_accumulation_steps:,} micro-batches, forward and "
+        f"backward, on each stage; {result.messages:,} tensors sent between stages",
+    )
+
+
+def _layout(config: RunConfig, data_parallel_size: int) -> str:
+    parallel = config.parallel
+    virtual = f", {parallel.vpp} virtual stages" if parallel.vpp else ""
+    return f"TP {parallel.tp} x PP {parallel.pp} x CP {parallel.cp} x DP {data_parallel_size}{virtual}"
+
+
+def _bytes(result: DryRun) -> Iterator[str]:
+    columns = (*_STATIC, *PARTS, "peak")
+    yield "GiB of a rank when it holds most"
+    yield "  stage  layers " + " ".join(f"{column:>11}" for column in columns)
+    for stage in _told_apart(result.stages):
+        sizes = [getattr(stage.static, part) for part in _STATIC]
+        sizes += [stage.step.at_peak[part] for part in PARTS]
+        cells = " ".join(f"{size / _GIB:>11.2f}" for size in (*sizes, stage.peak))
+        yield f"  {stage.stage:>5}  {stage.layers:>6} {cells}"
+    host = max(stage.static.host for stage in result.stages)
+    if host:
+        yield _row("host memory", f"{host / _GIB:.2f} GiB of optimizer state for each rank, at most")
+
+
+def _told_apart(stages: Sequence[Stage]) -> Sequence[Stage]:
+    """All stages, or of a deep pipeline the first, the fullest ones and the last."""
+    if len(stages) <= _MOST_STAGES:
+        return stages
+    chosen = {stage.stage for stage in sorted(stages, key=lambda stage: -stage.peak)[: _MOST_STAGES - 2]}
+    return [stage for stage in stages if stage.stage in chosen | {0, len(stages) - 1}]
+
+
+def _wrapped(text: str) -> Iterator[str]:
+    yield from textwrap.wrap(text, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _row(label: str, text: str) -> str:
+    return f"  {label:<12}{text}"
