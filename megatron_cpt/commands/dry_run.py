@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -44,13 +45,12 @@ def dry_run_command(config_path: Path, overrides: tuple[str, ...], strict: bool,
 def _build(looked_at: Survey, as_json: bool) -> int:
     """Run, print the result and return the exit code. torch is imported here, and must not find a GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    _quieten(("megatron", "torch"))
     from megatron_cpt.dry_run.every_rank import dry_run
     from megatron_cpt.dry_run.files import read_headers
     from megatron_cpt.dry_run.page import dry_run_json, dry_run_page
 
     files = read_headers(looked_at)
-    with ProgressBar("dry run", looked_at.derived.world_size, "ranks") as bar:
+    with _quiet("megatron", "torch"), ProgressBar("dry run", looked_at.derived.world_size, "ranks") as bar:
         result = dry_run(looked_at.config, looked_at.arch, looked_at.derived, lambda done, _: bar.update(done))
     if as_json:
         click.echo(json.dumps(dry_run_json(result, looked_at, files), indent=1))
@@ -59,8 +59,15 @@ def _build(looked_at: Survey, as_json: bool) -> int:
     return 0 if result.ok else 1
 
 
-def _quieten(packages: Sequence[str]) -> None:
+@contextlib.contextmanager
+def _quiet(*packages: str) -> Iterator[None]:
     """Leave out what these say of each rank that is built: it is about speed, which nobody measures here."""
-    for package in packages:
-        logging.getLogger(package).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=rf"{package}\.")
+    loggers = [logging.getLogger(package) for package in packages]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for package, logger in zip(packages, loggers, strict=True):
+            warnings.filterwarnings("ignore", module=rf"{package}\.")
+            logger.setLevel(logging.ERROR)
+        yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.derive import Derived
@@ -18,7 +19,15 @@ from megatron_cpt.dry_run.schedule import ScheduleRun, enough_micro_batches, run
 from megatron_cpt.dry_run.tiling import Tiling
 from megatron_cpt.train.checkpoint_state import optimizer_sharding
 
+Check = Literal["parameters", "checkpoint", "pipeline"]
 OnRank = Callable[[int, int], None]  # (ranks built, ranks in all)
+
+
+class Fault(NamedTuple):
+    """What does not fit together, and which check found it."""
+
+    check: Check
+    message: str
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,15 @@ class DryRun:
     micro_batches: int  # that the schedule ran
     messages: int  # between the stages, in them
     stages: tuple[Stage, ...]
-    faults: tuple[str, ...]
+    faults: tuple[Fault, ...]
 
     @property
     def ok(self) -> bool:
         return not self.faults
+
+    def faults_of(self, check: Check) -> int:
+        """Return how many faults a check found."""
+        return sum(fault.check == check for fault in self.faults)
 
     @property
     def max_rank_bytes(self) -> int:
@@ -111,16 +124,16 @@ def dry_run(config: RunConfig, arch: Architecture, derived: Derived, on_rank: On
 
 def _compare(config: RunConfig, arch: Architecture, derived: Derived, seen: _Seen, micro_batches: int) -> DryRun:
     trainable = trainable_of(config, arch)
-    messages = {stage: step.messages for stage, step in seen.steps.items()}
+    messages = [message for step in seen.steps.values() for message in step.messages]
     return DryRun(
         ranks=sum(seen.count.values()),
         parameters=count_parameters(seen.weights, arch, trainable),
         tensors=len(seen.saved.shapes),
         shards=seen.saved.shards,
         micro_batches=micro_batches,
-        messages=sum(message.kind == "send" for stage in messages.values() for message in stage),
+        messages=sum(message.kind == "send" for message in messages),
         stages=tuple(_stages(derived, seen)),
-        faults=tuple(_faults(config, arch, trainable, seen) + exchange_faults(messages)),
+        faults=tuple(_faults(config, arch, trainable, seen)),
     )
 
 
@@ -129,8 +142,12 @@ def _stages(derived: Derived, seen: _Seen) -> Iterator[Stage]:
         yield Stage(stage, seen.count[stage], layers, seen.static[stage], seen.steps[stage])
 
 
-def _faults(config: RunConfig, arch: Architecture, trainable: Trainable, seen: _Seen) -> list[str]:
-    found = seen.faults + parameter_faults(seen.weights, arch, config.parallel.tp, trainable)
+def _faults(config: RunConfig, arch: Architecture, trainable: Trainable, seen: _Seen) -> Iterator[Fault]:
+    parameters = seen.faults + parameter_faults(seen.weights, arch, config.parallel.tp, trainable)
     if not trainable.saves_every_weight:
-        found += seen.weights.faults()
-    return found + seen.saved.faults() + saved_faults(seen.weights, seen.saved, trainable, optimizer_sharding(config))
+        parameters += seen.weights.faults()
+    checkpoint = seen.saved.faults() + saved_faults(seen.weights, seen.saved, trainable, optimizer_sharding(config))
+    pipeline = exchange_faults({stage: step.messages for stage, step in seen.steps.items()})
+    yield from (Fault("parameters", message) for message in parameters)
+    yield from (Fault("checkpoint", message) for message in checkpoint)
+    yield from (Fault("pipeline", message) for message in pipeline)

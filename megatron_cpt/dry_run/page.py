@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.dry_run.every_rank import DryRun, Stage
+from megatron_cpt.dry_run.every_rank import Check, DryRun, Stage
 from megatron_cpt.dry_run.live_bytes import PARTS
 from megatron_cpt.launch.survey import Survey
 
@@ -38,7 +38,7 @@ def dry_run_page(result: DryRun, survey: Survey, files: Sequence[str]) -> str:
         *(f"  {line}" for line in files),
         *_bytes(result),
         *(line for note in notes(survey) for line in _wrapped(f"note: {note}")),
-        *(line for fault in result.faults[:_MOST_FAULTS] for line in _wrapped(f"fault: {fault}")),
+        *(line for fault in result.faults[:_MOST_FAULTS] for line in _wrapped(f"fault: {fault.message}")),
     ]
     if len(result.faults) > _MOST_FAULTS:
         lines.append(f"and {len(result.faults) - _MOST_FAULTS:,} more faults")
@@ -62,7 +62,7 @@ def dry_run_json(result: DryRun, survey: Survey, files: Sequence[str]) -> dict[s
         "stages": [_stage_json(stage) for stage in result.stages],
         "files": list(files),
         "notes": notes(survey),
-        "faults": list(result.faults),
+        "faults": [fault._asdict() for fault in result.faults],
     }
 
 
@@ -79,16 +79,33 @@ def _stage_json(stage: Stage) -> dict[str, Any]:
 
 
 def _checks(result: DryRun, survey: Survey) -> Iterator[str]:
-    expected = survey.arch.num_parameters
+    expected, steps = survey.arch.num_parameters, survey.derived.gradient_accumulation_steps
     same = "as" if result.parameters == expected else f"not the {expected:,} that"
     yield _row("layout", _layout(survey.config, survey.derived.data_parallel_size))
-    yield _row("parameters", f"{result.parameters:,} over all ranks, {same} config.json says")
-    yield _row("checkpoint", f"{result.tensors:,} tensors of weights and optimizer in {result.shards:,} shards")
+    yield _row(
+        "parameters", f"{result.parameters:,} over all ranks, {same} config.json says{_found(result, 'parameters')}"
+    )
+    yield _row(
+        "checkpoint",
+        f"{result.tensors:,} tensors of weights and optimizer in {result.shards:,} shards"
+        + _found(result, "checkpoint", "each element is written once"),
+    )
     yield _row(
         "one step",
-        f"{result.micro_batches:,} of {survey.derived.gradient_accumulation_steps:,} micro-batches, forward and "
-        f"backward, on each stage; {result.messages:,} tensors sent between stages",
+        f"{result.micro_batches:,} of {steps:,} micro-batches, forward and backward, on a rank of each stage",
     )
+    if len(result.stages) > 1:
+        yield _row(
+            "pipeline",
+            f"{result.messages:,} tensors sent in it" + _found(result, "pipeline", "each is what its receiver expects"),
+        )
+
+
+def _found(result: DryRun, check: Check, otherwise: str = "") -> str:
+    """The end of a line: what a check found, or what holds when it found nothing."""
+    count = result.faults_of(check)
+    says = otherwise if count == 0 else f"{count:,} fault{'s' if count > 1 else ''}, listed below"
+    return f": {says}" if says else ""
 
 
 def _layout(config: RunConfig, data_parallel_size: int) -> str:

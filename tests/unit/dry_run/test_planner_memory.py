@@ -1,0 +1,69 @@
+"""The planner's formulas against the live bytes of the real model under the real schedule."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_cpt.architecture.families import read_architecture
+from megatron_cpt.config.derive import derive
+from megatron_cpt.config.load import load_config
+from megatron_cpt.dry_run.fake_world import as_rank, prepare_process
+from megatron_cpt.dry_run.kernels import modules_of_a_gpu
+from megatron_cpt.dry_run.rank import build_rank, static_bytes
+from megatron_cpt.dry_run.schedule import enough_micro_batches, run_step
+from megatron_cpt.planner.layout import Layout
+from megatron_cpt.planner.memory import memory_of_stages
+
+MODEL = Path(__file__).resolve().parents[3] / "examples/qwen2_72b"
+
+LAYERS = 32  # of Qwen2-72B's width: more only take longer
+
+LAYOUTS = [
+    "",
+    "parallel.tp=4 parallel.pp=8",
+    "parallel.pp=2",
+    "parallel.tp=2 parallel.pp=16 batch.micro_batch_size=2",
+    "parallel.vpp=4",
+    "parallel.last_stage_layers=5",
+    "parallel.nodes=8 parallel.cp=2",
+    "parallel.nodes=8 parallel.cp=2 model.attention=sdpa",
+    "recompute.granularity=full",
+    "recompute.granularity=selective recompute.modules=[mlp]",
+    "parallel.sequence_parallel=false",
+    "model.attention=unfused batch.seq_length=2048",
+    "precision.dtype=fp32 parallel.distributed_optimizer=false",
+    "batch.seq_length=16384 parallel.nodes=16 parallel.cp=4",
+    "model.dropout=0.1",
+]
+
+
+def deviations(overrides: str) -> list[float]:
+    """How far the formulas are from what is counted, of the first and the last stage, as shares of the whole."""
+    config = load_config(MODEL / "config.yaml", (f"model.architecture={MODEL}", *overrides.split()))
+    arch = replace(read_architecture(MODEL), num_layers=LAYERS)
+    derived = derive(config, arch)
+    predicted = memory_of_stages(arch, Layout.of(config, arch))
+    pp = config.parallel.pp
+    micro_batches = enough_micro_batches(derived.gradient_accumulation_steps, pp)
+    found = []
+    for stage in sorted({0, pp - 1}):
+        with as_rank(config, stage * derived.world_size // pp):
+            state = build_rank(config, arch, modules_of_a_gpu(config))
+            static = static_bytes(state, config.optimizer).total
+            live = run_step(state, config, micro_batches, on_gpu=True).peak
+        assert predicted[stage].static == pytest.approx(static, rel=0.001)
+        found.append((predicted[stage].static + predicted[stage].live) / (static + live) - 1)
+    return found
+
+
+def test_the_formulas_are_within_two_percent_of_live_bytes() -> None:
+    prepare_process()
+    by_layout = {overrides: deviations(overrides) for overrides in LAYOUTS}
+    off = [abs(deviation) for found in by_layout.values() for deviation in found]
+    assert len(off) >= 2 * len(LAYOUTS) - 1
+    assert statistics.median(off) <= 0.02, by_layout
+    assert max(off) <= 0.04, by_layout
