@@ -29,6 +29,7 @@ class Layout:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    overlap_tensor_parallel: bool = False  # as TransformerEngine's user buffers do; no run of ours does
     dtype: Literal["bf16", "fp32"] = "bf16"
     fp8: bool = False
     attention: Literal["te", "sdpa", "block_causal", "unfused"] = "te"

@@ -28,6 +28,7 @@ from megatron_cpt.planner.timeline import StageTimes
 _ITEM = 2  # bytes of an activation in bf16
 # Nine of ten predictions for sources that were not fitted lie within this share: benchmarks/planner_accuracy.py.
 UNCERTAINTY = 0.15
+_SCORE_BYTES = 10  # read and written for each score by masked softmax and dropout
 _KERNEL_SECONDS = 4e-6  # to start one of the small kernels
 _MESSAGE_SECONDS = 15e-6  # to start a transfer between nodes
 
@@ -174,6 +175,9 @@ def _layer(shape: Shape, layout: Layout, hardware: Hardware) -> _Work:
     norm_share = 1 / t if layout.sequence_parallel else 1.0
     rotation = 4 * (a + g) / t
     moved = _ITEM * tokens * (10 * h * norm_share + rotation + ((3 if shape.gated else 2) * f) / t)
+    if layout.attention == "unfused":  # the whole square, and its scores through memory
+        attention *= 2
+        moved += _SCORE_BYTES * tokens * layout.seq_length * shape.num_attention_heads / t
     elementwise = moved / (hardware.efficiency["hbm"] * hardware.hbm_bytes_per_s) + 8 * _KERNEL_SECONDS
     tensor = 4 * _collective(_ITEM * tokens * h, t, hardware.nvlink_bytes_per_s, hardware)
     context = 0.0
@@ -186,7 +190,9 @@ def _layer(shape: Shape, layout: Layout, hardware: Hardware) -> _Work:
         products=products * (forward + in_mlp),
         attention=attention * (forward + 0.5),  # the backward pass computes the scores again: 2.5 products for 2
         elementwise=elementwise * forward,
-        tensor_parallel=tensor * (2.0 if forward == 3.0 else 3.0) * (1.0 - hardware.efficiency["overlap"]),
+        tensor_parallel=tensor
+        * (2.0 if forward == 3.0 else 3.0)
+        * (1.0 - (hardware.efficiency["overlap"] if layout.overlap_tensor_parallel else 0.0)),
         context_parallel=context * 2,
     )
 
@@ -254,8 +260,14 @@ def _link(layout: Layout, ranks: int, hardware: Hardware) -> float:
 
 
 def _product_rate(layout: Layout, hardware: Hardware) -> float:
+    """Operations per second of the matrix products. Few tokens do not fill a GPU.
+
+    Half of the speed is reached with as many tokens as the GPU computes operations while it reads a byte.
+    """
     precision = number_format(layout, hardware)
-    return hardware.peak_flops[precision] * hardware.efficiency[precision]
+    half_tokens = hardware.peak_flops["bf16"] / hardware.hbm_bytes_per_s
+    filled = _tokens(layout) / (_tokens(layout) + half_tokens)
+    return hardware.peak_flops[precision] * hardware.efficiency[precision] * filled
 
 
 def number_format(layout: Layout, hardware: Hardware) -> str:
