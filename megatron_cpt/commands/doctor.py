@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,9 @@ import click
 
 from megatron_cpt.config.load import load_config
 from megatron_cpt.doctor.check import Check, failed
-from megatron_cpt.doctor.examine import examine
+from megatron_cpt.doctor.examine import examine, examine_alone
+from megatron_cpt.durable import write_atomically
+from megatron_cpt.errors import LaunchError
 from megatron_cpt.launch.place import adopt_slurm_ranks, rank_here
 
 
@@ -20,8 +23,15 @@ from megatron_cpt.launch.place import adopt_slurm_ranks, rank_here
 @click.argument("config_path", metavar="CONFIG", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--preflight", is_flag=True, help="Also join all ranks, measure all-reduce, and run the first samples.")
+@click.option(
+    "--report-dir",
+    type=click.Path(path_type=Path),
+    help="Check this machine alone, also within a job, and write what is found to this folder, by its name.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
-def doctor(config_path: Path, overrides: tuple[str, ...], preflight: bool, as_json: bool) -> int:
+def doctor(
+    config_path: Path, overrides: tuple[str, ...], preflight: bool, report_dir: Path | None, as_json: bool
+) -> int:
     """Check the machine that will run CONFIG: versions, GPUs, port, disk, data, tokenizer, untrained tokens.
 
     \b
@@ -29,8 +39,12 @@ def doctor(config_path: Path, overrides: tuple[str, ...], preflight: bool, as_js
       srun --nodes=1 --gpus-per-node=8 megatron-cpt doctor config.yaml
     Or on all of them, one process each or one per GPU; rank 0 prints what it and the others found:
       srun --ntasks-per-node=1 --gpus-per-node=8 megatron-cpt doctor config.yaml
+    Or on each by itself, with a small computation on every GPU, as a batch job does before it trains:
+      srun --ntasks-per-node=1 --gpus-per-node=8 megatron-cpt doctor config.yaml --preflight --report-dir reports
     Each line says what was looked at. Exit code 0, or 1 when a check found an error; a wrong config is 2.
     """
+    if report_dir is not None:
+        return _report_alone(config_path, overrides, report_dir, preflight=preflight)
     os.environ.update(adopt_slurm_ranks())
     config = load_config(config_path, overrides)
     checks = examine(config, str(config_path), preflight=preflight)
@@ -40,6 +54,22 @@ def doctor(config_path: Path, overrides: tuple[str, ...], preflight: bool, as_js
         click.echo(json.dumps({"failed": failed(checks), "checks": [asdict(check) for check in checks]}, indent=1))
     else:
         click.echo(_text(checks))
+    return 1 if failed(checks) else 0
+
+
+def _report_alone(config_path: Path, overrides: tuple[str, ...], folder: Path, *, preflight: bool) -> int:
+    """Check this machine, and write FOLDER/NAME.json; NAME is Slurm's for the machine, or the host name."""
+    named = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    checks = examine_alone(lambda: load_config(config_path, overrides), str(config_path), preflight=preflight)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report = {"failed": failed(checks), "checks": [asdict(check) for check in checks]}
+        write_atomically(folder / f"{named}.json", json.dumps(report, indent=1).encode())
+    except OSError as error:
+        raise LaunchError(
+            f"cannot write {folder}: {error.strerror}", hint="give a folder that every node of the job may write"
+        ) from error
+    click.echo(_text(checks))
     return 1 if failed(checks) else 0
 
 

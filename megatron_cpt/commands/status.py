@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import click
 from megatron_cpt.budget import format_count
 from megatron_cpt.console import format_seconds
 from megatron_cpt.errors import CheckpointError, CptError
+from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.runs.status import RunStatus, find_runs, read_status
+from megatron_cpt.slurm.queue import QueuedJob, SlurmView, slurm_view
 
 
 @click.command()
@@ -21,13 +25,19 @@ def status(run: Path | None, as_json: bool) -> None:
     """Show the state of the run in the folder RUN: tokens, rate, time left, last checkpoint, restarts, last error.
 
     Without RUN, list every run below runs/, the one with the newest activity first.
-    Reads files only, so it works from any machine that sees the folder, whether the run is alive or not.
+    Reads files, so it works from any machine that sees the folder, whether the run is alive or not. Of a run that was
+    submitted to Slurm it also shows the jobs in the queue, every restart with its cause, and the nodes left out.
     """
     if run is None:
         _list_runs(Path("runs"), as_json)
         return
-    found = read_status(run)
-    click.echo(json.dumps(found.to_json(), indent=1) if as_json else _text(found))
+    found, view = read_status(run), slurm_view(RunFolder(run))
+    if view is not None and view.waits and found.state != "running":
+        found = replace(found, state="queued")
+    if as_json:
+        click.echo(json.dumps(found.to_json() | {"slurm": view and view.to_json()}, indent=1))
+    else:
+        click.echo("\n".join([_text(found), *(slurm_lines(view) if view is not None else [])]))
 
 
 def _list_runs(root: Path, as_json: bool) -> None:
@@ -81,6 +91,32 @@ def _text(found: RunStatus) -> str:
         rows.append(("last error", found.last_error))
     lines = [f"{found.job_name} in {found.run_dir}", *(f"  {name:<17} {value}" for name, value in rows)]
     return "\n".join(lines)
+
+
+def slurm_lines(view: SlurmView) -> list[str]:
+    """What Slurm says of a run, as lines like those of the run's own state."""
+    rows = [("slurm job", _job_text(job)) for job in view.jobs]
+    if not rows:
+        rows = [("slurm job", view.problem or "none in the queue")]
+    for start in view.restarts:
+        when = datetime.datetime.fromtimestamp(start["began"], datetime.UTC).isoformat(timespec="seconds")
+        what = start["cause"] or "no end is noted"
+        then = {"requeue": "; started again", "hand_over": "; the next job continues"}.get(start["action"] or "", "")
+        rows.append((f"start {start['job']}.{start['restart']}", f"{when} on {_nodes(start['nodes'])}: {what}{then}"))
+    rows += [("excluded", f"{node}: {reason}") for node, reason in view.excluded_nodes.items()]
+    return [f"  {name:<17} {value}" for name, value in rows]
+
+
+def _job_text(job: QueuedJob) -> str:
+    if job.state == "PENDING":
+        starts = "" if job.starts_at in ("", "N/A") else f", expected to start at {job.starts_at}"
+        return f"{job.job} waits: {job.reason}{starts}"
+    return f"{job.job} {job.state.lower()} on {job.nodes}, {job.time_left} left"
+
+
+def _nodes(nodes: list[str] | None) -> str:
+    listed = nodes or ["an unknown node"]
+    return ", ".join(listed if len(listed) < 6 else [*listed[:3], f"and {len(listed) - 3} more"])
 
 
 def _shown(loss: float | None) -> str:

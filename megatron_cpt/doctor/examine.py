@@ -13,6 +13,7 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import check_datasets, plan_sources
 from megatron_cpt.doctor.board import StoreBoard
 from megatron_cpt.doctor.check import Check, failed
+from megatron_cpt.doctor.computation import check_computation
 from megatron_cpt.doctor.data import check_data
 from megatron_cpt.doctor.gpus import check_gpus
 from megatron_cpt.doctor.network import check_meeting_place
@@ -50,6 +51,19 @@ def examine(config: RunConfig, named: str, *, preflight: bool) -> list[Check]:
         wanted = node.board.get("preflight", EXAMINATION_SECONDS + 2 * ANSWER_SECONDS) == "yes"
         checks += _start(config, named, wanted=wanted)
     return checks if node.rank == 0 else []
+
+
+def examine_alone(read_config: Callable[[], RunConfig], named: str, *, preflight: bool) -> list[Check]:
+    """Check this machine as one of a job, without meeting the others; with `preflight` also compute on its GPUs.
+
+    What keeps this machine from reading the config or the model is an error of it like any other.
+    """
+    try:
+        config = read_config()
+        checks = examine_machine(config, named, read_weights=False)
+    except CptError as error:
+        return [Check("config", f"{named} and its model", "error", error.message, error.hint)]
+    return [*checks, check_computation()] if preflight else checks
 
 
 def _start(config: RunConfig, named: str, *, wanted: bool) -> list[Check]:

@@ -130,7 +130,7 @@ def _check_processes(config: RunConfig) -> None:
     elif config.parallel.nodes > 1:
         raise LaunchError(
             f"parallel.nodes = {config.parallel.nodes}: one machine cannot start the others",
-            hint="submit slurm/qwen2_72b_cpt.sbatch, or run this command under torchrun on every node",
+            hint="submit it to Slurm with `megatron-cpt submit`, or run this command under torchrun on every node",
         )
 
 

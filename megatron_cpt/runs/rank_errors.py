@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+ATTEMPT_LOGS = "MEGATRON_CPT_ATTEMPT_LOGS"  # a folder for the logs of one start, where a batch job names one
+
 
 @dataclass(frozen=True)
 class RankError:

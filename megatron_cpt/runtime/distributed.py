@@ -143,6 +143,12 @@ def _forget_parallel_groups() -> None:
             dist.destroy_process_group(group)
 
 
+def leave_together() -> None:
+    """Wait until every rank has nothing left to do."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
 def shutdown_runtime() -> None:
     """Leave the job; safe to call twice, or when `init_runtime` failed half way."""
     if not dist.is_initialized():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Request:
     stop: bool = False
     kill: bool = False
     reason: str = ""
+    by_person: bool = False  # who does not want it to be started again at once: the file STOP, or Ctrl-C
 
 
 class Control:
@@ -79,4 +81,5 @@ class Control:
             bool(number or limit or orphaned or stop),
             bool(kill),
             " and ".join(reason for reason in reasons if reason),
+            by_person=bool(stop) or number == signal.SIGINT,
         )

@@ -91,7 +91,8 @@ def train(run: LoopContext, position: Position) -> int:
                 return DO_NOT_RESTART
             position = rolled_back
         if request.kill:
-            run.report.event("killed", position, f"stopping without saving: {request.reason}")
+            text = f"stopping without saving: {request.reason}"
+            run.report.event("killed", position, text, reason=request.reason)
             return DO_NOT_RESTART
         if last or (config.eval.every is not None and config.eval.every.due(**passed)):
             position = evaluate(run, position)
@@ -99,7 +100,8 @@ def train(run: LoopContext, position: Position) -> int:
         if last or save_due or request.save or request.stop:
             save(run, position, wait=last or request.stop)
         if request.stop and not last:
-            run.report.event("stopped", position, f"stopping after {request.reason}; start again to continue")
+            text = f"stopping after {request.reason}; start again to continue"
+            run.report.event("stopped", position, text, reason=request.reason, by_person=request.by_person)
             return STOPPED
     run.report.event("finished", position, f"finished: {position.ledger.tokens:,} tokens trained")
     return FINISHED
@@ -139,7 +141,8 @@ def roll_back(run: LoopContext, position: Position) -> Position | None:
         chosen = run.checkpoints.newest_before(position.iteration - guard.skips_in_row)
         if chosen is None or guard.rollbacks >= failure.max_rollbacks:
             why = "no checkpoint to go back to" if chosen is None else f"rolled back {guard.rollbacks} times already"
-            run.report.event("diverged", position, f"{guard.skips_in_row} steps in a row skipped, {why}: stopping")
+            reason = f"{guard.skips_in_row} steps in a row skipped, {why}"
+            run.report.event("diverged", position, f"{reason}: stopping", reason=reason)
             return None
         earlier = run.checkpoints.load(run.state, *chosen)
     run.report.event(

@@ -33,7 +33,7 @@ from megatron_cpt.launch.start import KillSwitchSet, PreparedRun, load_prepared,
 from megatron_cpt.runs.exit_codes import STOPPED
 from megatron_cpt.runs.folder import RunFolder, resolved_dict
 from megatron_cpt.runs.lease import Lease
-from megatron_cpt.runs.rank_errors import RankError, leave_rank_error
+from megatron_cpt.runs.rank_errors import ATTEMPT_LOGS, RankError, leave_rank_error
 from megatron_cpt.runs.repeated_failures import advise_after_failure
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 from megatron_cpt.train.clock import LapClock
@@ -126,7 +126,7 @@ def _train(run: PreparedRun, rank: int, clock: LapClock) -> int:
         logger.info("loading Megatron-Core")
     adapt_megatron_core_to_cpu()
     from megatron_cpt.data.batches import open_batches
-    from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
+    from megatron_cpt.runtime.distributed import init_runtime, leave_together, shutdown_runtime
     from megatron_cpt.train.assemble import train_run
 
     clock.lap("import_engine")
@@ -143,6 +143,9 @@ def _train(run: PreparedRun, rank: int, clock: LapClock) -> int:
         runtime = init_runtime(config, timeout_minutes=1.5 * max(phase_timeouts(config.failure).values()) / 60)
         clock.lap("process_groups")
         code = train_run(run, batches, runtime, lease, watchdog, clock)
+        if lease is not None:
+            lease.release()
+        leave_together()  # srun ends all ranks when the first one leaves with a code other than 0
         shutdown_runtime()
         return code
     finally:
@@ -162,9 +165,12 @@ def _log_to(rank: int) -> None:
 
 
 def _leave_error(folder: RunFolder | None, rank: int, message: str, hint: str | None, code: int) -> None:
-    """Tell the process that started the ranks why this one ends."""
+    """Tell the process that started the ranks why this one ends, and the batch job that it is a part of."""
+    error = RankError(message, hint, code)
     if folder is not None and folder.logs.is_dir():
-        leave_rank_error(folder.rank_error(rank), RankError(message, hint, code))
+        leave_rank_error(folder.rank_error(rank), error)
+    if (logs := os.environ.get(ATTEMPT_LOGS)) is not None:
+        leave_rank_error(Path(logs) / f"error_rank_{rank:04d}.json", error)
 
 
 if __name__ == "__main__":

@@ -132,10 +132,18 @@ def _why_wrong(line: str) -> str | None:
         command = following
     if command is cli and words and not words[0].startswith("-"):
         return f"no command {words[0]!r}"
-    options = {name for p in _params(command) for name in (*p.opts, *p.secondary_opts)}
+    passed_on = _passed_on(command, words)
+    options = {name for p in [*_params(command), *passed_on] for name in (*p.opts, *p.secondary_opts)}
     flags = [word.split("=")[0] for word in words if word.startswith("--")]
     unknown = [flag for flag in flags if flag not in options | {"--help", "--version"}]
     return f"no flag {unknown}" if unknown else None
+
+
+def _passed_on(command: click.Command, words: list[str]) -> list[click.Parameter]:
+    """Parameters of the command that `submit convert ...` and `submit eval ...` hand their arguments to."""
+    named = command.name == "submit" and words and words[0] in ("convert", "eval")
+    target = cli.get_command(click.Context(cli), words[0]) if named else None
+    return _params(target) if target is not None else []
 
 
 def _params(command: click.Command) -> list[click.Parameter]:

@@ -24,7 +24,7 @@ LAYERS = (
     ("corpus", "runs", "presets", "checkpoint_convert"),
     ("data",),
     ("launch",),
-    ("planner",),
+    ("planner", "slurm"),
     ("runtime",),
     ("model",),
     ("forgetting", "peft"),
@@ -58,6 +58,7 @@ WITHOUT_TORCH = (
     "presets",
     "launch",
     "planner",
+    "slurm",
     "cli",
 )
 

@@ -1,0 +1,85 @@
+"""Slurm's own commands, called: sbatch, squeue, sinfo. Each has a timeout, and each failure is one clear error."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_cpt.errors import LaunchError
+from megatron_cpt.slurm.site import Site
+
+_SECONDS = 60  # a controller that is busy answers late; one that is dead, never
+
+
+def check_client(site: Site) -> None:
+    """Raise LaunchError when this machine cannot submit the jobs of `site`."""
+    if shutil.which("sbatch", path=site.environment.get("PATH")) is None:
+        raise LaunchError(
+            "sbatch is not on this machine", hint="submit from a login node of the cluster; --dry-run prints the script"
+        )
+    if site.partition is not None:
+        known = sorted(set(call(["sinfo", "--noheader", "--all", "--format=%R"], site).split()))
+        unknown = [name for name in site.partition.split(",") if name not in known]
+        if unknown:
+            raise LaunchError(f"the cluster has no partition {', '.join(unknown)}", hint=f"one of {', '.join(known)}")
+    if site.container_image is not None and "--container-image" not in call(["srun", "--help"], site):
+        raise LaunchError(
+            f"CONTAINER_IMAGE={site.container_image}, and srun has no --container-image here",
+            hint="ask for pyxis to be installed, or leave CONTAINER_IMAGE out to run in a virtual environment",
+        )
+
+
+def check_script(text: str, site: Site) -> None:
+    """Raise LaunchError when Slurm would not accept the batch script `text`; nothing is submitted."""
+    _sbatch(["--test-only"], site, text)
+
+
+def submit_script(path: Path, site: Site, options: Sequence[str] = ()) -> str:
+    """Submit the batch script. Return the id of its job.
+
+    Raises:
+        LaunchError: Slurm does not accept it.
+    """
+    return _sbatch(["--parsable", *options, str(path)], site).strip().split(";")[0]
+
+
+def _sbatch(arguments: Sequence[str], site: Site, text: str | None = None) -> str:
+    try:
+        return call(["sbatch", *arguments], site, text)
+    except LaunchError as error:
+        raise LaunchError(
+            f"Slurm does not accept the job: {error.message}",
+            hint="`sinfo` shows partitions and nodes, `sacctmgr show user $USER withassoc` accounts; they are set in "
+            "slurm/cluster.env or by the options of `megatron-cpt submit`",
+        ) from error
+
+
+def call(command: Sequence[str], site: Site, text: str | None = None) -> str:
+    """Return what one of Slurm's commands prints.
+
+    Raises:
+        LaunchError: it is not there, fails, or does not answer.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            input=text,
+            text=True,
+            capture_output=True,
+            check=False,
+            timeout=_SECONDS,
+            env=dict(site.environment) or None,
+        )
+    except FileNotFoundError as error:
+        raise LaunchError(f"{command[0]} is not on this machine", hint="work on a login node of the cluster") from error
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(
+            f"{command[0]} did not answer within {_SECONDS} seconds", hint="is the Slurm controller up? `scontrol ping`"
+        ) from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        words = "; ".join(line.split("error: ", 1)[-1] for line in lines[-2:])
+        raise LaunchError(words, hint="`scontrol ping` says whether the controller is up")
+    return done.stdout
