@@ -28,7 +28,7 @@ SlurmctldHost=login({subnet}.254)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/munge.sock,cred_expire=3
+AuthInfo=socket={folder}/munge/munge.sock,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -215,7 +215,8 @@ class Cluster:
         folder = self.folder
         for name in ("controller", "log", "munge", "dev", "pid", "spool"):
             (folder / name).mkdir(parents=True)
-        (folder / "munge").chmod(0o755)
+        for path in (folder.parent, folder, folder / "munge"):
+            path.chmod(0o755)  # else munged refuses a socket that others cannot reach
         for number in range(GPUS):
             os.mknod(folder / f"dev/nvidia{number}", 0o666 | 0o020000, os.makedev(1, 3))
         nodes = f"node[1-{self.count}]"

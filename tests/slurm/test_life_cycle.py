@@ -1,0 +1,223 @@
+"""Faults of a real cluster: each run ends by itself, with the losses of the undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_cpt.runs.checkpoints import complete_checkpoints
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.conftest import STEPS, Job
+
+MANY = "budget.train_tokens=10B"  # a run that does not end by itself
+
+
+def test_told_before_its_time_limit_it_saves_and_starts_itself_again(job: Job, undisturbed: dict[int, float]) -> None:
+    job.submit()
+    job.wait_for_step(15)
+    job.cluster.ask("scancel", "--batch", "--signal=USR1", job.job)
+    assert job.ended() == 0, job.describe()
+    assert job.losses() == undisturbed
+    assert job.causes() == ["saved and stopped after signal SIGUSR1", "the budget is trained and saved"]
+    assert job.status()["steps_done_twice"] == 0
+    starts = job.status()["slurm"]["restarts"]
+    assert [(start["restart"], start["action"]) for start in starts] == [(0, "requeue"), (1, "leave")]
+
+    attempts = job.run.history.read_text()
+    job.sbatch()  # a finished run is known by its flag: no rank is started
+    assert job.ended() == 0 and job.run.history.read_text() == attempts
+
+
+def test_a_killed_rank_starts_the_job_again(job: Job, undisturbed: dict[int, float]) -> None:
+    job.submit()
+    job.wait_for_step(15)
+    os.kill(job.ranks(job.cluster.nodes_of(job.job)[1])[0], signal.SIGKILL)
+    assert job.ended() == 0, job.describe()
+    assert job.losses() == undisturbed
+    assert job.journal("ended")[0]["action"] == "requeue"
+
+
+@pytest.mark.parametrize("number", [0, 1])  # the node of the batch script and of rank 0, and another one
+def test_a_node_without_power_is_replaced_by_a_spare_one(job: Job, undisturbed: dict[int, float], number: int) -> None:
+    job.submit()
+    job.wait_for_step(15)
+    lost = job.cluster.nodes_of(job.job)[number]
+    job.cluster.power_off(lost)
+    try:
+        assert job.ended() == 0, job.describe()
+    finally:
+        job.cluster.boot(lost)
+    assert job.losses() == undisturbed
+    starts = job.status()["slurm"]["restarts"]
+    assert len(starts) >= 2 and lost in starts[0]["nodes"] and lost not in starts[-1]["nodes"]
+    assert starts[0]["cause"], starts
+
+
+def test_a_partitioned_node_that_comes_back_stops_without_touching_the_run(
+    job: Job, undisturbed: dict[int, float]
+) -> None:
+    job.submit()
+    job.wait_for_step(15)
+    lost = job.cluster.nodes_of(job.job)[0]
+    old_ranks = job.ranks(lost)
+    assert old_ranks
+    job.cluster.partition(lost)
+    try:
+        until(lambda: len(job.journal("began")) == 2, "the job has started on other nodes", 120, job.describe)
+        assert job.ranks(lost) == old_ranks  # nobody can end them
+    finally:
+        job.cluster.heal(lost)
+    assert job.ended() == 0, job.describe()
+    assert job.losses() == undisturbed
+    until(lambda: job.ranks(lost) == [], "the ranks of the node that was cut off have ended", 60)
+
+
+def test_a_restart_of_slurmd_does_not_disturb_the_run(job: Job, undisturbed: dict[int, float]) -> None:
+    job.submit()
+    job.wait_for_step(15)
+    node = job.cluster.nodes_of(job.job)[1]
+    job.cluster.kill_slurmd(node)
+    job.cluster.start_slurmd(node)
+    assert job.ended() == 0, job.describe()
+    assert (job.losses(), len(job.journal("began"))) == (undisturbed, 1)
+
+
+def test_a_preempted_job_may_take_longer_to_save_than_slurm_waits_for_a_killed_one(
+    job: Job, undisturbed: dict[int, float]
+) -> None:
+    """A rank is held for longer than KillWait (5 s), within the grace time of preemption."""
+    job.submit()
+    job.wait_for_step(15)
+    nodes = job.cluster.nodes_of(job.job)
+    held = job.ranks(nodes[1])[0]
+    os.kill(held, signal.SIGSTOP)
+    urgent = job.cluster.ask(
+        "sbatch", "--parsable", "-p", "urgent", "--exclusive", f"--nodelist={','.join(nodes)}", "--nodes=2",
+        "--output=/dev/null", "--wrap=sleep 2",
+    )  # fmt: skip
+    time.sleep(8)
+    os.kill(held, signal.SIGCONT)
+    assert job.cluster.exit_code(urgent) == 0
+    assert job.ended() == 0, job.describe()
+    assert job.losses() == undisturbed
+    assert "saved and stopped after signal SIG" in job.causes()[0]
+    assert job.status()["steps_done_twice"] == 0
+
+
+def test_a_rank_that_makes_no_progress_is_ended_by_the_watchdog_and_the_job_starts_again(
+    job: Job, undisturbed: dict[int, float]
+) -> None:
+    job.submit("failure.step_timeout_minutes=0.1")
+    job.wait_for_step(15)
+    os.kill(job.ranks(job.cluster.nodes_of(job.job)[1])[0], signal.SIGSTOP)
+    assert job.ended() == 0, job.describe()
+    assert job.losses() == undisturbed
+    assert job.causes()[0].startswith("no progress in phase 'step'")
+
+
+def test_a_node_that_fails_its_check_is_left_out(job: Job, undisturbed: dict[int, float]) -> None:
+    bad = job.cluster.nodes[1]
+    job.cluster.ask("mount", "-t", "tmpfs", "tmpfs", str(job.inputs / "model"), host=bad)
+    try:
+        job.submit()
+        assert job.ended() == 0, job.describe()
+    finally:
+        job.cluster.ask("umount", str(job.inputs / "model"), host=bad)
+    assert job.losses() == undisturbed
+    first, last = job.journal("began")
+    assert bad in first["nodes"] and bad not in last["nodes"]
+    assert list(job.status()["slurm"]["excluded_nodes"]) == [bad]
+    assert job.causes()[0].startswith(f"preflight: {bad}: ")
+
+
+def test_a_mistake_of_the_user_does_not_start_again_and_ends_the_queued_successors(job: Job) -> None:
+    job.submit("--dry-run")
+    job.submit()
+    job.cluster.ask("scancel", job.job)
+    first = job.sbatch("--hold", arguments=("budget.train_tokns=1",))
+    second = job.cluster.ask(
+        "sbatch", "--parsable", f"--dependency=afterany:{first}", str(job.run.root / "submit.sbatch")
+    )
+    other = job.cluster.ask(
+        "sbatch",
+        "--parsable",
+        f"--dependency=afterany:{first}",
+        "--job-name=other",
+        "--output=/dev/null",
+        "--wrap=true",
+    )
+    job.cluster.ask("scontrol", "release", first)
+    assert job.ended(first) == 2
+    assert job.ended(second, 30) == 0 and job.cluster.job_state(second) == "CANCELLED"
+    assert job.ended(other) == 0 and job.cluster.job_state(other) == "COMPLETED"
+    assert job.cluster.job_field(first, "Restarts") == "0"
+
+
+def test_a_run_that_diverges_does_not_start_again_and_ends_the_queued_successors(job: Job) -> None:
+    first, second = job.submit(
+        "--chain", "2", "optimizer.lr=1e30", "failure.skips_before_rollback=1", "failure.max_rollbacks=0"
+    )
+    assert job.ended(first) == 76, job.describe()
+    assert job.ended(second, 30) == 0 and job.cluster.job_state(second) == "CANCELLED"
+    assert job.status()["state"] == "diverged" and "skipped" in job.causes()[0]
+
+
+def test_a_chain_continues_with_its_next_job_when_the_time_of_one_is_over(
+    job: Job, undisturbed: dict[int, float]
+) -> None:
+    first, second = job.submit("--chain", "2")
+    job.wait_for_step(15)
+    assert job.status()["state"] == "running"
+    job.cluster.ask("scancel", "--batch", "--signal=USR1", first)
+    assert job.ended(first) == 75
+    assert job.ended(second) == 0, job.describe()
+    assert job.losses() == undisturbed
+    assert [event["job"] for event in job.journal("began")] == [first, second]
+
+
+def test_restarts_have_a_limit(job: Job) -> None:
+    job.submit("--max-restarts", "1", MANY)
+    for attempt in (1, 2):
+        job.wait_for_step(12 * attempt, attempt)
+        os.kill(job.ranks(job.cluster.nodes_of(job.job)[1])[0], signal.SIGKILL)
+    assert job.ended() == 76, job.describe()
+    assert job.causes()[-1].startswith("started again 1 times, the limit")
+
+
+def test_switch_files_save_stop_and_keep_from_starting(job: Job) -> None:
+    job.submit("checkpoint.save_every=null", MANY)
+    job.wait_for_step(5)
+    (job.run.root / "SAVE").touch()
+    until(lambda: len(complete_checkpoints(job.run.checkpoints)) == 1, "a checkpoint was saved", 60, job.describe)
+    (job.run.root / "STOP").touch()
+    assert job.ended() == 75, job.describe()
+    assert job.causes()[-1].startswith("stopped by the file ") and job.status()["state"] == "stopped"
+    (job.run.root / "KILL").touch()
+    attempts = job.run.history.read_text()
+    job.sbatch()
+    assert job.ended() == 76 and job.run.history.read_text() == attempts
+
+
+def test_a_queued_run_says_what_it_waits_for(job: Job) -> None:
+    assert STEPS  # nothing is trained here
+    job.submit()
+    job.cluster.ask("scancel", job.job)
+    job.ended()
+    job.sbatch("--begin=now+1hour")
+    found = job.status()
+    waiting = [entry for entry in found["slurm"]["jobs"] if entry["job"] == job.job]
+    assert waiting == [] or waiting[0]["state"] == "PENDING"
+
+
+def test_a_cancelled_job_does_not_come_back(job: Job, cluster: Cluster) -> None:
+    job.submit(MANY)
+    job.wait_for_step(5)
+    cluster.ask("scancel", job.job)
+    until(lambda: cluster.job_state(job.job) == "CANCELLED", "it is cancelled", 60, job.describe)
+    time.sleep(5)
+    assert cluster.job_state(job.job) == "CANCELLED" and len(job.journal("began")) == 1
+    assert Path(job.run.root).is_dir()
