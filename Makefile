@@ -5,7 +5,7 @@ CONFIG ?= examples/qwen2_72b/config.yaml
 TO     ?= hf
 BIN    := .venv/bin
 
-.PHONY: help setup wheelhouse quickstart preprocess plan train convert eval test test-fast test-matrix test-gpu check docs clean
+.PHONY: help setup wheelhouse quickstart preprocess plan train convert eval test test-fast test-matrix test-gpu test-slurm check docs clean
 .DEFAULT_GOAL := help
 
 help:         ## this help
@@ -55,6 +55,9 @@ test-matrix: setup  ## parity, resume and conversion under each Python and Megat
 
 test-gpu: setup  ## one GPU against the CPU path, in one table; skipped with the reason where there is none
 	$(BIN)/python tests/gpu/run.py
+
+test-slurm: setup  ## the life of a job on a real Slurm, brought up here in network namespaces; needs root, Debian and apt
+	$(BIN)/python -m pytest tests/slurm
 
 check: setup  ## format, lint and types
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
