@@ -56,7 +56,7 @@ class Job:
         self.cluster, self.inputs, self.folder = cluster, inputs, folder
         shared: dict[str, Any] = {
             "model": {"init_from": str(inputs / "model")},
-            "data": {"train": [{"name": "data", "prefix": str(inputs / "data")}]},
+            "data": {"train": [{"name": "data", "prefix": str(inputs / "data")}], "max_epochs": 1e6},
             "budget": {"train_tokens": STEPS * TOKENS_PER_STEP},
             "parallel": {"nodes": 2, "pp": 2},
             "checkpoint": {"save_every": "10 iters"},

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_cpt.runs.checkpoints import complete_checkpoints
 from tests.slurm.cluster import Cluster, until
-from tests.slurm.conftest import STEPS, Job
+from tests.slurm.conftest import Job
 
-MANY = "budget.train_tokens=10B"  # a run that does not end by itself
+MANY = "budget.train_tokens=5M"  # a run that does not end within a test
 
 
 def test_told_before_its_time_limit_it_saves_and_starts_itself_again(job: Job, undisturbed: dict[int, float]) -> None:
@@ -135,7 +135,6 @@ def test_a_node_that_fails_its_check_is_left_out(job: Job, undisturbed: dict[int
 
 
 def test_a_mistake_of_the_user_does_not_start_again_and_ends_the_queued_successors(job: Job) -> None:
-    job.submit("--dry-run")
     job.submit()
     job.cluster.ask("scancel", job.job)
     first = job.sbatch("--hold", arguments=("budget.train_tokns=1",))
@@ -203,14 +202,11 @@ def test_switch_files_save_stop_and_keep_from_starting(job: Job) -> None:
 
 
 def test_a_queued_run_says_what_it_waits_for(job: Job) -> None:
-    assert STEPS  # nothing is trained here
-    job.submit()
-    job.cluster.ask("scancel", job.job)
-    job.ended()
-    job.sbatch("--begin=now+1hour")
-    found = job.status()
-    waiting = [entry for entry in found["slurm"]["jobs"] if entry["job"] == job.job]
-    assert waiting == [] or waiting[0]["state"] == "PENDING"
+    _, second = job.submit("--chain", "2", MANY)
+    job.wait_for_step(5)
+    (waiting,) = [entry for entry in job.status()["slurm"]["jobs"] if entry["job"] == second]
+    assert (waiting["state"], waiting["reason"]) == ("PENDING", "Dependency")
+    job.cluster.ask("scancel", second, job.job)
 
 
 def test_a_cancelled_job_does_not_come_back(job: Job, cluster: Cluster) -> None:
