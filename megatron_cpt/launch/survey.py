@@ -50,6 +50,7 @@ class Finding:
     message: str
     hint: str | None
     only_here: bool  # it is absent on this machine, which says nothing of the one that trains
+    exit_code: int = UserError.exit_code  # with which a start ends for it
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ class Survey:
     validation_tokens: dict[str, int | None]  # read at each validation of a set; None while it is not here
     findings: tuple[Finding, ...]
 
+    def blocking(self, *, strict: bool) -> list[Finding]:
+        """Return what stops a start: what is wrong anywhere, and with `strict` what is missing on this machine."""
+        return [finding for finding in self.findings if strict or not finding.only_here]
+
 
 @dataclass
 class _Findings:
@@ -85,7 +90,7 @@ class _Findings:
         try:
             yield
         except CptError as error:
-            self.found.append(Finding(error.message, error.hint, only_here))
+            self.found.append(Finding(error.message, error.hint, only_here, error.exit_code))
 
 
 def survey(config: RunConfig, named: str) -> Survey:
@@ -112,8 +117,7 @@ def survey(config: RunConfig, named: str) -> Survey:
         wrong = [finding for finding in findings.found if not finding.only_here]
         if not wrong:
             raise
-        raise_findings([Finding(error.message, error.hint, only_here=False), *wrong], named)
-        raise AssertionError from error
+        raise _combined([Finding(error.message, error.hint, only_here=False), *wrong], named) from error
     run = CheckedRun(config, arch, derived, datasets, origin, folder)
     ledger = _look_at_run_folder(run, findings)
     sources = _sources(run, ledger, findings)
@@ -122,16 +126,23 @@ def survey(config: RunConfig, named: str) -> Survey:
 
 def raise_findings(findings: list[Finding], named: str) -> None:
     """Raise one UserError that lists `findings`; return when there is none."""
-    if not findings:
-        return
+    if findings:
+        raise _combined(findings, named)
+
+
+def _combined(findings: list[Finding], named: str) -> UserError:
     if len(findings) == 1:
-        raise UserError(findings[0].message, hint=findings[0].hint)
-    listed = "\n".join(
-        f"  - {finding.message}" + (f"\n    hint: {finding.hint}" if finding.hint else "") for finding in findings
-    )
-    raise UserError(
-        f"{named}: {len(findings)} things would stop this run:\n{listed}", hint="correct all of them, then plan again"
-    )
+        error = UserError(findings[0].message, hint=findings[0].hint)
+    else:
+        listed = "\n".join(
+            f"  - {finding.message}" + (f"\n    hint: {finding.hint}" if finding.hint else "") for finding in findings
+        )
+        error = UserError(
+            f"{named}: {len(findings)} things would stop this run:\n{listed}",
+            hint="correct all of them, then plan again",
+        )
+    error.exit_code = max(finding.exit_code for finding in findings)
+    return error
 
 
 def _look_at_machine(config: RunConfig, findings: _Findings) -> None:

@@ -12,6 +12,7 @@ from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_pa
 from megatron_cpt.errors import CptError, UserError
 from megatron_cpt.launch import preflight
 from megatron_cpt.launch.survey import Survey, raise_findings, survey
+from megatron_cpt.runs.exit_codes import DO_NOT_RESTART
 from tests.configs import tiny_run
 from tests.synthetic_data import random_documents, write_dataset
 from tests.synthetic_model import write_model
@@ -104,3 +105,16 @@ def test_one_finding_is_one_sentence_and_none_is_nothing(inputs: Path) -> None:
     (inputs / "model" / "model.safetensors").unlink()
     with pytest.raises(CptError, match=r"^no \*.safetensors"):
         raise_findings(list(survey_of(inputs).findings), "config.yaml")
+
+
+def test_the_kill_switch_keeps_its_exit_code_as_a_start_would(inputs: Path) -> None:
+    (inputs / "run").mkdir()
+    (inputs / "run" / "KILL").touch()
+    with pytest.raises(UserError, match="KILL is there") as caught:
+        raise_findings(survey_of(inputs).blocking(strict=False), "config.yaml")
+    assert caught.value.exit_code == DO_NOT_RESTART
+    (inputs / "run" / "KILL").unlink()
+    (inputs / "model" / "model.safetensors").unlink()
+    with pytest.raises(UserError) as caught:
+        raise_findings(survey_of(inputs).blocking(strict=False), "config.yaml")
+    assert caught.value.exit_code == 2
