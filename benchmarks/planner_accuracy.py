@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import re
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -241,9 +240,9 @@ def main() -> None:
     for title, key in (("one source", lambda p: p.source), ("one repository", lambda p: p.repository)):
         ours = leave_one_out(points, key, log_error, list(BOUNDS))
         peer = leave_one_out(points, key, constant_mfu_error, ["bf16", "fp8"])
-        if key is not None and title == "one repository":
+        if title == "one repository":
             for group, errors in ours.items():
-                _print_line(re.sub(r" .*", "", group), errors, peer[group])
+                _print_line(group, errors, peer[group])
         _print_line(
             f"**each time {title}**", [e for errors in ours.values() for e in errors],
             [e for errors in peer.values() for e in errors],

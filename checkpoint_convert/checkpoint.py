@@ -19,7 +19,7 @@ from typing import Literal
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families.family import Config
-from megatron_cpt.errors import ConversionError
+from megatron_cpt.errors import CheckpointError, ConversionError
 
 Format = Literal["hf", "torch_dist", "legacy"]
 FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "legacy")
@@ -131,6 +131,16 @@ def clear_os_errors(what: str) -> Iterator[None]:
         raise ConversionError(
             f"{what}: {where}{error.strerror or error}", hint=_OS_HINTS.get(error.errno or 0)
         ) from error
+
+
+@contextlib.contextmanager
+def as_checkpoint_error(folder: Path) -> Iterator[None]:
+    """What this package refuses of the weights in `folder`, as an error of the run that wants to start from them."""
+    try:
+        with clear_os_errors(f"cannot read {folder}"):
+            yield
+    except ConversionError as error:
+        raise CheckpointError(error.message, hint=error.hint) from error
 
 
 _OS_HINTS = {

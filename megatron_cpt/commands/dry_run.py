@@ -37,8 +37,7 @@ def dry_run_command(config_path: Path, overrides: tuple[str, ...], strict: bool,
       megatron-cpt dry-run examples/qwen2_72b/config.yaml parallel.tp=4 parallel.pp=8
     """
     looked_at = survey(load_config(config_path, overrides), str(config_path))
-    blocking = [finding for finding in looked_at.findings if strict or not finding.only_here]
-    raise_findings(blocking, str(config_path))
+    raise_findings(looked_at.blocking(strict=strict), str(config_path))
     return _build(looked_at, as_json)
 
 

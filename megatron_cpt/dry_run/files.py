@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint_convert.checkpoint import Weights, clear_os_errors
+from checkpoint_convert.checkpoint import Weights, as_checkpoint_error
 from checkpoint_convert.hf import read_hf
 from checkpoint_convert.torch_dist import read_torch_dist
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.trainable import trainable_of
-from megatron_cpt.errors import CheckpointError, ConversionError
 from megatron_cpt.launch.origin import Origin, resolve_origin
 from megatron_cpt.launch.survey import Survey
 from megatron_cpt.runs.checkpoints import complete_checkpoints, format_bytes
@@ -51,9 +50,6 @@ def _weights_folder(survey: Survey) -> Origin | None:
 
 
 def _read_weights(origin: Origin, arch: Architecture) -> Weights:
-    try:
-        with clear_os_errors(f"cannot read {origin.weights}"):
-            read = read_torch_dist if origin.kind == "torch_dist" else read_hf
-            return read(origin.weights, arch)
-    except ConversionError as error:
-        raise CheckpointError(error.message, hint=error.hint) from error
+    with as_checkpoint_error(origin.weights):
+        read = read_torch_dist if origin.kind == "torch_dist" else read_hf
+        return read(origin.weights, arch)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.dry_run.every_rank import Check, DryRun, Stage
 from megatron_cpt.dry_run.live_bytes import PARTS
 from megatron_cpt.launch.survey import Survey
+from megatron_cpt.planner.memory import GIB
+from megatron_cpt.planner.text import told_apart, wrapped
 
-_GIB = 2**30
-_COLUMNS = 110
 _MOST_FAULTS = 20
-_MOST_STAGES = 8
 _STATIC = ("weights", "gradients", "optimizer")
 NOT_COUNTED = "a GPU also holds the CUDA context, NCCL's buffers and the allocator's gaps: megatron-cpt plan adds them"
 
@@ -37,8 +34,8 @@ def dry_run_page(result: DryRun, survey: Survey, files: Sequence[str]) -> str:
         *_checks(result, survey),
         *(f"  {line}" for line in files),
         *_bytes(result),
-        *(line for note in notes(survey) for line in _wrapped(f"note: {note}")),
-        *(line for fault in result.faults[:_MOST_FAULTS] for line in _wrapped(f"fault: {fault.message}")),
+        *(line for note in notes(survey) for line in wrapped(f"note: {note}")),
+        *(line for fault in result.faults[:_MOST_FAULTS] for line in wrapped(f"fault: {fault.message}")),
     ]
     if len(result.faults) > _MOST_FAULTS:
         lines.append(f"and {len(result.faults) - _MOST_FAULTS:,} more faults")
@@ -81,7 +78,7 @@ def _stage_json(stage: Stage) -> dict[str, Any]:
 def _checks(result: DryRun, survey: Survey) -> Iterator[str]:
     expected, steps = survey.arch.num_parameters, survey.derived.gradient_accumulation_steps
     same = "as" if result.parameters == expected else f"not the {expected:,} that"
-    yield _row("layout", _layout(survey.config, survey.derived.data_parallel_size))
+    yield _row("layout", survey.config.parallel.describe())
     yield _row(
         "parameters", f"{result.parameters:,} over all ranks, {same} config.json says{_found(result, 'parameters')}"
     )
@@ -108,36 +105,18 @@ def _found(result: DryRun, check: Check, otherwise: str = "") -> str:
     return f": {says}" if says else ""
 
 
-def _layout(config: RunConfig, data_parallel_size: int) -> str:
-    parallel = config.parallel
-    virtual = f", {parallel.vpp} virtual stages" if parallel.vpp else ""
-    return f"TP {parallel.tp} x PP {parallel.pp} x CP {parallel.cp} x DP {data_parallel_size}{virtual}"
-
-
 def _bytes(result: DryRun) -> Iterator[str]:
     columns = (*_STATIC, *PARTS, "peak")
     yield "GiB of a rank when it holds most"
     yield "  stage  layers " + " ".join(f"{column:>11}" for column in columns)
-    for stage in _told_apart(result.stages):
+    for stage in told_apart(result.stages, lambda stage: stage.peak, fullest=6):
         sizes = [getattr(stage.static, part) for part in _STATIC]
         sizes += [stage.step.at_peak[part] for part in PARTS]
-        cells = " ".join(f"{size / _GIB:>11.2f}" for size in (*sizes, stage.peak))
+        cells = " ".join(f"{size / GIB:>11.2f}" for size in (*sizes, stage.peak))
         yield f"  {stage.stage:>5}  {stage.layers:>6} {cells}"
     host = max(stage.static.host for stage in result.stages)
     if host:
-        yield _row("host memory", f"{host / _GIB:.2f} GiB of optimizer state for each rank, at most")
-
-
-def _told_apart(stages: Sequence[Stage]) -> Sequence[Stage]:
-    """All stages, or of a deep pipeline the first, the fullest ones and the last."""
-    if len(stages) <= _MOST_STAGES:
-        return stages
-    chosen = {stage.stage for stage in sorted(stages, key=lambda stage: -stage.peak)[: _MOST_STAGES - 2]}
-    return [stage for stage in stages if stage.stage in chosen | {0, len(stages) - 1}]
-
-
-def _wrapped(text: str) -> Iterator[str]:
-    yield from textwrap.wrap(text, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        yield _row("host memory", f"{host / GIB:.2f} GiB of optimizer state for each rank, at most")
 
 
 def _row(label: str, text: str) -> str:

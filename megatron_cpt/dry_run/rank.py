@@ -18,10 +18,9 @@ from megatron_cpt.dry_run.live_bytes import storage_bytes
 from megatron_cpt.dry_run.shards import Shard, shards_of
 from megatron_cpt.model.load_megatron import model_shards
 from megatron_cpt.model.spec import LayerModules
+from megatron_cpt.planner.memory import MOMENT_BYTES
 from megatron_cpt.train.checkpoint_state import saved_state
 from megatron_cpt.train.state import TrainState, build_train_state, unwrap
-
-_MOMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def static_bytes(state: TrainState, asked: OptimizerConfig) -> StaticBytes:
     gradients = storage_bytes(buffer.grad_data for buffer in _buffers(state))
     owned = [parameter for _, parameter in _optimizer_parameters(state)]
     main = sum(size for key, size in storage_bytes(owned).items() if key not in weights)
-    moments = sum(2 * _MOMENT_BYTES[asked.moments_dtype] * parameter.numel() for parameter in owned)
+    moments = sum(2 * MOMENT_BYTES[asked.moments_dtype] * parameter.numel() for parameter in owned)
     host = int((main + moments) * asked.cpu_offload_ratio)
     return StaticBytes(sum(weights.values()), sum(gradients.values()), main + moments - host, host)
 

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint_convert.checkpoint import clear_os_errors
+from checkpoint_convert.checkpoint import as_checkpoint_error
 from checkpoint_convert.hf import read_hf
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import read_architecture
@@ -15,7 +15,7 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.data.datasets import Datasets, check_datasets
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.errors import CheckpointError, ConfigError, ConversionError
+from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
 from megatron_cpt.launch.environment import refuse_broken_environment
@@ -79,13 +79,9 @@ def check_weights(origin: Origin, arch: Architecture) -> None:
     Raises:
         CheckpointError: a shard or a tensor is missing, surplus, misshapen or cut off.
     """
-    if origin.kind != "hf":
-        return
-    try:
-        with clear_os_errors(f"cannot read {origin.weights}"):
+    if origin.kind == "hf":
+        with as_checkpoint_error(origin.weights):
             read_hf(origin.weights, arch)
-    except ConversionError as error:
-        raise CheckpointError(error.message, hint=error.hint) from error
 
 
 def branch_point(config: RunConfig) -> tuple[Path, Marker] | None:

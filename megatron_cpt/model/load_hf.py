@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from checkpoint_convert.checkpoint import clear_os_errors
+from checkpoint_convert.checkpoint import as_checkpoint_error
 from checkpoint_convert.hf import TIED_OUTPUT, read_hf
 from checkpoint_convert.rows import Files, read_tensor
 from megatron_cpt.architecture.facts import Architecture
@@ -35,7 +34,7 @@ from megatron_cpt.architecture.tensors import (
     row_spans,
     slice_shape,
 )
-from megatron_cpt.errors import CheckpointError, ConversionError
+from megatron_cpt.errors import CheckpointError
 from megatron_cpt.runtime.distributed import failing_together
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -62,7 +61,7 @@ class FolderSource:
     """A Hugging Face folder. Raises CheckpointError unless its weights are those that config.json describes."""
 
     def __init__(self, model_dir: Path, arch: Architecture, files: Files) -> None:
-        with _as_checkpoint_error(model_dir):
+        with as_checkpoint_error(model_dir):
             weights = read_hf(model_dir, arch)
         self.has_tied_copy = bool(weights.copies)
         self._tensors = dict(weights.tensors)
@@ -72,7 +71,7 @@ class FolderSource:
 
     def read(self, name: str, start: int, stop: int, columns: slice) -> Tensor:
         stored = self._tensors[name]
-        with _as_checkpoint_error(self._model_dir):
+        with as_checkpoint_error(self._model_dir):
             self._files.check(stored)
             block = read_tensor(self._files, stored, start, stop)
         values = torch.from_numpy(block).view(getattr(torch, stored.dtype))
@@ -80,16 +79,6 @@ class FolderSource:
 
     def row_bytes(self, name: str) -> int:
         return self._tensors[name].row_bytes
-
-
-@contextmanager
-def _as_checkpoint_error(model_dir: Path) -> Iterator[None]:
-    """What the converter's reader refuses, as an error of the run that wanted to start from it."""
-    try:
-        with clear_os_errors(f"cannot read {model_dir}"):
-            yield
-    except ConversionError as error:
-        raise CheckpointError(error.message, hint=error.hint) from error
 
 
 class RandomSource:

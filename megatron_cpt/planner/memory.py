@@ -24,6 +24,7 @@ from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.planner.layout import Layout
 
 GIB = 2**30
+MOMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of one of AdamW's two, by optimizer.moments_dtype
 # What no formula gives: the CUDA context and cuBLAS's workspace, NCCL's buffers of one group of ranks, and what the
 # caching allocator holds between its blocks, as a share of what lives there for one step only.
 CONTEXT_BYTES = 0.7 * GIB
@@ -91,7 +92,7 @@ def parameters_of_stage(arch: Architecture, layout: Layout, stage: int) -> int:
 
 def optimizer_bytes_per_parameter(layout: Layout) -> int:
     """Return the bytes of optimizer state per parameter: an fp32 master weight where there is none, and two moments."""
-    return (4 if layout.dtype == "bf16" else 0) + 2 * {"fp32": 4, "bf16": 2, "fp8": 1}[layout.moments_dtype]
+    return (4 if layout.dtype == "bf16" else 0) + 2 * MOMENT_BYTES[layout.moments_dtype]
 
 
 def activation_bytes_of_layer(arch: Architecture, layout: Layout) -> float:

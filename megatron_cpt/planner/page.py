@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 
 from megatron_cpt.launch.survey import SourceNeed
-from megatron_cpt.planner.memory import GIB, StageMemory
+from megatron_cpt.planner.memory import GIB
 from megatron_cpt.planner.plan import TIGHT, Plan
 from megatron_cpt.planner.search import Found, why_not
+from megatron_cpt.planner.text import told_apart, wrapped
 from megatron_cpt.planner.throughput import UNCERTAINTY
 from megatron_cpt.runs.checkpoints import format_bytes
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "transient", "overhead", "total")
 _LABEL_COLUMNS = 18
-_COLUMNS = 110
 
 
 def plan_page(plan: Plan, schedule: str) -> str:
@@ -53,9 +52,7 @@ def _what(plan: Plan, schedule: str) -> Iterator[str]:
     yield _row("ranks", f"{derived.world_size} = {parallel.nodes} nodes x {parallel.gpus_per_node}")
     yield _row(
         "layout",
-        f"TP {parallel.tp} x PP {parallel.pp} x CP {parallel.cp} x DP {derived.data_parallel_size}"
-        + (f", {parallel.vpp} virtual stages" if parallel.vpp else "")
-        + (", sequence parallel" if derived.sequence_parallel else ""),
+        parallel.describe() + (", sequence parallel" if derived.sequence_parallel else ""),
     )
     yield _row("layers per stage", ", ".join(map(str, derived.layers_per_stage or ())))
     yield _row("vocabulary rows", f"{arch.vocab_size:,} padded to {derived.padded_vocab_size:,}")
@@ -77,7 +74,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     capacity = plan.hardware.memory_bytes / GIB
     yield f"memory of a GPU in GiB, of {capacity:.1f} ({plan.hardware.name})"
     yield "  stage  layers " + " ".join(f"{part:>11}" for part in _PARTS)
-    for stage in _told_apart(plan.stages):
+    for stage in told_apart(plan.stages, lambda stage: stage.total, fullest=7):
         cells = " ".join(f"{getattr(stage, part) / GIB:>11.2f}" for part in _PARTS)
         yield f"  {stage.stage:>5}  {stage.layers:>6} {cells}"
     if plan.worst.host:
@@ -87,14 +84,6 @@ def _memory(plan: Plan) -> Iterator[str]:
     share = abs(spare) / plan.hardware.memory_bytes
     says = f"{spare / GIB:.1f} GiB ({share:.0%}) to spare" if spare >= 0 else f"{-spare / GIB:.1f} GiB too much"
     yield _row("verdict", f"{plan.verdict}: {says} on stage {plan.worst.stage}, the fullest")
-
-
-def _told_apart(stages: Sequence[StageMemory], most: int = 8) -> Sequence[StageMemory]:
-    """All stages, or of a deep pipeline the first, the fullest ones and the last."""
-    if len(stages) <= most:
-        return stages
-    fullest = sorted(stages, key=lambda stage: -stage.total)[: most - 1]
-    return sorted({*fullest, stages[0], stages[-1]}, key=lambda stage: stage.stage)
 
 
 def _speed(plan: Plan) -> Iterator[str]:
@@ -140,16 +129,12 @@ def _ends(plan: Plan) -> Iterator[str]:
     if plan.advice:
         yield "advice"
     for advice in plan.advice:
-        yield from _wrapped(f"  - {advice.text} [{advice.evidence}]")
+        yield from wrapped(f"  - {advice.text} [{advice.evidence}]")
     for note in plan.notes:
-        yield from _wrapped(f"note: {note}")
+        yield from wrapped(f"note: {note}")
     for finding in plan.survey.findings:
         if finding.only_here:
-            yield from _wrapped(f"note: not on this machine: {finding.message}")
-
-
-def _wrapped(text: str) -> Iterator[str]:
-    yield from textwrap.wrap(text, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+            yield from wrapped(f"note: not on this machine: {finding.message}")
 
 
 def _about(tokens: int) -> str:

@@ -76,7 +76,7 @@ def make_plan(survey: Survey, hardware: Hardware, price_per_gpu_hour: float | No
 
 def blocking_findings(plan: Plan, *, strict: bool) -> list[Finding]:
     """Return what stops the run: what is wrong anywhere, and with `strict` what is missing here or does not fit."""
-    found = [finding for finding in plan.survey.findings if strict or not finding.only_here]
+    found = plan.survey.blocking(strict=strict)
     if strict and plan.verdict == "does not fit":
         need, there = plan.worst.total / GIB, plan.hardware.memory_bytes / GIB
         found.append(

@@ -19,7 +19,7 @@ from megatron_cpt.config.sections.parallel import ParallelConfig
 from megatron_cpt.errors import ConfigError
 from megatron_cpt.planner.hardware import Hardware
 from megatron_cpt.planner.layout import Layout
-from megatron_cpt.planner.memory import StageMemory, memory_of_stages, worst_stage
+from megatron_cpt.planner.memory import GIB, StageMemory, memory_of_stages, worst_stage
 from megatron_cpt.planner.plan import TIGHT
 from megatron_cpt.planner.throughput import Shape, Throughput, throughput
 
@@ -96,7 +96,7 @@ def why_not(found: Found, hardware: Hardware) -> str:
         over = own.worst.total - TIGHT * hardware.memory_bytes
         return (
             f"the config's own layout is not among them: stage {own.worst.stage} would hold "
-            f"{own.worst.total / 2**30:.1f} GiB, {over / 2**30:.1f} more than is safe"
+            f"{own.worst.total / GIB:.1f} GiB, {over / GIB:.1f} more than is safe"
         )
     if not found.best or found.own_place == 1:
         return "the config's own layout is the fastest that fits"

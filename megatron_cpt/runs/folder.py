@@ -28,6 +28,7 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.yaml_file import read_yaml
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import CheckpointError, ConfigError
+from megatron_cpt.runs.rank_errors import rank_error_path
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class RunFolder:
 
     def rank_error(self, rank: int) -> Path:
         """Written by a rank that fails for a known reason: {"message", "hint", "exit_code"}."""
-        return self.logs / f"error_rank_{rank:04d}.json"
+        return rank_error_path(self.logs, rank)
 
 
 def resolved_dict(config: RunConfig) -> dict[str, Any]:

@@ -17,6 +17,16 @@ class RankError:
     exit_code: int
 
 
+def rank_error_path(logs: Path, rank: int) -> Path:
+    """Where a rank that fails for a known reason says so, in the folder of its logs."""
+    return logs / f"error_rank_{rank:04d}.json"
+
+
+def read_rank_errors(logs: Path) -> list[RankError]:
+    """What the ranks left in a folder of logs, in the order of their ranks."""
+    return [read_rank_error(path) for path in sorted(logs.glob("error_rank_*.json"))]
+
+
 def leave_rank_error(path: Path, error: RankError) -> None:
     """Write `error` to `path`; on a full disk nothing, the rank's log has said it."""
     with contextlib.suppress(OSError):

@@ -31,11 +31,11 @@ from megatron_cpt.runs.checkpoints import complete_checkpoints
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FAILED, FINISHED, USER_ERROR
 from megatron_cpt.runs.folder import RunFolder, count_attempts
 from megatron_cpt.runs.metrics import read_rows
+from megatron_cpt.runs.rank_errors import read_rank_errors
 from megatron_cpt.slurm.decide import (
     MOST_STARTS_WITHOUT_PROGRESS,
     decide,
     ending_of,
-    read_errors,
     starts_without_progress,
     successors_of,
 )
@@ -168,7 +168,7 @@ def _check_time(start: Start) -> None:
     config, rows = start.config, read_rows(start.folder.metrics)[0]
     arch = read_architecture(model_dir(config))
     one = save_seconds(trainable_of(config, arch).checkpoint_bytes(), config.parallel.nodes, rows)
-    check_time_limit(start.slurm.seconds_left, -(-int(one) // 1), "what is left of the time limit")
+    check_time_limit(start.slurm.seconds_left, int(one), "what is left of the time limit")
 
 
 def _before(events: Sequence[Event], environ: Mapping[str, str] = os.environ) -> str | None:
@@ -208,12 +208,9 @@ def end(start: Start, environ: Mapping[str, str] = os.environ) -> dict[str, str]
     events = read_journal(folder)
     began = next((event for event in reversed(events) if event["event"] == "began"), {})
     attempt = count_attempts(folder)
-    rows = (
-        [row for row in read_rows(folder.metrics)[0] if row.get("start") == attempt]
-        if (attempt > began.get("attempts", attempt))
-        else []
-    )
-    ending = ending_of(int(environ.get("CODE", "1")), environ.get("ASKED", ""), rows, read_errors(start.logs))
+    ranks_began = attempt > began.get("attempts", attempt)
+    rows = [row for row in read_rows(folder.metrics)[0] if ranks_began and row.get("start") == attempt]
+    ending = ending_of(int(environ.get("CODE", "1")), environ.get("ASKED", ""), rows, read_rank_errors(start.logs))
     tokens = start.consumed_tokens()
     if ending.kind == "finished" and tokens >= start.config.budget.train_tokens:
         _set_finished(start, tokens)

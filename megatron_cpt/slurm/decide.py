@@ -9,12 +9,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FAILED, FINISHED, HUNG, MEANING, STOPPED, USER_ERROR
 from megatron_cpt.runs.metrics import Row
-from megatron_cpt.runs.rank_errors import RankError, read_rank_error
+from megatron_cpt.runs.rank_errors import RankError
 from megatron_cpt.slurm.journal import Event
 
 MOST_STARTS_WITHOUT_PROGRESS = 3
@@ -147,8 +146,3 @@ def _names(dependencies: str, jobs: set[str]) -> bool:
     """Whether `afterany:12(unfulfilled),afterok:13_*(...)` names one of `jobs`."""
     words = dependencies.replace(",", " ").replace("?", " ").replace(":", " ").split()
     return any(word.split("(")[0].split("_")[0].split("+")[0] in jobs for word in words)
-
-
-def read_errors(logs: Path) -> list[RankError]:
-    """What the ranks of a start left in its folder, in the order of their ranks."""
-    return [read_rank_error(path) for path in sorted(logs.glob("error_rank_*.json"))]

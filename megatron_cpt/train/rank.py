@@ -33,7 +33,7 @@ from megatron_cpt.launch.start import KillSwitchSet, PreparedRun, load_prepared,
 from megatron_cpt.runs.exit_codes import STOPPED
 from megatron_cpt.runs.folder import RunFolder, resolved_dict
 from megatron_cpt.runs.lease import Lease
-from megatron_cpt.runs.rank_errors import ATTEMPT_LOGS, RankError, leave_rank_error
+from megatron_cpt.runs.rank_errors import ATTEMPT_LOGS, RankError, leave_rank_error, rank_error_path
 from megatron_cpt.runs.repeated_failures import advise_after_failure
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 from megatron_cpt.train.clock import LapClock
@@ -170,7 +170,7 @@ def _leave_error(folder: RunFolder | None, rank: int, message: str, hint: str | 
     if folder is not None and folder.logs.is_dir():
         leave_rank_error(folder.rank_error(rank), error)
     if (logs := os.environ.get(ATTEMPT_LOGS)) is not None:
-        leave_rank_error(Path(logs) / f"error_rank_{rank:04d}.json", error)
+        leave_rank_error(rank_error_path(Path(logs), rank), error)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ class ParallelConfig(Section):
         """On with tensor parallelism unless it is switched off, never without it."""
         return self.tp > 1 and self.sequence_parallel is not False
 
+    def describe(self) -> str:
+        """The layout in the words of a page; for one that `divides_ranks`."""
+        virtual = f", {self.vpp} virtual stages" if self.vpp else ""
+        return f"TP {self.tp} x PP {self.pp} x CP {self.cp} x DP {self.data_parallel_size}{virtual}"
+
     def layers_per_stage(self, num_layers: int) -> tuple[int, ...] | None:
         """Return the layers of each pipeline stage as Megatron-Core distributes them, None where they do not fit.
 

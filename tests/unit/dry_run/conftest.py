@@ -11,24 +11,10 @@ from megatron_cpt.architecture.families import architecture_from_config
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
+from tests.synthetic_model import CONFIG
 
-_FACTS: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 250,  # padded as soon as it is divided
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-}
+# The vocabulary is padded as soon as it is divided.
+_FACTS: dict[str, Any] = CONFIG | {"vocab_size": 250, "torch_dtype": "bfloat16"}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16, "attention_bias": False}
 
 

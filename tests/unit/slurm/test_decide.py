@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.runs.rank_errors import RankError, leave_rank_error
+from megatron_cpt.runs.rank_errors import RankError, leave_rank_error, read_rank_errors
 from megatron_cpt.slurm.decide import (
     Ending,
     decide,
     ending_of,
-    read_errors,
     starts_without_progress,
     successors_of,
 )
@@ -119,4 +118,4 @@ def test_errors_of_ranks_are_read_in_their_order_and_one_that_was_cut_short_is_a
     leave_rank_error(tmp_path / "error_rank_0002.json", USER)
     leave_rank_error(tmp_path / "error_rank_0001.json", FAILED)
     (tmp_path / "error_rank_0003.json").write_text("{")
-    assert [error.exit_code for error in read_errors(tmp_path)] == [1, 2, 1]
+    assert [error.exit_code for error in read_rank_errors(tmp_path)] == [1, 2, 1]
