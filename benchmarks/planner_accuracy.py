@@ -39,6 +39,7 @@ BOUNDS = {
 }
 START = {"bf16": 0.72, "fp8": 0.56, "attention": 0.45, "hbm": 0.6, "overlap": 0.5}
 LINK = 0.75  # of a link's bandwidth; the fit cannot tell it from the overlap
+SWEEP_NETWORK = 6.25e9  # bytes/s per GPU: its nodes share four 100 Gb/s links among eight GPUs (arXiv:2211.05100)
 OUTLIER = 0.3  # an error beyond this counts no more in the fit
 
 Row = dict[str, str]
@@ -208,7 +209,8 @@ def sweeps(rows: Sequence[Row], constants: Constants) -> list[tuple[str, int, fl
                 point(row).layout, attention="unfused", overlap_grad_reduce=False, overlap_param_gather=False,
                 overlap_tensor_parallel=False, sequence_parallel=False,
             )  # fmt: skip
-            speed = throughput(point(row).shape, there, hardware_with("a100-80g", constants))
+            machine = replace(hardware_with("a100-80g", constants), network_bytes_per_s=SWEEP_NETWORK)
+            speed = throughput(point(row).shape, there, machine)
             logs.append((math.log(speed.tokens_per_s_per_gpu), math.log(float(row["tflops_per_gpu"]))))
         ours = _spread([predicted - measured for predicted, measured in logs])
         found.append((f"{title}, {model}", len(members), ours, _spread([-measured for _, measured in logs])))
