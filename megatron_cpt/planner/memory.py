@@ -25,11 +25,12 @@ from megatron_cpt.planner.layout import Layout
 
 GIB = 2**30
 MOMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of one of AdamW's two, by optimizer.moments_dtype
-# What no formula gives: the CUDA context and cuBLAS's workspace, NCCL's buffers of one group of ranks, and what the
-# caching allocator holds between its blocks, as a share of what lives there for one step only.
-CONTEXT_BYTES = 0.7 * GIB
+# What no formula gives. The CUDA context with cuBLAS's workspace and NCCL of one rank, and what the allocator holds
+# between its blocks, as a share of what lives there for one step only: both measured on an H200 with segments that grow
+# (benchmarks/planner_memory.py --device cuda). NCCL's buffers of one group of several ranks are an assumption.
+CONTEXT_BYTES = 2.82 * GIB
 GROUP_BYTES = 0.3 * GIB
-FRAGMENTATION = 0.06
+FRAGMENTATION = 0.02
 
 
 @dataclass(frozen=True)
