@@ -54,7 +54,9 @@ def _cell_table(found: Sequence[dict[str, Any]]) -> list[str]:
         seen = (
             [row["refused"], *[""] * (len(CHECKS) - 1)] if "refused" in row else [_counts(row.get(c)) for c in CHECKS]
         )
-        lines.append(f"| {row['python']} | {row['engine']} | {row['torch']} | {' | '.join(seen)} | {row['date']} |")
+        lines.append(
+            f"| {row['python']} | {row['engine']} | {row['torch']} | {' | '.join(seen)} | {row.get('date', '')} |"
+        )
     return lines
 
 
