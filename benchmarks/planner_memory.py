@@ -23,14 +23,12 @@ import gc
 import json
 import logging
 import os
-import re
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +40,7 @@ from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import derive
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.launch.local import free_port
 from megatron_cpt.planner.hardware import find_hardware, known_hardware
 from megatron_cpt.planner.layout import Layout
 from megatron_cpt.planner.memory import memory_of_stages
@@ -115,7 +114,7 @@ class Measured(NamedTuple):
     live: int  # weights, gradients, optimizer and all that a step allocates
     reserved: int  # by torch from the GPU; `live` on a CPU
     on_device: int  # of the GPU, in all; `live` on a CPU
-    tokens_per_s: float
+    tokens_per_s: float | None  # of a GPU
 
 
 def run_config(case: Case, folder: Path, args: argparse.Namespace) -> RunConfig:
@@ -142,77 +141,55 @@ def one_rank(config: RunConfig, arch: Architecture) -> Measured:
     """Train three steps as a rank of a job, and measure the last."""
     import torch
 
-    from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
-
-    adapt_megatron_core_to_cpu()
-    from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime
+    from benchmarks.train_step import megatron_step, microbatches  # adapts Megatron-Core before anything imports it
+    from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
     from megatron_cpt.train.state import build_train_state
-    from megatron_cpt.train.step import train_step
 
     torch.set_num_threads(1)
     runtime = init_runtime(config)
-    init_parallel_groups(config)
-    batches = list(micro_batches(config, arch))
-    on_gpu = torch.cuda.is_available()
-    before = 0 if on_gpu else resident_without_a_model(config, arch, batches)
-    state = build_train_state(config, arch)
-    for _ in range(2):
-        train_step(state, batches)
-    begin_peak(on_gpu)
-    start = time.perf_counter()
-    train_step(state, batches)
-    seconds = time.perf_counter() - start
-    if on_gpu:
-        free, capacity = torch.cuda.mem_get_info()
-        sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), capacity - free
+    batches = microbatches(arch.vocab_size, config.batch, config.parallel.data_parallel_size)
+
+    def step_of(shape: Architecture) -> Callable[[], float]:
+        return megatron_step(build_train_state(config, shape), batches)
+
+    tokens_per_s = None
+    if torch.cuda.is_available():
+        live, reserved, on_device, seconds = held_on_gpu(step_of(arch))
+        tokens_per_s = config.batch.global_batch_size * config.batch.seq_length / seconds
     else:
-        sizes = (resident_bytes("VmHWM") - before,) * 3
+        live = reserved = on_device = grown_on_cpu(step_of, arch)
     stage = runtime.rank * config.parallel.pp // runtime.world_size
     shutdown_runtime()
-    return Measured(stage, *sizes, config.batch.global_batch_size * config.batch.seq_length / seconds)
+    return Measured(stage, live, reserved, on_device, tokens_per_s)
 
 
-def resident_without_a_model(config: RunConfig, arch: Architecture, batches: Any) -> int:
-    """Return what the process holds when everything that training imports and starts has been used once."""
-    from megatron_cpt.train.state import build_train_state
-    from megatron_cpt.train.step import train_step
+def held_on_gpu(step: Callable[[], float]) -> tuple[int, int, int, float]:
+    """Return bytes allocated, reserved and on the device at the peak of the third step, and its seconds."""
+    import torch
+
+    for _ in range(2):
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
+    free, capacity = torch.cuda.mem_get_info()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), capacity - free, seconds
+
+
+def grown_on_cpu(step_of: Callable[[Architecture], Callable[[], float]], arch: Architecture) -> int:
+    """Return by how many bytes the process grows from before the model is built to the peak of its third step.
+
+    A small model is trained first, so that everything that training imports and starts is there.
+    """
+    from benchmarks.train_memory import peak_of_last_step, resident_mib
 
     small = replace(arch, hidden_size=48, head_dim=48 // arch.num_attention_heads, ffn_hidden_size=48)
-    train_step(build_train_state(config, small), batches)
+    step_of(small)()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return resident_bytes("VmRSS")
-
-
-def begin_peak(on_gpu: bool) -> None:
-    """Forget the peaks up to now."""
-    import torch
-
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident_bytes(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def micro_batches(config: RunConfig, arch: Architecture) -> Iterator[Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    samples, length = config.batch.micro_batch_size, config.batch.seq_length
-    for _ in range(derive(config, arch).gradient_accumulation_steps):
-        tokens = torch.randint(0, arch.vocab_size, (samples, length + 1), generator=generator)
-        yield {
-            "tokens": tokens[:, :-1].contiguous(),
-            "labels": tokens[:, 1:].contiguous(),
-            "loss_mask": torch.ones(samples, length),
-            "position_ids": torch.arange(length).expand(samples, -1),
-        }
+    before = resident_mib("VmRSS")
+    return int((peak_of_last_step(step_of(arch)) - before) * MIB)
 
 
 def counted(config: RunConfig, arch: Architecture, on_gpu: bool) -> list[int]:
@@ -234,11 +211,12 @@ def counted(config: RunConfig, arch: Architecture, on_gpu: bool) -> list[int]:
 
 def run_ranks(command: list[str], ranks: int) -> list[Measured]:
     """Start `ranks` processes of `command` and return what each measures."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    common |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # no freed blocks are kept
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }  # no freed blocks are kept
     jobs = [
         subprocess.Popen(
             command,
@@ -272,7 +250,7 @@ def row(number: int, case: Case, args: argparse.Namespace) -> tuple[list[str], f
     off = planned / fullest.live - 1, live / fullest.live - 1
     cells = [case.name, *(f"{size / MIB:,.0f}" for size in (fullest.live, planned, live))]
     cells += [f"{one:+.1%}" for one in off]
-    if args.device == "cuda":
+    if fullest.tokens_per_s is not None:
         beyond = (fullest.reserved - fullest.live) / MIB, (fullest.on_device - fullest.reserved) / MIB
         whole = f"{plan.total / fullest.on_device - 1:+.1%}"
         planned_speed = throughput(Shape.of(arch), Layout.of(config, arch), find_hardware(args.hardware)).tokens_per_s

@@ -36,7 +36,7 @@ from benchmarks.train_step import (
     write_model,
 )
 from megatron_cpt.architecture.families import read_architecture
-from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime
+from megatron_cpt.runtime.distributed import init_runtime, shutdown_runtime
 from megatron_cpt.train.state import build_train_state
 
 SIDES = ("megatron", "transformers")
@@ -68,7 +68,6 @@ def one_side(args: argparse.Namespace) -> None:
     if args.side == "megatron":
         config = run_config(model_dir, args)
         init_runtime(config)
-        init_parallel_groups(config)
         peak = peak_of_last_step(megatron_step(build_train_state(config, arch), batches))
         shutdown_runtime()
     else:

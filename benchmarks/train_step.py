@@ -40,6 +40,7 @@ adapt_megatron_core_to_cpu()
 
 from megatron_cpt.architecture.families import read_architecture  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
+from megatron_cpt.config.sections.batch import BatchConfig  # noqa: E402
 from megatron_cpt.config.trainable import trainable_of  # noqa: E402
 from megatron_cpt.data.micro_batch import MicroBatch  # noqa: E402
 from megatron_cpt.model.spec import resolve_attention  # noqa: E402
@@ -102,7 +103,7 @@ def run_config(model_dir: Path, args: argparse.Namespace, ranks: int = 1, **chan
     return build_config(tree)
 
 
-def microbatches(vocab_size: int, args: argparse.Namespace, ranks: int = 1) -> Batches:
+def microbatches(vocab_size: int, args: argparse.Namespace | BatchConfig, ranks: int = 1) -> Batches:
     generator = torch.Generator().manual_seed(0)
     shape = (args.micro_batch_size, args.seq_length + 1)
     made: Batches = []
