@@ -184,36 +184,53 @@ def measure_saves(work: Path, data: Path, pairs: int) -> tuple[list[Save], list[
     usual_step, usual_cpu = (statistics.median(times) for times in zip(*usual, strict=True))
     training_mb = watch.peak
     progress = Position()
-    found: dict[bool, list[Any]] = {True: [], False: []}
+    found: dict[bool, list[Save]] = {True: [], False: []}
     for number in range(2 * (pairs + 2)):
         synchronous = number % 2 == 0
         progress = replace(progress, iteration=number + 1)
-        watch.reset()
-        writers = writer_cpu()
-        held, held_cpu = timed(partial(manager.save, state, progress, wait=synchronous))
-        beside: list[tuple[float, float]] = []
-        done = [synchronous]
-
-        def step_beside_writer(done: list[bool] = done) -> None:
-            step()
-            done[0] = manager.poll()
-
-        while not done[0] and len(beside) < MOST_STEPS_BESIDE_WRITER:
-            beside.append(timed(step_beside_writer))
-        manager.poll(wait=True)
-        save = Save(
-            held,
-            held_cpu,
-            sum(wall - usual_step for wall, _ in beside),
-            sum(cpu - usual_cpu for _, cpu in beside),
-            writer_cpu() - writers,
-            watch.peak,
-        )
+        begin = partial(manager.save, state, progress, wait=synchronous)
+        save = measure_save(begin, manager.poll, step, (usual_step, usual_cpu), watch, complete=synchronous)
         if number >= 4:  # the first two of each kind plan what the later ones reuse
             found[synchronous].append(save)
         step()
     size = complete_checkpoints(folder.checkpoints)[0][1].total_bytes
     return found[True], found[False], usual_step, training_mb, size
+
+
+def measure_save(
+    begin: Callable[[], object],
+    poll: Callable[..., bool],
+    step: Callable[[], None],
+    usual: tuple[float, float],
+    watch: MemoryWatch,
+    *,
+    complete: bool,
+) -> Save:
+    """One save, and the steps until it is complete; `usual` are the wall and processor seconds of a step without one.
+
+    `complete` says that the save is so when `begin` returns.
+    """
+    watch.reset()
+    writers = writer_cpu()
+    held, held_cpu = timed(begin)
+    beside: list[tuple[float, float]] = []
+
+    def step_beside_writer() -> None:
+        nonlocal complete
+        step()
+        complete = poll()
+
+    while not complete and len(beside) < MOST_STEPS_BESIDE_WRITER:
+        beside.append(timed(step_beside_writer))
+    poll(wait=True)
+    return Save(
+        held,
+        held_cpu,
+        sum(wall - usual[0] for wall, _ in beside),
+        sum(cpu - usual[1] for _, cpu in beside),
+        writer_cpu() - writers,
+        watch.peak,
+    )
 
 
 def random_batch(length: int, vocabulary: int) -> MicroBatch:
