@@ -54,7 +54,10 @@ def test_the_72b_example_fits_together_on_its_32_ranks(
     assert "72,706,203,648 over all ranks, as config.json says" in page
 
 
-@pytest.mark.parametrize(("preset", "gpus"), [("qwen3-0.6b", 8), ("llama-3.2-3b", 1), ("qwen2.5-7b", 8)])
+@pytest.mark.parametrize(
+    ("preset", "gpus"),
+    [("llama-3.2-3b", 1), ("qwen2.5-7b", 8), *(pytest.param(name, 32, marks=pytest.mark.slow) for name in presets())],
+)
 def test_a_preset_runs_as_init_writes_it(
     preset: str, gpus: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
