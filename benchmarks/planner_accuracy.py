@@ -198,9 +198,10 @@ def sweeps(rows: Sequence[Row], constants: Constants) -> list[tuple[str, int, fl
     for row in rows:
         if row["source"].startswith("bigscience-workshop/") and row["tflops_per_gpu"] and row["hidden"]:
             title = row["notes"].split(";")[0]
-            groups[title, row["model"], row["gpus"], row["precision"], row["heads"]].append(row)
+            shape = (row["model"], row["layers"], row["hidden"], row["heads"])  # one name may stand for two shapes
+            groups[title, row["gpus"], row["precision"], *shape].append(row)
     found = []
-    for (title, model, *_), members in groups.items():
+    for (title, _, _, model, *_), members in groups.items():
         if len({(row["TP"], row["PP"], row["MBS"]) for row in members}) < 4:
             continue
         logs = []
