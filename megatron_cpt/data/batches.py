@@ -105,8 +105,7 @@ def open_batches(
         for dataset in datasets.train
     }
     # From the first epoch on: the run may have to fall back to an older checkpoint than the one it was planned from.
-    wanted = [(streams[plan.name], range(_last_epoch(plan) + 1)) for plan in plans]
-    build_indices(wanted, cache_dir)
+    build_indices([(streams[plan.name], _last_epoch(plan) + 1) for plan in plans], cache_dir)
     blend, apart = blend_of(phase_at(config, ledger.tokens)), config.model.document_attention
     return BatchStream(blend, streams, config.batch.seq_length, documents_apart=apart)
 

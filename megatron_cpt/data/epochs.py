@@ -5,8 +5,10 @@ longer budget only adds epochs. Within an epoch Megatron-Core shuffles the docum
 of `block_tokens`, and shuffles the blocks. The tokens after the last whole block of an epoch (fewer than
 `block_tokens`, other ones in each epoch) are left out.
 
-Indices are built by `build_indices`, before any process group exists, under a file lock, and renamed into place
-when they are whole. Their key is the dataset's content, not its path.
+The indices of the first `EPOCHS_ON_DISK` epochs are built by `build_indices`, before any process group exists, under a
+file lock, and renamed into place when they are whole. Their key is the dataset's content, not its path. A later epoch,
+of which a small dataset may have hundreds of thousands, and one whose files were lost, is built in the memory of each
+rank that reaches it: the same index, as its seed alone decides it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import fcntl
 import hashlib
 import logging
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +34,8 @@ from megatron_cpt.data.datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
+EPOCHS_ON_DISK = 64  # five files each; a large dataset, whose index takes long, is not read more often than that
+_REPORT_SECONDS = 10.0
 _INDEX_FILES = ("document_index.npy", "sample_index.npy", "shuffle_index.npy", "description.txt")
 
 
@@ -63,27 +68,29 @@ class EpochStream:
     def _indexed(self) -> IndexedDataset:
         return IndexedDataset(self.dataset.prefix, multimodal=False, mmap=True)
 
-    def _config(self, epoch: int, cache_dir: Path) -> GPTDatasetConfig:
+    def _config(self, epoch: int, cache_dir: Path | None) -> GPTDatasetConfig:
         digest = hashlib.sha256(f"epoch {self.seed} {self.dataset.name} {epoch}".encode()).digest()
-        return GPTDatasetConfig(
+        config = GPTDatasetConfig(
             random_seed=int.from_bytes(digest[:4], "big"),
             sequence_length=self.block_tokens,
             blend=([self.dataset.prefix], None),
             split="1,0,0",
-            path_to_cache=str(cache_dir),
+            path_to_cache=None if cache_dir is None else str(cache_dir),
             tokenizer=_TokenizerFacts(self.dataset.eod_id, self.dataset.vocab_size, self.dataset.hash),
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
         )
+        config.mock = cache_dir is None  # all that it changes here: without a folder every rank builds, in memory
+        return config
 
     def _folder(self, epoch: int) -> Path:
         """The folder of this epoch's index, a function of everything that it depends on."""
         key = f"{self.dataset.hash} {self.dataset.name} {self.block_tokens} {self.seed} {epoch}"
         return self.cache_dir / hashlib.sha256(key.encode()).hexdigest()[:24]
 
-    def _dataset(self, epoch: int, folder: Path) -> GPTDataset:
+    def _dataset(self, epoch: int, folder: Path | None) -> GPTDataset:
         documents = np.arange(len(self._indexed.sequence_lengths), dtype=np.int32)
         # The dataset's hash in the place of its path: the name of the cache files follows the content.
         return GPTDataset(self._indexed, self.dataset.hash, documents, None, Split.train, self._config(epoch, folder))
@@ -103,8 +110,8 @@ class EpochStream:
 
     def _open(self, epoch: int) -> GPTDataset:
         folder = self._folder(epoch)
-        assert all(any(folder.glob(f"*{name}")) for name in _INDEX_FILES), f"no index of epoch {epoch} in {folder}"
-        return self._dataset(epoch, folder)
+        whole = all(any(folder.glob(f"*{name}")) for name in _INDEX_FILES)
+        return self._dataset(epoch, folder if whole else None)
 
     def _pieces(self, position: int, tokens: int) -> Iterator[tuple[int, int, slice]]:
         """(epoch, block of that epoch, tokens of that block) that hold [position, position + tokens)."""
@@ -143,13 +150,28 @@ def index_lock(cache_dir: Path) -> Iterator[None]:
         yield
 
 
-def build_indices(streams: Iterable[tuple[EpochStream, range]], cache_dir: Path) -> int:
-    """Build what is missing of the given epochs; the number of indices built."""
-    built = 0
+def build_indices(streams: Iterable[tuple[EpochStream, int]], cache_dir: Path) -> int:
+    """Build what is missing of the first epochs of each stream, so many as given or as are kept on disk.
+
+    Returns:
+        The number of indices built.
+    """
+    wanted = [(stream, epoch) for stream, epochs in streams for epoch in range(min(epochs, EPOCHS_ON_DISK))]
+    built, reported = 0, time.monotonic()
     with index_lock(cache_dir):
-        for stream, epochs in streams:
-            for epoch in epochs:
-                built += stream.build_index(epoch)
+        for done, (stream, epoch) in enumerate(wanted):
+            if time.monotonic() - reported >= _REPORT_SECONDS:
+                logger.info("data indices: %d of %d, now epoch %d of %s", done, len(wanted), epoch, stream.dataset.name)
+                reported = time.monotonic()
+            built += stream.build_index(epoch)
     if built:
         logger.info("built %d data indices in %s", built, cache_dir)
     return built
+
+
+def _of_note(record: logging.LogRecord) -> bool:
+    """Neither what Megatron-Core tells of each index, nor that one was not saved, which is so on purpose."""
+    return record.levelno > logging.INFO and "path_to_cache is None" not in record.getMessage()
+
+
+logging.getLogger(GPTDataset.__module__).addFilter(_of_note)

@@ -122,6 +122,54 @@ def test_an_epoch_reads_every_block_once_and_the_next_in_another_order(data: Pat
     assert set(epochs[0]) != set(epochs[1])  # the documents are shuffled anew, so the blocks differ
 
 
+def test_an_epoch_is_the_same_from_files_and_in_memory_on_every_rank(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(folder: Path, first_epoch: int) -> list[torch.Tensor]:
+        source = open_run(make_config(data, a=1.0), folder)[0].streams["a"]
+        blocks = range(first_epoch * source.blocks_per_epoch, (first_epoch + 1) * source.blocks_per_epoch)
+        return [torch.stack(source.read(block * SEQ, SEQ)) for block in blocks]
+
+    from_files = [read(tmp_path / "files", epoch) for epoch in (0, 1)]
+    monkeypatch.setattr("megatron_cpt.data.epochs.EPOCHS_ON_DISK", 0)
+    for rank in (0, 1):  # Megatron-Core builds files on rank 0 alone
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *args, rank=rank: rank)
+        in_memory = [read(tmp_path / "memory", epoch) for epoch in (0, 1)]
+        assert all(map(torch.equal, from_files[0] + from_files[1], in_memory[0] + in_memory[1]))
+        assert not all(map(torch.equal, from_files[1], in_memory[0]))  # the comparison can fail
+    assert not list((tmp_path / "memory").rglob("*.npy"))
+
+
+def test_a_budget_of_a_million_epochs_opens_at_once_and_resumes_in_its_middle(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one_epoch = datasets_of(make_config(data, a=1.0)).train[0].tokens
+    config = make_config(data, train_tokens=SEQ * 8 * (one_epoch * 10**6 // (SEQ * 8)), a=1.0)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_epochs": 2e6})})
+    stream, ledger = open_run(config, tmp_path)
+    assert 1 < len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) <= 64
+    far = ledger.advanced({"a": 8 * (one_epoch * 10**6 // (SEQ * 16))}, SEQ)
+    again, _ = open_run(config, tmp_path, Ledger.from_json(far.to_json()))
+    there, resumed, at_the_start = (
+        next(opened.micro_batches(opened.plan_step(position, 8), 8, 0, 1))["tokens"]
+        for opened, position in ((stream, far), (again, far), (stream, ledger))
+    )
+    assert torch.equal(there, resumed)
+    assert not torch.equal(there, at_the_start)
+    assert not [record for record in caplog.records if record.name.startswith("megatron.core.datasets.gpt")]
+
+
+def test_an_index_whose_files_were_removed_during_the_run_is_built_again_in_memory(data: Path, tmp_path: Path) -> None:
+    stream, ledger = open_run(make_config(data), tmp_path)
+    plan = stream.plan_step(ledger, 8)
+    before = next(stream.micro_batches(plan, 8, 0, 1))["tokens"]
+    again, _ = open_run(make_config(data), tmp_path)
+    for path in (tmp_path / "cache").rglob("*sample_index.npy"):
+        path.unlink()
+    assert torch.equal(next(again.micro_batches(plan, 8, 0, 1))["tokens"], before)
+
+
 def test_labels_are_the_next_tokens_and_documents_are_named(data: Path) -> None:
     stream, ledger = open_run(make_config(data), data)
     plan = stream.plan_step(ledger, 2)
