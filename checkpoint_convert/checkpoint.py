@@ -13,7 +13,7 @@ import contextlib
 import errno
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +65,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str  # key of ITEM_BYTES
     extents: tuple[Extent, ...]
+    less_one: bool = False  # a norm's gamma, stored minus 1: the model multiplies by 1 + what is stored
 
     @property
     def rows(self) -> int:
@@ -105,6 +106,21 @@ class Weights:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def with_gammas_less_one(self) -> Weights:
+        """These weights, of a model that stores the gammas of its norms minus 1."""
+        tensors = gammas_less_one(self.tensors)
+        return replace(self, tensors=tensors, copies=tuple(replace(c, less_one=is_gamma(c.name)) for c in self.copies))
+
+
+def is_gamma(name: str) -> bool:
+    """Whether a Hugging Face tensor is what a norm multiplies by."""
+    return name.endswith("norm.weight")
+
+
+def gammas_less_one(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors, those of norms stored minus 1."""
+    return {name: replace(tensor, less_one=is_gamma(name)) for name, tensor in tensors.items()}
+
 
 @dataclass(frozen=True)
 class IndexedCheckpoint:
@@ -119,6 +135,11 @@ class IndexedCheckpoint:
     iteration: int | None = None
     run_config: Path | None = None  # resolved.yaml of the run that trained it
     unknown_fields: tuple[str, ...] = ()  # `name = value` of what Megatron stored and `megatron_fields` does not know
+
+    @property
+    def gammas_less_one(self) -> bool:
+        """Whether the norms' gammas are stored minus 1."""
+        return any(tensor.less_one for tensor in self.weights.tensors.values())
 
 
 @contextlib.contextmanager

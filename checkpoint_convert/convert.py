@@ -23,12 +23,20 @@ from checkpoint_convert.checkpoint import (
     Format,
     IndexedCheckpoint,
     MismatchError,
-    StoredTensor,
     Weights,
     clear_os_errors,
+    gammas_less_one,
 )
 from checkpoint_convert.hf import plan_hf, read_hf
 from checkpoint_convert.legacy import read_legacy
+from checkpoint_convert.receipt import (
+    RECEIPT,
+    check_against_receipt,
+    fingerprint,
+    integrity,
+    near_zero,
+    shifted_gammas,
+)
 from checkpoint_convert.resume import PartialFolder, partial_path
 from checkpoint_convert.rows import Files
 from checkpoint_convert.side_files import has_tokenizer, model_card, write_side_files
@@ -42,7 +50,6 @@ from megatron_cpt.console import ProgressBar
 from megatron_cpt.errors import ConversionError
 
 log = logging.getLogger(__name__)
-RECEIPT = "conversion.json"
 SPARE_BYTES = 64 * 2**20  # for the file system's own needs and the small files
 
 
@@ -59,6 +66,7 @@ class Options:
     workers: int = min(8, os.cpu_count() or 1)
     vocab_multiple: int = 128  # legacy: Megatron-LM's --make-vocab-size-divisible-by
     local_names: bool = False  # legacy: layer norms by the names of the local layer spec
+    gammas_less_one: bool = False  # torch_dist, legacy: as Megatron-LM's --apply-layernorm-1p stores them
     allow_nonfinite: bool = False
     read_back: bool = False
     overwrite: bool = False
@@ -78,18 +86,30 @@ class Options:
 
 def plan(source: IndexedCheckpoint, folder: Path, options: Options) -> Target:
     """Every file, byte range and tensor of the output, without writing anything."""
+    target = _plan(source, folder, options)
+    if options.gammas_less_one:
+        target.tensors = gammas_less_one(target.tensors)
+    return target
+
+
+def _plan(source: IndexedCheckpoint, folder: Path, options: Options) -> Target:
     dtypes = {name: options.dtype or tensor.dtype for name, tensor in source.weights.tensors.items()}
     iteration = source.iteration or 1  # Megatron-LM refuses iteration 0
     if options.to == "hf":
         if options.tp > 1 or options.pp > 1 or options.vpp:
             raise ConversionError("a Hugging Face folder has no --tp, --pp or --vpp", hint="leave them out")
+        if options.gammas_less_one:
+            raise ConversionError("--apply-layernorm-1p is Megatron's way to store norms", hint="leave it out")
         return plan_hf(folder, source.arch, dtypes, options.max_shard_bytes)
     if options.to == "torch_dist":
         if options.vpp:
             raise ConversionError("torch_dist has no --vpp", hint="it loads under any pipeline layout; leave it out")
         _warn_of_grid(source.arch, options.tp)
         limit = options.max_shard_bytes
-        return plan_torch_dist(folder, source.arch, dtypes, limit, options.tp, options.pp, iteration)
+        less_one = options.gammas_less_one
+        return plan_torch_dist(
+            folder, source.arch, dtypes, limit, options.tp, options.pp, iteration, gammas_less_one=less_one
+        )
     from checkpoint_convert.legacy_writer import plan_legacy  # torch, which the other formats do without
 
     return plan_legacy(
@@ -102,6 +122,7 @@ def plan(source: IndexedCheckpoint, folder: Path, options: Options) -> Target:
         iteration=iteration,
         padded=options.padded_vocab_size(source.arch),
         local_names=options.local_names,
+        gammas_less_one=options.gammas_less_one,
     )
 
 
@@ -138,14 +159,14 @@ def _convert(source: IndexedCheckpoint, final: Path, options: Options) -> dict[s
         _check_space(target, partial.path)
         target.allocate()
         records, resumed = _stream(source, target, partial, old, options)
-        known = _check_against_receipt(source, records)
+        known = check_against_receipt(source, records)
         _check_values(records, options)
         side_files = _write_small_files(source, target, options)
         _check_readable(source.arch, target, options)
         if options.read_back:
             _read_back(target, records, options.workers)
         receipt = _receipt(source, final, target, records, options, started)
-        receipt["source"]["integrity"] = _integrity(source, known)
+        receipt["source"]["integrity"] = integrity(source, known)
         receipt["side_files"] = side_files
         receipt["resumed_tensors"] = resumed
         (partial.path / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
@@ -225,37 +246,10 @@ def _prove(copier: Copier, target: Target, records: dict[str, TensorRecord], wor
     return {name: records[name] for name, sha in zip(names, hashes, strict=True) if sha == records[name].target_sha256}
 
 
-def _check_against_receipt(source: IndexedCheckpoint, records: dict[str, TensorRecord]) -> bool:
-    """Check a source that we wrote against its receipt. Return whether it has one."""
-    path = (source.path.parent if source.format == "legacy" else source.path) / RECEIPT
-    if not path.is_file():
-        return False
-    try:
-        receipt = json.loads(path.read_text(encoding="utf-8"))
-        ours = receipt["target"]["format"] == source.format
-        known = {tensor["name"]: tensor["target_sha256"] for tensor in receipt["tensors"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{path} is not a receipt: {error}", hint="damaged? delete it to do without") from error
-    wrong = [name for name, record in records.items() if known.get(name, record.sha256) != record.sha256]
-    if ours and wrong:
-        raise MismatchError(
-            f"{source.path}: {len(wrong)} tensors are not what {path} says, e.g. {wrong[0]}",
-            hint=f"the files are damaged; if you changed them on purpose, delete {path}",
-        )
-    return bool(ours) and known.keys() == records.keys()
-
-
-def _integrity(source: IndexedCheckpoint, receipt: bool) -> str:
-    """Return how the integrity of the source was checked, for the receipt."""
-    if receipt:
-        return f"sha256 of {RECEIPT}"
-    tensors = source.weights.tensors.values()
-    checked = sum(tensor.has_checksum for tensor in tensors)
-    return f"crc32 of {checked} of {len(tensors)} tensors" if checked else "not checked: the files hold no checksum"
-
-
 def _check_values(records: dict[str, TensorRecord], options: Options) -> None:
-    zero = _near_zero(records)
+    if shifted := shifted_gammas(records):
+        log.warning("gammas of norms: %s", ", ".join(f"{name} {value}" for name, value in shifted.items()))
+    zero = near_zero(records)
     if zero:
         most = sorted(zero, key=lambda name: -zero[name])[:3]
         shown = ", ".join(f"{name} ({zero[name]} of {_rows(records[name])})" for name in most)
@@ -265,11 +259,6 @@ def _check_values(records: dict[str, TensorRecord], options: Options) -> None:
         lines = "\n  ".join(f"{name}: {count} rows" for name, count in list(bad.items())[:40])
         hint = "look at the source; --dtype float16 overflows above 65504; --allow-nonfinite writes them anyway"
         raise MismatchError(f"NaN or infinity in {len(bad)} tensors\n  {lines}", hint=hint)
-
-
-def _near_zero(records: dict[str, TensorRecord]) -> dict[str, int]:
-    """Near-zero rows by tensor: never trained, or lost. Biases are left out: a fresh model's are all zero."""
-    return {n: r.near_zero_rows for n, r in records.items() if r.near_zero_rows and not n.endswith(".bias")}
 
 
 def _rows(record: TensorRecord) -> int:
@@ -325,12 +314,6 @@ def _read_back(target: Target, records: dict[str, TensorRecord], workers: int) -
         raise MismatchError(f"{len(lost)} tensors do not read back as written: {lost[0]}", hint="a failing disk?")
 
 
-def fingerprint(entries: list[tuple[StoredTensor, str]]) -> str:
-    """sha256 over name, dtype, shape and sha256 of every tensor: equal for equal weights in any format."""
-    lines = [f"{t.name} {t.dtype} {list(t.shape)} {sha}" for t, sha in entries]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def _receipt(
     source: IndexedCheckpoint,
     final: Path,
@@ -371,7 +354,9 @@ def _receipt(
         "padding_rows_removed": weights.padding_rows,
         "padding_rows_added": padded - arch.vocab_size,
         "casts": sum(r.dtype != r.target_dtype for r in records.values()),
-        "near_zero_rows": sum(_near_zero(records).values()),
+        "gammas": {"source_less_one": source.gammas_less_one, "target_less_one": options.gammas_less_one}
+        | shifted_gammas(records),
+        "near_zero_rows": sum(near_zero(records).values()),
         "nonfinite_rows": sum(r.nonfinite_rows for r in records.values()),
         "read_back": options.read_back,
         "workers": options.workers,

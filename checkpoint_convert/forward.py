@@ -40,7 +40,7 @@ class StreamedModel:
 
     def vector(self, name: str) -> torch.Tensor:
         tensor = self.checkpoint.weights.tensors[name]
-        return torch.cat([rows for _, _, rows in _blocks(self.files, tensor)]).flatten()
+        return torch.cat([rows for _, _, rows in _blocks(self.files, tensor)]).flatten() + int(tensor.less_one)
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         tensor = self.checkpoint.weights.tensors[f"{name}.weight"]

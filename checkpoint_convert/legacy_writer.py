@@ -40,13 +40,14 @@ def plan_legacy(
     iteration: int,
     padded: int,
     local_names: bool,
+    gammas_less_one: bool = False,
 ) -> Target:
     """One file per rank under `folder`/iter_XXXXXXX, and the tracker file beside it; `padded` rows of vocabulary."""
     chunks = vpp or 1
     if arch.num_layers % (pp * chunks):
         raise ConversionError(f"{arch.num_layers} layers do not divide into {pp} stages x {chunks} virtual chunks")
     target = Target(folder)
-    args = megatron_args(arch, dtypes, tp, pp, vpp, iteration)
+    args = megatron_args(arch, dtypes, tp, pp, vpp, iteration, gammas_less_one)
     args.padded_vocab_size = padded
     places: dict[str, list[Extent]] = defaultdict(list)
     for p in range(pp):

@@ -14,7 +14,13 @@ log = logging.getLogger(__name__)
 
 
 def megatron_args(
-    arch: Architecture, dtypes: dict[str, str], tp: int, pp: int, vpp: int | None, iteration: int
+    arch: Architecture,
+    dtypes: dict[str, str],
+    tp: int,
+    pp: int,
+    vpp: int | None,
+    iteration: int,
+    gammas_less_one: bool = False,
 ) -> argparse.Namespace:
     """Names of Megatron-LM's command line, so that `--use-checkpoint-args` builds this model."""
     dtype = next(iter(dtypes.values()))
@@ -29,6 +35,7 @@ def megatron_args(
         max_position_embeddings=arch.max_position_embeddings,
         norm_epsilon=arch.rms_norm_eps,
         normalization="RMSNorm",
+        apply_layernorm_1p=gammas_less_one,
         position_embedding_type="rope",
         rotary_base=int(arch.rope_theta) if arch.rope_theta.is_integer() else arch.rope_theta,
         rotary_percent=1.0,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.checkpoint import MismatchError
-from checkpoint_convert.megatron_fields import FACTS, changes_the_model, is_known
+from checkpoint_convert.megatron_fields import FACTS, GAMMA_LESS_ONE, changes_the_model, is_known
 from checkpoint_convert.stored_model import HINT, StoredModel
 from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling
 from megatron_cpt.architecture.families import FAMILIES, architecture_from_config
@@ -67,6 +67,22 @@ def refuse_other_models(stored: Sequence[StoredModel], arch: Architecture) -> No
     """ConversionError when a stored switch changes the mathematics in a way that our families do not compute."""
     for model in stored:
         _refuse_switches(model, arch)
+
+
+def stores_gammas_less_one(stored: Sequence[StoredModel]) -> bool:
+    """Whether the norms multiply by 1 + what is stored; ConversionError where the descriptions contradict."""
+    said = {
+        f"{model.path} {name} = {model.fields[name]!r}": bool(model.fields[name])
+        for model in stored
+        for name in GAMMA_LESS_ONE
+        if model.fields.get(name) is not None
+    }
+    if len(set(said.values())) > 1:
+        raise ConversionError(
+            f"whether the gammas of norms are stored minus 1 is said in two ways: {', '.join(said)}",
+            hint="remove the wrong one: Megatron-LM's --apply-layernorm-1p decides what the job computed",
+        )
+    return any(said.values())
 
 
 def check_facts(stored: Sequence[StoredModel], arch: Architecture, config_path: Path) -> None:

@@ -9,7 +9,7 @@ or unknown: of a version of Megatron that is newer than this list, or of a fork.
 
 Converted by stated arithmetic: `use_rope_scaling` with its factor is the llama3 scaling with Megatron-Core's
 constants; heads without `kv_channels` have hidden_size / num_attention_heads; until Megatron-Core 0.17 a NullTokenizer
-has one row more than `vocab_size`, its EOD. A gamma that is stored minus 1 is refused: the sum would be rounded.
+has one row more than `vocab_size`, its EOD; a gamma that is stored minus 1 (GAMMA_LESS_ONE) gets its 1 back in fp32.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ _OFF = (None, False, 0)
 SWITCHES: dict[str, tuple[Any, ...] | Callable[[Any, Architecture], bool]] = {
     # norms
     "normalization": ("RMSNorm",),
-    "apply_layernorm_1p": _OFF,
-    "layernorm_zero_centered_gamma": _OFF,
+    "apply_layernorm_1p": (*_OFF, True),
+    "layernorm_zero_centered_gamma": (*_OFF, True),
     "apply_residual_connection_post_layernorm": _OFF,
     "use_post_norm": _OFF,
     "post_attention_layernorm": _OFF,
@@ -139,6 +139,8 @@ SWITCHES: dict[str, tuple[Any, ...] | Callable[[Any, Architecture], bool]] = {
     "use_legacy_models": _OFF,
     "enable_gpt_oss": _OFF,
 }
+
+GAMMA_LESS_ONE = ("apply_layernorm_1p", "layernorm_zero_centered_gamma")  # of Megatron-LM's args; of Megatron-Core
 
 # Of Megatron-LM core_v0.16.1 to core_v0.19.2 and TransformerConfig of the same versions, by the start of the name ...
 _PREFIXES_TEXT = """

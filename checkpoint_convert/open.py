@@ -12,7 +12,13 @@ from pathlib import Path
 from checkpoint_convert.checkpoint import Format, IndexedCheckpoint, StoredTensor, Weights, clear_os_errors
 from checkpoint_convert.hf import is_hf, read_hf
 from checkpoint_convert.legacy import TRACKER, is_legacy, read_legacy
-from checkpoint_convert.megatron_config import check_facts, config_from_stored, refuse_other_models, unknown_fields
+from checkpoint_convert.megatron_config import (
+    check_facts,
+    config_from_stored,
+    refuse_other_models,
+    stores_gammas_less_one,
+    unknown_fields,
+)
 from checkpoint_convert.stored_model import BRIDGE_CONFIG, HINT, StoredModel, read_stored_models
 from checkpoint_convert.torch_dist import read_torch_dist
 from megatron_cpt.architecture.facts import Architecture
@@ -64,6 +70,8 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
         arch = architecture_from_config(config)
     refuse_other_models(stored, arch)
     weights = _read(kind, folder, arch, trust_pickle, shapes_only)
+    if stores_gammas_less_one(stored):
+        weights = weights.with_gammas_less_one()
     check_facts(stored, arch, side_dir / CONFIG)
     dtype = Counter(tensor.dtype for tensor in weights.tensors.values()).most_common(1)[0][0]
     found = ITERATION.search(folder.name)

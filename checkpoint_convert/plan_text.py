@@ -29,6 +29,7 @@ def plan_report(source: IndexedCheckpoint, target: Target, final: Path, options:
         "vocab_size": arch.vocab_size,
         "padding_rows_removed": source.weights.padding_rows,
         "padding_rows_added": padded - arch.vocab_size,
+        "gammas": {"source_less_one": source.gammas_less_one, "target_less_one": options.gammas_less_one},
         "source_bytes": source.weights.nbytes,
         "target_bytes": target.nbytes,
         "free_bytes": shutil.disk_usage(place).free,
@@ -69,6 +70,9 @@ def plan_lines(report: dict[str, Any]) -> list[str]:
         f"memory: {report['buffer_bytes'] / GIB:.2f} GiB of buffers for {report['workers']} workers; "
         f"the largest tensor has {report['largest_tensor_bytes'] / GIB:.2f} GiB",
     ]
+    if report["gammas"]["source_less_one"] != report["gammas"]["target_less_one"]:
+        sign = "1 + stored" if report["gammas"]["source_less_one"] else "stored - 1"
+        lines.append(f"gammas of norms: {sign} in fp32, rounded to the dtype written")
     lines += [f"left out: {count} {what}" for what, count in report["source"]["ignored"].items()]
     return [*lines, "dry run: nothing was written"]
 

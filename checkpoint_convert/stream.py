@@ -45,6 +45,8 @@ class TensorRecord:
     target_sha256: str
     near_zero_rows: int
     nonfinite_rows: int
+    shifted_by: int = 0  # added to every element, in fp32
+    rounded_elements: int = 0  # of those, how many the target's dtype does not hold exactly
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"shape": list(self.shape)}
@@ -90,15 +92,18 @@ class Copier:
         """Copy one tensor, cast when the dtypes differ."""
         assert self._target is not None
         before, after = hashlib.sha256(), hashlib.sha256()
-        casts = source.dtype != target.dtype
-        near_zero = nonfinite = 0
+        shift = int(source.less_one) - int(target.less_one)
+        casts = source.dtype != target.dtype or shift != 0
+        near_zero = nonfinite = rounded = 0
         for start, block in self.blocks(source):
             before.update(block.data)
-            written = _cast(block, source, target) if casts else block
+            written = cast(block, source.dtype, target.dtype, shift) if casts else block
             if casts:
                 after.update(written.data)
             zero_rows, bad_rows = inspect_rows(written, target.dtype, vector=len(target.shape) == 1)
-            near_zero, nonfinite = near_zero + zero_rows, nonfinite + bad_rows
+            near_zero += 0 if target.less_one else zero_rows  # a fresh gamma less 1 is zero
+            nonfinite += bad_rows
+            rounded += _rounded(block, written, source.dtype, target.dtype, shift) if shift else 0
             write_rows(self._target, target, start, written)
             self._advance(block.size)
         sha = before.hexdigest()
@@ -111,15 +116,30 @@ class Copier:
             after.hexdigest() if casts else sha,
             near_zero,
             nonfinite,
+            shift,
+            rounded,
         )
 
 
-def _cast(block: Bytes, source: StoredTensor, target: StoredTensor) -> Bytes:
+def cast(block: Bytes, dtype: str, to: str, shift: int = 0) -> Bytes:
+    """Rows of one dtype in another, `shift` added in fp32 first: a gamma that is stored minus 1, or is to be."""
     import torch
 
-    values = torch.from_numpy(block).view(getattr(torch, source.dtype))
-    cast: Bytes = values.to(getattr(torch, target.dtype)).view(torch.uint8).numpy()
-    return cast
+    values = torch.from_numpy(block).view(getattr(torch, dtype))
+    if shift:
+        values = values.float() + shift
+    written: Bytes = values.to(getattr(torch, to)).view(torch.uint8).numpy()
+    return written
+
+
+def _rounded(block: Bytes, written: Bytes, dtype: str, to: str, shift: int) -> int:
+    """How many elements of `written` are not the exact sum of those of `block` and `shift`."""
+    import torch
+
+    before, after = (
+        torch.from_numpy(rows).view(getattr(torch, kind)).double() for rows, kind in ((block, dtype), (written, to))
+    )
+    return int((after - shift != before).sum())
 
 
 def inspect_rows(block: Bytes, dtype: str, *, vector: bool) -> tuple[int, int]:

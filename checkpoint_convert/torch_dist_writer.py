@@ -7,6 +7,7 @@ Layers are stacked, Megatron-Core's default.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,7 +63,15 @@ class _Part:
 
 
 def plan_torch_dist(
-    folder: Path, arch: Architecture, dtypes: dict[str, str], max_file_bytes: int, tp: int, pp: int, iteration: int
+    folder: Path,
+    arch: Architecture,
+    dtypes: dict[str, str],
+    max_file_bytes: int,
+    tp: int,
+    pp: int,
+    iteration: int,
+    *,
+    gammas_less_one: bool = False,
 ) -> Target:
     """Files, chunks and index of a checkpoint; ConversionError when `tp` does not divide the model."""
     target = Target(folder)
@@ -90,7 +99,8 @@ def plan_torch_dist(
     for tensor in megatron_tensors(arch):
         for name, shape in hf_shapes(tensor, arch).items():
             target.tensors[name] = StoredTensor(name, shape, dtypes[name], tuple(places[name]))
-    target.small_files |= _small_files(folder, arch, metadata, dtypes, tp, pp, iteration)
+    args = megatron_args(arch, dtypes, tp, pp, None, iteration, gammas_less_one)
+    target.small_files |= _small_files(folder, metadata, args)
     return target
 
 
@@ -161,11 +171,8 @@ def _extra_states(arch: Architecture) -> Iterator[tuple[str, bytes]]:
             yield f"{LAYER_PREFIX}{module}._extra_state/shard_{layer}_{arch.num_layers}", empty
 
 
-def _small_files(
-    folder: Path, arch: Architecture, metadata: Metadata, dtypes: dict[str, str], tp: int, pp: int, iteration: int
-) -> dict[Path, bytes]:
-    args = megatron_args(arch, dtypes, tp, pp, None, iteration)
-    state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
+def _small_files(folder: Path, metadata: Metadata, args: argparse.Namespace) -> dict[Path, bytes]:
+    state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": args.iteration}
     formats = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,

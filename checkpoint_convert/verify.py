@@ -14,7 +14,7 @@ import torch
 from checkpoint_convert.checkpoint import ITEM_BYTES, IndexedCheckpoint, StoredTensor, check_names
 from checkpoint_convert.forward import StreamedModel
 from checkpoint_convert.rows import Files
-from checkpoint_convert.stream import Copier, compare_copies, run_parallel
+from checkpoint_convert.stream import Copier, cast, compare_copies, run_parallel
 from megatron_cpt.console import ProgressBar
 
 log = logging.getLogger(__name__)
@@ -79,10 +79,11 @@ def _compare_weights(a: IndexedCheckpoint, b: IndexedCheckpoint, workers: int) -
             left, right = a.weights.tensors[name], b.weights.tensors[name]
             if left.shape != right.shape:
                 return "different"
-            if left.dtype == right.dtype:
+            if (left.dtype, left.less_one) == (right.dtype, right.less_one):
                 return "equal" if copier.sha256(left) == copier.sha256(right) else "different"
             wide, narrow = sorted((left, right), key=lambda t: -ITEM_BYTES[t.dtype])
-            return "cast" if _cast_sha256(copier, wide, narrow.dtype) == copier.sha256(narrow) else "different"
+            ways = [(wide, narrow)] if left.less_one == right.less_one else [(wide, narrow), (narrow, wide)]
+            return "cast" if any(_becomes(copier, *way) for way in ways) else "different"
 
         names = list(a.weights.tensors)
         outcomes = run_parallel([functools.partial(one, name) for name in names], workers)
@@ -90,12 +91,12 @@ def _compare_weights(a: IndexedCheckpoint, b: IndexedCheckpoint, workers: int) -
     return different, outcomes.count("cast")
 
 
-def _cast_sha256(copier: Copier, tensor: StoredTensor, dtype: str) -> str:
-    digest = hashlib.sha256()
+def _becomes(copier: Copier, tensor: StoredTensor, other: StoredTensor) -> bool:
+    """Whether a conversion of `tensor` to how `other` is stored gives the other's bytes."""
+    digest, shift = hashlib.sha256(), int(tensor.less_one) - int(other.less_one)
     for _, block in copier.blocks(tensor):
-        values = torch.from_numpy(block).view(getattr(torch, tensor.dtype)).to(getattr(torch, dtype))
-        digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        digest.update(cast(block, tensor.dtype, other.dtype, shift).data)
+    return digest.hexdigest() == copier.sha256(other)
 
 
 def fixed_tokens(checkpoint: IndexedCheckpoint) -> torch.Tensor:

@@ -61,6 +61,12 @@ def parse_size(text: str) -> int:
     help="Rows of vocabulary per rank are a multiple of this, as of Megatron-LM's flag (legacy).",
 )
 @click.option("--spec", type=click.Choice(["te", "local"]), default="te", help="Layer-norm names of legacy output.")
+@click.option(
+    "--apply-layernorm-1p",
+    "gammas_less_one",
+    is_flag=True,
+    help="Store gammas of norms minus 1, for a job with Megatron-LM's flag (torch_dist, legacy).",
+)
 @click.option("--hf-config", type=_FOLDER, help="Folder with config.json and tokenizer, if SRC carries none.")
 @click.option("--best", is_flag=True, help="From a run folder: the best checkpoint, not the latest.")
 @click.option("--dry-run", is_flag=True, help="Print the mapping, sizes and files; write nothing.")
@@ -90,6 +96,7 @@ def convert(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given
         workers=given["workers"] or defaults.workers,
         vocab_multiple=given["vocab_multiple"],
         local_names=given["spec"] == "local",
+        gammas_less_one=given["gammas_less_one"],
         allow_nonfinite=given["allow_nonfinite"],
         read_back=given["read_back"],
         overwrite=given["overwrite"],

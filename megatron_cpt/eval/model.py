@@ -17,11 +17,12 @@ def load_scorer(found: IndexedCheckpoint, seq_length: int, *, document_attention
         from megatron_cpt.eval.hf_model import hf_scorer
 
         return hf_scorer(found.path)
-    if found.format == "torch_dist":
+    if found.format == "torch_dist" and not found.gammas_less_one:
         from megatron_cpt.eval.megatron_model import megatron_scorer
 
         return megatron_scorer(found.path, found.arch, seq_length, document_attention)
+    what = f"a {found.format} checkpoint" + (", its norms stored minus 1" if found.gammas_less_one else "")
     raise CheckpointError(
-        f"{found.path} is a {found.format} checkpoint, which is only read by the converter",
+        f"{found.path} is {what}, which is only read by the converter",
         hint=f"megatron-cpt convert {found.path} DIR --to hf, then evaluate DIR",
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from checkpoint_convert.checkpoint import as_checkpoint_error
 from checkpoint_convert.hf import read_hf
+from checkpoint_convert.megatron_config import check_facts, refuse_other_models, stores_gammas_less_one
+from checkpoint_convert.stored_model import read_stored_models
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
@@ -15,7 +17,7 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.data.datasets import Datasets, check_datasets
 from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.errors import CheckpointError, ConfigError
+from megatron_cpt.errors import CheckpointError, ConfigError, ConversionError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
 from megatron_cpt.launch.environment import refuse_broken_environment
@@ -73,15 +75,27 @@ def refuse_missing_trackers(config: RunConfig) -> None:
         raise ConfigError(f"{needs}, not installed here", hint="pip install 'megatron-cpt[trackers]'")
 
 
-def check_weights(origin: Origin, arch: Architecture) -> None:
-    """Check the headers of a Hugging Face folder's weights against its config.json: half a model cannot start.
+def check_weights(origin: Origin, arch: Architecture, model_dir: Path) -> None:
+    """Check what the first weights say of their model against its config.json, in `model_dir`.
+
+    Of a Hugging Face folder the headers: half a model cannot start. Of a Megatron checkpoint the arguments that were
+    stored beside the weights: names and shapes do not show all that Megatron-LM trained with.
 
     Raises:
-        CheckpointError: a shard or a tensor is missing, surplus, misshapen or cut off.
+        CheckpointError: a shard or a tensor is missing, surplus, misshapen or cut off; another model was trained.
     """
-    if origin.kind == "hf":
-        with as_checkpoint_error(origin.weights):
+    with as_checkpoint_error(origin.weights):
+        if origin.kind == "hf":
             read_hf(origin.weights, arch)
+        elif origin.kind == "torch_dist":
+            stored = read_stored_models(origin.weights)
+            refuse_other_models(stored, arch)
+            check_facts(stored, arch, model_dir / "config.json")
+            if stores_gammas_less_one(stored):
+                raise ConversionError(
+                    f"{origin.weights} stores the gammas of norms minus 1 (apply_layernorm_1p)",
+                    hint=f"megatron-cpt convert {origin.weights} DIR --to hf, then set model.init_from: DIR",
+                )
 
 
 def branch_point(config: RunConfig) -> tuple[Path, Marker] | None:

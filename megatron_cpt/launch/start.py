@@ -188,7 +188,7 @@ def check_beginning(checked: CheckedRun) -> None:
             f"model.init_from = {checked.config.model.init_from!r} does not exist",
             hint="name a Hugging Face directory, a torch_dist checkpoint or a run folder, or `random`",
         )
-    check_weights(checked.origin, checked.arch)
+    check_weights(checked.origin, checked.arch, checked.model_dir)
     trained = max((row.get("consumed_tokens", 0) for row in read_rows(folder.metrics)[0]), default=0)
     if trained:
         logger.warning(

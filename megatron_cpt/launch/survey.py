@@ -109,7 +109,7 @@ def survey(config: RunConfig, named: str) -> Survey:
     origin = resolve_origin(config.model.init_from)
     if not complete_checkpoints(Path(config.folder) / "checkpoints"):  # a new run needs its first weights whole
         with findings.of():
-            check_weights(origin, arch)
+            check_weights(origin, arch, folder)
     datasets = _look_at_datasets(config, arch, folder, findings)
     try:
         derived = derive(config, arch, origin=named)

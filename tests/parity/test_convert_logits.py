@@ -65,6 +65,25 @@ def test_round_trip_keeps_the_logits(models: Path, tmp_path: Path, name: str) ->
         assert (streamed(folder) - want).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama_tied"])
+def test_gammas_stored_minus_one_give_the_same_logits(models: Path, tmp_path: Path, name: str) -> None:
+    """There and back through Megatron-LM's --apply-layernorm-1p; not knowing of it gives another model."""
+    source = models / name
+    convert(open_checkpoint(source), tmp_path / "td", Options(to="torch_dist", gammas_less_one=True))
+    convert(open_checkpoint(tmp_path / "td"), tmp_path / "hf", Options(to="hf"))
+    want = reference(source)
+    assert (reference(tmp_path / "hf") - want).abs().max() <= TOLERANCE
+    assert (streamed(tmp_path / "td") - want).abs().max() <= TOLERANCE
+    found = compare_logits(open_checkpoint(source), open_checkpoint(tmp_path / "td"))
+    assert found["max_relative_difference"] <= TOLERANCE
+    common = tmp_path / "td" / "common.pt"
+    state = torch.load(common, weights_only=False)
+    state["args"].apply_layernorm_1p = False
+    torch.save(state, common)
+    (tmp_path / "td" / "conversion.json").unlink()
+    assert (streamed(tmp_path / "td") - want).abs().max() > 100 * TOLERANCE
+
+
 def _plain_qkv(m, arch, tp=1, rank=0, padded_vocab=None):  # type: ignore[no-untyped-def]
     """q, k, v one below the other: the mistake that a converter without interleaving makes."""
     row, out = 0, []

@@ -205,8 +205,8 @@ def test_nothing_says_which_model_it_is(tmp_path: Path) -> None:
 # Values of Megatron's switches that give another model, by the names of both Megatron-LM and Megatron-Bridge.
 OTHER_MODELS: dict[str, Any] = {
     "normalization": "LayerNorm",
-    "apply_layernorm_1p": True,
-    "layernorm_zero_centered_gamma": True,
+    "apply_layernorm_1p": "auto",
+    "layernorm_zero_centered_gamma": 2,
     "apply_residual_connection_post_layernorm": True,
     "add_bias_linear": True,
     "swiglu": False,

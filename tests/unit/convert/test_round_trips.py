@@ -6,6 +6,7 @@ import itertools
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from checkpoint_convert import stream
 from checkpoint_convert.checkpoint import FORMATS, Format, MismatchError
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.open import open_checkpoint
+from checkpoint_convert.verify import verify
 from megatron_cpt.architecture.families import FAMILIES
-from megatron_cpt.errors import ConversionError
+from megatron_cpt.errors import CheckpointError, ConversionError
+from megatron_cpt.eval.model import load_scorer
 from tests.unit.convert.tiny_checkpoints import assert_same_weights, hf_tensors, write_hf
 
 
@@ -178,3 +181,67 @@ def test_legacy_files_are_padded_as_megatron_lm_pads(
     assert state["model"]["embedding.word_embeddings.weight"].shape[0] * tp == rows == state["args"].padded_vocab_size
     to(tmp_path / "ckpt", tmp_path / "back", "hf")
     assert_same_weights(source, tmp_path / "back")
+
+
+def gammas(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in hf_tensors(folder).items() if name.endswith("norm.weight")}
+
+
+@pytest.mark.parametrize("fmt", ["torch_dist", "legacy"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gammas_that_are_stored_minus_one_get_their_one_back(tmp_path: Path, fmt: Format, family: str) -> None:
+    source = write_hf(tmp_path / "hf", family, dtype=torch.float32, scale=0.25)
+    receipt: dict[str, Any] = to(source, tmp_path / "a", fmt, gammas_less_one=True, tp=2)
+    assert receipt["gammas"]["target_less_one"] and "stored - 1 in fp32" in receipt["gammas"]["arithmetic"]
+    assert receipt["gammas"]["elements"] == sum(tensor.numel() for tensor in gammas(source).values())
+    other: Format = "legacy" if fmt == "torch_dist" else "torch_dist"
+    kept: dict[str, Any] = to(
+        tmp_path / "a", tmp_path / "b", other, gammas_less_one=True
+    )  # from one to the other: no arithmetic
+    assert kept["source"]["fingerprint"] == kept["target"]["fingerprint"] and "arithmetic" not in kept["gammas"]
+    back: dict[str, Any] = to(tmp_path / "b", tmp_path / "back", "hf")
+    assert back["gammas"]["source_less_one"] and "1 + stored in fp32" in back["gammas"]["arithmetic"]
+    before, after = gammas(source), gammas(tmp_path / "back")
+    assert len(before) == (17 if family == "qwen3" else 9) == receipt["gammas"]["tensors"]
+    for name, gamma in before.items():
+        assert torch.equal(after[name], 1 + (gamma - 1)), name  # in fp32, as Megatron-Core adds it
+    others = [name for name in hf_tensors(source) if name not in before]
+    assert all(torch.equal(hf_tensors(source)[name], hf_tensors(tmp_path / "back")[name]) for name in others)
+
+
+def test_what_rounding_the_sum_costs_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_hf(tmp_path / "hf", "llama", dtype=torch.bfloat16, scale=0.01)
+    to(source, tmp_path / "plain", "torch_dist")
+    common = tmp_path / "plain" / "common.pt"
+    state = torch.load(common, weights_only=False)
+    state["args"].apply_layernorm_1p = True  # near 0 bf16 holds what it does not hold near 1
+    torch.save(state, common)
+    (tmp_path / "plain" / "conversion.json").unlink()
+    rounded: dict[str, Any] = to(tmp_path / "plain", tmp_path / "bf16", "hf")
+    exact: dict[str, Any] = to(tmp_path / "plain", tmp_path / "fp32", "hf", dtype="float32")
+    for name, gamma in gammas(source).items():
+        assert torch.equal(gammas(tmp_path / "fp32")[name], 1 + gamma.float())
+        assert torch.equal(gammas(tmp_path / "bf16")[name], (1 + gamma.float()).bfloat16())
+    wrong = sum(int((gammas(tmp_path / "bf16")[n].double() != 1 + g.double()).sum()) for n, g in gammas(source).items())
+    assert rounded["gammas"]["rounded_elements"] == wrong > 0 and f"rounded_elements {wrong}" in caplog.text
+    assert exact["gammas"]["rounded_elements"] == 0
+    assert verify(open_checkpoint(tmp_path / "plain"), open_checkpoint(tmp_path / "bf16"))["ok"]
+    assert not verify(open_checkpoint(tmp_path / "plain"), open_checkpoint(source), logits=False)["ok"]
+
+
+def test_two_descriptions_that_disagree_on_gammas_are_refused(tmp_path: Path) -> None:
+    to(write_hf(tmp_path / "hf", "llama"), tmp_path / "ckpt", "torch_dist")
+    (tmp_path / "ckpt" / "run_config.yaml").write_text("model: {layernorm_zero_centered_gamma: true}")
+    with pytest.raises(ConversionError, match="is said in two ways") as caught:
+        open_checkpoint(tmp_path / "ckpt")
+    assert "layernorm_zero_centered_gamma = True" in str(caught.value) and "apply_layernorm_1p = False" in str(
+        caught.value
+    )
+
+
+def test_a_scorer_is_not_handed_gammas_less_one(tmp_path: Path) -> None:
+    """Megatron-Core's norms of a CPU cannot add the 1."""
+    to(write_hf(tmp_path / "hf", "llama"), tmp_path / "ckpt", "torch_dist", gammas_less_one=True)
+    with pytest.raises(CheckpointError, match="norms stored minus 1") as caught:
+        load_scorer(open_checkpoint(tmp_path / "ckpt"), 16)
+    assert "--to hf" in str(caught.value.hint)

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from checkpoint_convert.convert import Options, convert
+from checkpoint_convert.open import open_checkpoint
 from megatron_cpt.config.load import build_config
 from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path
-from megatron_cpt.errors import CptError, UserError
+from megatron_cpt.errors import CheckpointError, CptError, UserError
 from megatron_cpt.launch import preflight
+from megatron_cpt.launch.start import check_beginning
 from megatron_cpt.launch.survey import Survey, raise_findings, survey
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART
 from tests.configs import tiny_run
@@ -118,3 +122,31 @@ def test_the_kill_switch_keeps_its_exit_code_as_a_start_would(inputs: Path) -> N
     with pytest.raises(UserError) as caught:
         raise_findings(survey_of(inputs).blocking(strict=False), "config.yaml")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({}, None),
+        ({"rotary_percent": 0.5}, "rotary_percent = 0.5"),
+        ({"norm_epsilon": 1e-3}, "rms_norm_eps: 0.001 there"),
+        ({"apply_layernorm_1p": True}, "gammas of norms minus 1"),
+    ],
+)
+def test_a_megatron_checkpoint_of_another_model_is_no_origin(
+    inputs: Path, stored: dict[str, Any], words: str | None
+) -> None:
+    """Names and shapes do not show it: what Megatron-LM stored beside the weights does, in `plan` as in `train`."""
+    convert(open_checkpoint(inputs / "model"), inputs / "ckpt", Options(to="torch_dist"))
+    state = torch.load(inputs / "ckpt" / "common.pt", weights_only=False)
+    vars(state["args"]).update(stored)
+    torch.save(state, inputs / "ckpt" / "common.pt")
+    model = {"init_from": str(inputs / "ckpt"), "architecture": str(inputs / "model")}
+    found = survey_of(inputs, model=model)
+    if words is None:
+        assert found.findings == ()
+        return
+    assert len(wrong(found)) == 1 and words in wrong(found)[0]
+    config = build_config(tiny_run(inputs, model=model))
+    with pytest.raises(CheckpointError, match=words):
+        check_beginning(preflight.check_run(config, "config.yaml"))
