@@ -3,8 +3,9 @@
 RUN/lease.json names its holder, and the holder raises a counter in it every few seconds. Whoever wants the folder
 while a lease lies there watches the counter: it moves -> another job is writing, refuse; it stands still -> its
 holder is dead or cut off, take over. Clocks are never compared. On the holder's own machine its process is looked
-up instead, so a restart after a kill does not wait. A holder that was cut off and comes back finds another name in
-the file and must not write (`still_held`).
+up instead, so a restart after a kill does not wait. A later start of the same Slurm job does not wait either: Slurm
+has given the job up on its earlier nodes, and a rank that still beats there is cut off. A holder that was cut off finds
+another name in the file: it is told so (`on_lost`) and must not write (`still_held`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,6 +39,13 @@ class Holder:
     process_started: str  # tells a process from a later one with the same id
     job: str | None
     beat: int = 0
+    cluster: str | None = None
+    restart: int = 0  # how often Slurm had started the job again
+
+    def is_later_start_than(self, other: Holder) -> bool:
+        """Whether Slurm started the job of `other` again and this is the later start."""
+        same_job = self.job is not None and (self.cluster, self.job) == (other.cluster, other.job)
+        return same_job and self.restart > other.restart
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -52,6 +61,8 @@ def _this_process() -> Holder:
         _process_space(),
         _process_started(pid) or "",
         os.environ.get("SLURM_JOB_ID"),
+        cluster=os.environ.get("SLURM_CLUSTER_NAME"),
+        restart=int(text) if (text := os.environ.get("SLURM_RESTART_COUNT", "")).isdecimal() else 0,
     )
 
 
@@ -87,10 +98,16 @@ def is_alive_here(holder: Holder) -> bool | None:
     return _process_started(holder.pid) == holder.process_started
 
 
+def is_superseded(path: Path) -> bool:
+    """Whether a later start of this process's Slurm job holds the lease: this one was cut off and must not write."""
+    holder = read_lease(path)
+    return holder is not None and holder.is_later_start_than(_this_process())
+
+
 def refuse_if_held_here(path: Path) -> None:
     """Raise CheckpointError when a living process of this machine holds the lease; costs nothing."""
     holder = read_lease(path)
-    if holder is not None and is_alive_here(holder):
+    if holder is not None and is_alive_here(holder) and not _this_process().is_later_start_than(holder):
         raise _refusal(path, holder)
 
 
@@ -98,7 +115,9 @@ def refuse_if_held(path: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> 
     """Raise CheckpointError when a job on any machine holds the lease; watches one of another machine for a while."""
     refuse_if_held_here(path)
     holder = read_lease(path)
-    if holder is not None and is_alive_here(holder) is None and _beats(path, holder, heartbeat_seconds):
+    if holder is None or is_alive_here(holder) is not None or _this_process().is_later_start_than(holder):
+        return
+    if _beats(path, holder, heartbeat_seconds):
         raise _refusal(path, holder)
 
 
@@ -134,9 +153,16 @@ def _refusal(path: Path, holder: Holder) -> CheckpointError:
 class Lease:
     """Held from `acquire` to `release`; a thread keeps it alive."""
 
-    def __init__(self, path: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        on_lost: Callable[[CheckpointError], None] = lambda error: None,
+    ) -> None:
+        """`on_lost` is called, from the thread, with what to say when another job has taken the lease over."""
         self.path = path
         self.heartbeat_seconds = heartbeat_seconds
+        self._on_lost = on_lost
         self._me = _this_process()
         self._released = threading.Event()
 
@@ -147,7 +173,9 @@ class Lease:
             CheckpointError: another job holds it.
         """
         holder = read_lease(self.path)
-        if holder is not None and is_alive_here(holder) is not False:
+        if holder is not None and self._me.is_later_start_than(holder):
+            logger.warning("taking over the lease of %s, an earlier start of this job", holder)
+        elif holder is not None and is_alive_here(holder) is not False:
             if is_alive_here(holder) or _beats(self.path, holder, self.heartbeat_seconds):
                 raise _refusal(self.path, holder)
             logger.warning("taking over the lease of %s, which shows no sign of life", holder)
@@ -166,7 +194,19 @@ class Lease:
     def still_held(self) -> bool:
         """False when another job took the lease over: this one must not write any more."""
         holder = read_lease(self.path)
-        return holder is not None and holder.token == self._me.token
+        return holder is not None and self._counts_as_mine(holder)
+
+    def _counts_as_mine(self, holder: Holder) -> bool:
+        """An earlier start of this job may have been about to write its beat when its lease was taken."""
+        return holder.token == self._me.token or self._me.is_later_start_than(holder)
+
+    def lost(self) -> CheckpointError:
+        """What to say when it is no longer held."""
+        return CheckpointError(
+            f"{self.path} was taken over by {read_lease(self.path) or 'another job'}; this one stops without touching "
+            "the folder",
+            hint="see megatron-cpt status; two jobs must not share a run folder",
+        )
 
     def release(self) -> None:
         self._released.set()
@@ -175,8 +215,11 @@ class Lease:
 
     def _keep_alive(self) -> None:
         while not self._released.wait(self.heartbeat_seconds):
-            if not self.still_held():
-                logger.error("%s was taken over by another job", self.path)
+            holder = read_lease(self.path)
+            if holder is None:  # storage that cannot be read just now says nothing; a save looks again
+                continue
+            if not self._counts_as_mine(holder):
+                self._on_lost(self.lost())
                 return
             self._me = replace(self._me, beat=self._me.beat + 1)
             with contextlib.suppress(OSError):  # a full disk or a storage hiccup: the next beat tries again

@@ -41,9 +41,21 @@ def read_rows(path: Path, offset: int = 0) -> tuple[list[Row], int]:
 
 
 def latest_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows in order of iteration; of a step, validation or event that was done twice the later one."""
-    latest = {(row.get("event"), row.get("name"), row.get("iteration")): row for row in rows}
+    """Rows in order of iteration; of a step, validation or event that was done twice the later one.
+
+    Of two attempts the later one counts, even where one that was cut off wrote a last row after it.
+    """
+    latest: dict[tuple[Any, Any, Any], Row] = {}
+    for row in rows:
+        key = (row.get("event"), row.get("name"), row.get("iteration"))
+        if key not in latest or _attempt(row) >= _attempt(latest[key]):
+            latest[key] = row
     return sorted(latest.values(), key=lambda row: row.get("iteration") or 0)
+
+
+def _attempt(row: Row) -> int:
+    attempt = row.get("start")
+    return attempt if isinstance(attempt, int) else 0
 
 
 def read_metrics(path: Path) -> list[Row]:

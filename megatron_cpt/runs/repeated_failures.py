@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FAILED
 from megatron_cpt.runs.folder import RunFolder, count_attempts
+from megatron_cpt.runs.lease import is_superseded
 from megatron_cpt.runs.metrics import read_rows
 
 START_AGAIN = "start the same command again: it continues from the newest complete checkpoint"
@@ -23,6 +24,8 @@ def advise_after_failure(folder: RunFolder | None, rank: int) -> tuple[str, int]
     """
     if folder is None or not folder.logs.is_dir():
         return "correct what the log says before it is started again", FAILED
+    if is_superseded(folder.lease):  # the attempts are counted by a later start now
+        return "this start was cut off, and its job continues elsewhere", FAILED
     attempt, note = count_attempts(folder), folder.logs / f"failure_rank_{rank:04d}.json"
     before = _read(note)
     stuck = not _has_trained(folder, attempt)

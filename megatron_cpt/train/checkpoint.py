@@ -186,10 +186,7 @@ class CheckpointManager:
 
     def _seal_files(self, pending: _Pending) -> None:
         if self.lease is not None and not self.lease.still_held():
-            raise CheckpointError(
-                f"{self.lease.path} was taken over by another job; this one stops without touching the folder",
-                hint="see megatron-cpt status; two jobs must not share a run folder",
-            )
+            raise self.lease.lost()
         final = checkpoint_path(self.root, pending.marker.iteration)
         try:
             marker = seal(pending.partial, final, resolved_yaml(self.config), pending.marker)

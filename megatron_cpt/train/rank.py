@@ -25,14 +25,14 @@ import psutil
 
 from megatron_cpt.config.load import build_config, load_config
 from megatron_cpt.console import ConsoleHandler, guarded_output
-from megatron_cpt.errors import CptError
+from megatron_cpt.errors import CheckpointError, CptError
 from megatron_cpt.launch.local import CONSOLE_FD, RankFailure
 from megatron_cpt.launch.place import adopt_slurm_ranks, rank_here
 from megatron_cpt.launch.preflight import index_cache_dir
 from megatron_cpt.launch.start import KillSwitchSet, PreparedRun, load_prepared, load_run, prepare
-from megatron_cpt.runs.exit_codes import STOPPED
+from megatron_cpt.runs.exit_codes import FINISHED, STOPPED
 from megatron_cpt.runs.folder import RunFolder, resolved_dict
-from megatron_cpt.runs.lease import Lease
+from megatron_cpt.runs.lease import Lease, is_superseded
 from megatron_cpt.runs.rank_errors import ATTEMPT_LOGS, RankError, leave_rank_error, rank_error_path
 from megatron_cpt.runs.repeated_failures import advise_after_failure
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
@@ -108,20 +108,24 @@ def _run_to_exit_code(get_run: Callable[[], PreparedRun], rank: int, folder: Run
     except CptError as error:
         logger.error("%s", error)
         leave_error(error.message, error.hint, error.exit_code)
-        return error.exit_code
+        return _code_for_launcher(run_folder, error.exit_code)
     except Exception as error:
         logger.exception("unexpected")
         what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         hint, code = advise_after_failure(run_folder, rank)
         leave_error(f"rank {rank} failed: {what}; details in its log", hint, code)
-        return code
+        return _code_for_launcher(run_folder, code)
 
 
 def _train(run: PreparedRun, rank: int, clock: LapClock) -> int:
     """Build indices, join the other ranks, and train. Return the exit code."""
     config, folder = run.checked.config, run.folder
     folder.rank_error(rank).unlink(missing_ok=True)  # of an earlier attempt
-    watchdog = Watchdog(phase_timeouts(config.failure), partial(_leave_error, folder, rank))
+    watchdog = Watchdog(
+        phase_timeouts(config.failure),
+        partial(_leave_error, folder, rank),
+        end=lambda code: os._exit(_code_for_launcher(folder, code)),
+    )
     if rank == 0:
         logger.info("loading Megatron-Core")
     adapt_megatron_core_to_cpu()
@@ -132,7 +136,7 @@ def _train(run: PreparedRun, rank: int, clock: LapClock) -> int:
     clock.lap("import_engine")
     if folder.kill_switch.exists():
         raise KillSwitchSet(folder)
-    lease = Lease(folder.lease) if rank == 0 else None
+    lease = Lease(folder.lease, on_lost=partial(_end_without_lease, folder)) if rank == 0 else None
     if lease is not None:
         lease.acquire()
         logger.info("opening the data")
@@ -153,6 +157,32 @@ def _train(run: PreparedRun, rank: int, clock: LapClock) -> int:
             lease.release()
 
 
+def _end_without_lease(folder: RunFolder, error: CheckpointError) -> None:
+    """End this rank, rank 0, whatever it waits for: another job writes the run folder now."""
+    logger.error("%s", error)
+    _leave_error(folder, 0, error.message, error.hint, error.exit_code)
+    logging.shutdown()
+    _end(_code_for_launcher(folder, error.exit_code))
+
+
+def _code_for_launcher(folder: RunFolder | None, code: int) -> int:
+    """The code to end with: 0 for a rank that is cut off while a later start of its Slurm job trains.
+
+    Slurm gives the steps of both starts the same number: srun, told of a failure here, would end the ranks there.
+    """
+    if folder is None or not is_superseded(folder.lease):
+        return code
+    logger.warning("this start was cut off; a later start of its job has the run")
+    return FINISHED
+
+
+def _end(code: int) -> None:
+    """Leave at once: threads of the communication back ends may keep a failed rank alive."""
+    for child in multiprocessing.active_children():  # Megatron-Core's writer: os._exit would orphan it
+        child.terminate()
+    os._exit(code)
+
+
 def _log_to(rank: int) -> None:
     """Everything to this rank's log, its stderr; of rank 0 also to the console of whoever started it."""
     logging.basicConfig(
@@ -167,7 +197,7 @@ def _log_to(rank: int) -> None:
 def _leave_error(folder: RunFolder | None, rank: int, message: str, hint: str | None, code: int) -> None:
     """Tell the process that started the ranks why this one ends, and the batch job that it is a part of."""
     error = RankError(message, hint, code)
-    if folder is not None and folder.logs.is_dir():
+    if folder is not None and folder.logs.is_dir() and not is_superseded(folder.lease):
         leave_rank_error(folder.rank_error(rank), error)
     if (logs := os.environ.get(ATTEMPT_LOGS)) is not None:
         leave_rank_error(rank_error_path(Path(logs), rank), error)
@@ -177,6 +207,4 @@ if __name__ == "__main__":
     with guarded_output():
         code = main()
     logging.shutdown()
-    for child in multiprocessing.active_children():  # Megatron-Core's writer: os._exit would orphan it
-        child.terminate()
-    os._exit(code)  # threads of the communication back ends may otherwise keep a failed rank alive
+    _end(code)

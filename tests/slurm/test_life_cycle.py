@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.runs.checkpoints import complete_checkpoints
+from megatron_cpt.runs.rank_errors import read_rank_errors
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.conftest import Job
 
@@ -57,23 +58,26 @@ def test_a_node_without_power_is_replaced_by_a_spare_one(job: Job, undisturbed: 
     assert starts[0]["cause"], starts
 
 
-def test_a_partitioned_node_that_comes_back_stops_without_touching_the_run(
+def test_a_node_that_is_cut_off_loses_the_run_to_other_nodes_and_stops_without_touching_it(
     job: Job, undisturbed: dict[int, float]
 ) -> None:
+    """It still sees the storage, so its rank 0 keeps the lease alive until the job starts again."""
     job.submit()
     job.wait_for_step(15)
     lost = job.cluster.nodes_of(job.job)[0]
-    old_ranks = job.ranks(lost)
-    assert old_ranks
+    assert job.ranks(lost)
     job.cluster.partition(lost)
     try:
         until(lambda: len(job.journal("began")) == 2, "the job has started on other nodes", 120, job.describe)
-        assert job.ranks(lost) == old_ranks  # nobody can end them
+        until(lambda: job.ranks(lost) == [], "the ranks that are cut off have ended", 60, job.describe)
+        told = read_rank_errors(job.run.logs / f"job-{job.job}-0")
+        assert any("was taken over by process" in error.message for error in told), told
     finally:
         job.cluster.heal(lost)
     assert job.ended() == 0, job.describe()
     assert job.losses() == undisturbed
-    until(lambda: job.ranks(lost) == [], "the ranks of the node that was cut off have ended", 60)
+    assert [event["restart"] for event in job.journal("ended")] == [1]
+    assert job.status()["last_error"] is None and not list(job.run.logs.glob("failure_rank_*.json"))
 
 
 def test_a_restart_of_slurmd_does_not_disturb_the_run(job: Job, undisturbed: dict[int, float]) -> None:
@@ -89,7 +93,10 @@ def test_a_restart_of_slurmd_does_not_disturb_the_run(job: Job, undisturbed: dic
 def test_a_preempted_job_may_take_longer_to_save_than_slurm_waits_for_a_killed_one(
     job: Job, undisturbed: dict[int, float]
 ) -> None:
-    """A rank is held for longer than KillWait (5 s), within the grace time of preemption."""
+    """A rank is held for longer than KillWait (5 s), within the grace time of preemption (60 s).
+
+    Slurm wakes a rank (SIGCONT) before it tells it, so it is held again and again.
+    """
     job.submit()
     job.wait_for_step(15)
     nodes = job.cluster.nodes_of(job.job)
@@ -99,13 +106,22 @@ def test_a_preempted_job_may_take_longer_to_save_than_slurm_waits_for_a_killed_o
         "sbatch", "--parsable", "-p", "urgent", "--exclusive", f"--nodelist={','.join(nodes)}", "--nodes=2",
         "--output=/dev/null", "--wrap=sleep 2",
     )  # fmt: skip
-    time.sleep(8)
+    until(lambda: not is_stopped(held), "Slurm has woken the rank to tell it", 60, job.describe)
+    told = time.monotonic()
+    while time.monotonic() - told < 10:
+        os.kill(held, signal.SIGSTOP)
+        time.sleep(0.02)
+    assert job.ranks(nodes[1]) == [held] and job.cluster.job_state(job.job) == "RUNNING", job.describe()
     os.kill(held, signal.SIGCONT)
     assert job.cluster.exit_code(urgent) == 0
     assert job.ended() == 0, job.describe()
     assert job.losses() == undisturbed
     assert "saved and stopped after signal SIG" in job.causes()[0]
     assert job.status()["steps_done_twice"] == 0
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_a_rank_that_makes_no_progress_is_ended_by_the_watchdog_and_the_job_starts_again(
