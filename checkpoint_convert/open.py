@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import Counter
@@ -26,12 +25,12 @@ from megatron_cpt.architecture.families import architecture_from_config, read_ar
 from megatron_cpt.architecture.families.family import Config
 from megatron_cpt.architecture.tensors import hf_tensor_shapes
 from megatron_cpt.errors import ConversionError
+from megatron_cpt.runs.checkpoints import BEST, checkpoint_path, complete_checkpoints, list_checkpoints, read_best
+from megatron_cpt.runs.marker import MARKER
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
-BEST = "best.json"
 RUN_CONFIG = "resolved.yaml"
-COMPLETE = "complete.json"  # our trainer's mark of a finished save
 ITERATION = re.compile(r"iter_(\d{7,})$")
 
 
@@ -60,8 +59,8 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
     folder, kind = _find_weights(path, best, shapes_only)
     runs = [parent / RUN_CONFIG for parent in (folder, *folder.parents[:2]) if (parent / RUN_CONFIG).is_file()]
     of_a_run = (folder.parent.parent / RUN_CONFIG).is_file() and folder.parent.name == "checkpoints"
-    if of_a_run and not (folder / COMPLETE).is_file():
-        raise ConversionError(f"{folder} was not saved to its end: it has no {COMPLETE}", hint="take another iteration")
+    if of_a_run and not (folder / MARKER).is_file():
+        raise ConversionError(f"{folder} was not saved to its end: it has no {MARKER}", hint="take another iteration")
     stored = [] if kind == "hf" else read_stored_models(folder)
     if kind == "hf":
         side_dir, config, arch = folder, read_config(folder), read_architecture(folder)
@@ -105,12 +104,9 @@ def _find_weights(path: Path, best: bool, shapes_only: bool) -> tuple[Path, Form
         return path, "torch_dist"
     if is_legacy(path):
         return path, "legacy"
-    if (path / TRACKER).is_file() or (path / BEST).is_file():
-        return _find_weights(_chosen_iteration(path, best), best, shapes_only)
-    if (path / "checkpoints").is_dir():
-        if not (path / "checkpoints" / TRACKER).is_file():
-            raise ConversionError(f"{path} has no finished checkpoint yet", hint="look at its logs")
-        return _find_weights(path / "checkpoints", best, shapes_only)
+    series = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if series != path or (path / TRACKER).is_file() or (path / BEST).is_file() or list_checkpoints(path):
+        return _find_weights(_chosen_iteration(series, best), best, shapes_only)
     if is_hf(path) or (shapes_only and (path / "config.json").is_file()):
         return path, "hf"
     if any(path.glob("*.distcp")):
@@ -127,24 +123,39 @@ def _find_weights(path: Path, best: bool, shapes_only: bool) -> tuple[Path, Form
 
 
 def _chosen_iteration(folder: Path, best: bool) -> Path:
-    """The iteration that the tracker (or best.json) of a folder names."""
+    """The iteration that is meant in a folder of them: of our trainer's the newest that is complete, or the best.
+
+    In a folder of Megatron-LM's, whose iterations have no marker, the one that its tracker names.
+    """
+    ours = [path for path, _ in complete_checkpoints(folder)]
     if best:
-        file = folder / BEST
-        if not file.is_file():
-            raise ConversionError(
-                f"no {file}", hint="the run has not evaluated yet; leave --best out to take the latest"
-            )
-        try:
-            name = f"iter_{int(json.loads(file.read_text(encoding='utf-8'))['iteration']):07d}"
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConversionError(f"{file} names no iteration: {error}") from error
-    else:
-        file = folder / TRACKER
-        text = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-        name = text if text == "release" else f"iter_{text:0>7}"
+        return _best_iteration(folder, ours)
+    if ours:
+        return ours[0]
+    if (folder.parent / RUN_CONFIG).is_file():
+        raise ConversionError(f"{folder} has no finished checkpoint yet", hint="look at the logs of its run")
+    if not (folder / TRACKER).is_file():
+        raise ConversionError(f"{folder} has no {TRACKER}", hint="name the iteration's folder")
+    text = (folder / TRACKER).read_text(encoding="utf-8").strip()
+    name = text if text == "release" else f"iter_{text:0>7}"
     if not (folder / name).is_dir():
-        raise ConversionError(f"{file} names {name}, which is not in {folder}")
+        raise ConversionError(f"{folder / TRACKER} names {name}, which is not in {folder}")
     return folder / name
+
+
+def _best_iteration(folder: Path, ours: list[Path]) -> Path:
+    file, found = folder / BEST, read_best(folder)
+    if found is None:
+        if file.is_file():
+            raise ConversionError(f"{file} names no iteration", hint="it is damaged; leave --best out")
+        raise ConversionError(f"no {file}", hint="the run has not evaluated yet; leave --best out to take the latest")
+    path = checkpoint_path(folder, found["iteration"])
+    if path not in ours:
+        raise ConversionError(
+            f"{file} names {path.name}, which is no complete checkpoint in {folder}",
+            hint="leave --best out to take the latest",
+        )
+    return path
 
 
 def _config_of_megatron(folder: Path, hf_config: Path | None, stored: list[StoredModel]) -> tuple[Path, Config]:

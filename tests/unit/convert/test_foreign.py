@@ -21,7 +21,7 @@ from checkpoint_convert.open import open_checkpoint
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.architecture.tensors import LAYER_PREFIX, LOCAL_TO_TE, megatron_tensors, row_spans, slice_shape
 from megatron_cpt.errors import ConversionError
-from tests.unit.convert.tiny_checkpoints import assert_same_weights, hf_tensors, write_hf
+from tests.unit.convert.tiny_checkpoints import assert_same_weights, hf_tensors, mark_complete, write_hf
 
 
 def global_tensors(hf: Path) -> dict[str, torch.Tensor]:
@@ -178,6 +178,17 @@ def test_parameters_that_share_one_buffer(tmp_path: Path) -> None:
     assert_same_weights(hf, to_hf(ckpt, hf_config=hf))
 
 
+def test_a_series_of_megatron_lm_has_no_markers_and_goes_by_its_tracker(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf")
+    for iteration in (5, 7):
+        convert(open_checkpoint(hf), tmp_path / "series" / f"iter_{iteration:07d}", Options(to="torch_dist"))
+    with pytest.raises(ConversionError, match="latest_checkpointed_iteration") as caught:
+        open_checkpoint(tmp_path / "series")
+    assert "name the iteration" in str(caught.value.hint)
+    (tmp_path / "series" / "latest_checkpointed_iteration.txt").write_text("5\n")
+    assert open_checkpoint(tmp_path / "series").iteration == 5
+
+
 def test_run_folder_latest_best_and_incomplete(tmp_path: Path) -> None:
     """RUN/checkpoints/iter_XXXXXXX with RUN/hf and RUN/resolved.yaml, as the trainer writes them."""
     run = tmp_path / "run"
@@ -194,16 +205,29 @@ def test_run_folder_latest_best_and_incomplete(tmp_path: Path) -> None:
         sources[iteration] = write_hf(tmp_path / f"hf{iteration}", rope_theta=theta, vocab_size=76 + iteration)
         final = run / "checkpoints" / f"iter_{iteration:07d}"
         convert(open_checkpoint(sources[iteration]), final, Options(to="torch_dist"))
-    tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    series = run / "checkpoints"
+    tracker = series / "latest_checkpointed_iteration.txt"
     tracker.write_text("100")
-    with pytest.raises(ConversionError, match="was not saved to its end"):
+    with pytest.raises(ConversionError, match="no finished checkpoint yet"):
         open_checkpoint(run)
-    for iteration in sources:
-        (run / "checkpoints" / f"iter_{iteration:07d}" / "complete.json").write_text("{}")
-    assert open_checkpoint(run).iteration == 100
-    with pytest.raises(ConversionError, match="has not evaluated yet"):
+    with pytest.raises(ConversionError, match="was not saved to its end"):
+        open_checkpoint(series / "iter_0000100")
+    mark_complete(series, 50)
+    for folder in (run, series):  # the newest that is complete, whatever the tracker says, or none is there
+        assert open_checkpoint(folder).iteration == 50
+    tracker.unlink()
+    assert open_checkpoint(run).iteration == open_checkpoint(series).iteration == 50
+    mark_complete(series, 100)
+    tracker.write_text("50")  # killed between the marker and the tracker
+    assert open_checkpoint(run).iteration == open_checkpoint(series).iteration == 100
+    with pytest.raises(ConversionError, match=r"no .*best\.json") as caught:
         open_checkpoint(run, best=True)
-    (run / "checkpoints" / "best.json").write_text('{"iteration": 50}')
+    assert "has not evaluated yet" in str(caught.value.hint)
+    for record, words in (("{", "names no iteration"), ('{"iteration": 70, "name": "v", "value": 1}', "iter_0000070")):
+        (series / "best.json").write_text(record)
+        with pytest.raises(ConversionError, match=words):
+            open_checkpoint(run, best=True)
+    (series / "best.json").write_text('{"iteration": 50, "name": "v", "value": 1}')
     best = open_checkpoint(run, best=True)
     assert best.iteration == 50
     convert(best, run / "export" / "hf", Options(to="hf"))

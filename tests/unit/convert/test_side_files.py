@@ -16,7 +16,7 @@ from checkpoint_convert.open import open_checkpoint
 from checkpoint_convert.side_files import has_tokenizer, target_config
 from checkpoint_convert.verify import verify
 from megatron_cpt.architecture.model_folder import side_files
-from tests.unit.convert.tiny_checkpoints import write_hf
+from tests.unit.convert.tiny_checkpoints import mark_complete, write_hf
 
 
 def write(folder: Path, *names: str) -> None:
@@ -72,8 +72,7 @@ def run_of(tmp_path: Path, **model: Any) -> Path:
     final = run / "checkpoints" / "iter_0000003"
     final.parent.mkdir(parents=True)
     convert(open_checkpoint(write_hf(tmp_path / "hf", "llama")), final, Options(to="torch_dist"))
-    (final / "complete.json").write_text("{}")
-    (final.parent / "latest_checkpointed_iteration.txt").write_text("3")
+    mark_complete(final.parent, 3)
     (run / "resolved.yaml").write_text(json.dumps({"job_name": "x", "model": model, "data": {"train": prefixes}}))
     return run
 
