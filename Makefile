@@ -5,7 +5,7 @@ CONFIG ?= examples/qwen2_72b/config.yaml
 TO     ?= hf
 BIN    := .venv/bin
 
-.PHONY: help setup wheelhouse quickstart preprocess plan train convert eval test test-fast test-matrix test-gpu test-slurm check docs clean
+.PHONY: help setup wheelhouse quickstart preprocess plan train convert eval test test-fast test-matrix test-gpu test-slurm web check docs clean
 .DEFAULT_GOAL := help
 
 help:         ## this help
@@ -55,6 +55,9 @@ test-matrix: setup  ## parity, resume and conversion under each Python and Megat
 
 test-gpu: setup  ## one GPU against the CPU path, in one table; skipped with the reason where there is none
 	$(BIN)/python tests/gpu/run.py
+
+web: setup    ## the page that watches and starts runs, in a browser: [ROOT=runs] [PORT=8765]
+	$(BIN)/megatron-cpt web $(or $(ROOT),$(if $(wildcard .quickstart),.quickstart,runs)) $(if $(PORT),--port $(PORT)) --allow .
 
 test-slurm: setup  ## the life of a job on a real Slurm, brought up here in network namespaces; needs root, Debian and apt
 	$(BIN)/python -m pytest tests/slurm

@@ -53,6 +53,7 @@ COMMANDS: dict[str, Entry] = {
     "submit": Entry("Run", f"{_COMMANDS}.submit:submit", "Submit a run, corpus, conversion or evaluation to Slurm."),
     "status": Entry("Run", f"{_COMMANDS}.status:status", "Show where a run stands: tokens, rate, time left, errors."),
     "checkpoints": Entry("Run", f"{_COMMANDS}.checkpoints:checkpoints", "List, verify and prune a run's checkpoints."),
+    "web": Entry("Run", f"{_COMMANDS}.web:web", "Show runs in a browser: watch, compare, start, stop, export."),
     "eval": Entry("Model", f"{_COMMANDS}.eval:eval_group", "Measure a model: perplexity on a dataset or text."),
     "convert": Entry("Model", f"{_COMMANDS}.convert:convert", "Convert checkpoints between Hugging Face and Megatron."),
     "compare": Entry("Model", f"{_COMMANDS}.compare:compare", "Prove that two checkpoints are the same model."),

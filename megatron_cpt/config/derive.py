@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.config.problems import raise_problems
+from megatron_cpt.config.problems import Problem, raise_problems
 from megatron_cpt.config.run_config import RunConfig
 
 
@@ -44,8 +44,7 @@ def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "c
     Raises:
         ConfigError: all broken rules at once.
     """
-    run = config.sections
-    raise_problems([problem for section in run for problem in section.problems(run, arch)], origin)
+    raise_problems(broken_rules(config, arch), origin)
     parallel, batch, steps = config.parallel, config.batch, config.steps()
     return Derived(
         world_size=parallel.world_size,
@@ -63,6 +62,12 @@ def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "c
         layers_per_stage=parallel.layers_per_stage(arch.num_layers) if arch else None,
         notes=tuple(_notes(config)),
     )
+
+
+def broken_rules(config: RunConfig, arch: Architecture | None = None) -> list[Problem]:
+    """Return every rule across the fields that `config` breaks, those of the model where `arch` is known."""
+    run = config.sections
+    return [problem for section in run for problem in section.problems(run, arch)]
 
 
 def _notes(config: RunConfig) -> Iterator[str]:

@@ -67,17 +67,22 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 def build_config(raw: Mapping[str, Any], overrides: Iterable[str] = (), origin: str = "config") -> RunConfig:
     """Validate a mapping as `load_config` does for a file."""
     refuse_corpus(raw, origin)
+    config, problems = validate(raw, overrides)
+    raise_problems(problems, origin)
+    assert config is not None, "there is one where there are no problems"
+    return config
+
+
+def validate(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> tuple[RunConfig | None, list[Problem]]:
+    """Return the config that a mapping describes, None if it describes none, and all that is wrong with its fields."""
     problems: list[Problem] = []
     tree = _canonical(raw, problems)
     for override in overrides:
         _apply_override(tree, override, problems)
     try:
-        config = RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree), problems
     except pydantic.ValidationError as error:
-        problems += recognised(field_problems(error, known_paths()), frozenset(known_paths()))
-        raise_problems(problems, origin)
-    raise_problems(problems, origin)
-    return config
+        return None, problems + recognised(field_problems(error, known_paths()), frozenset(known_paths()))
 
 
 def _canonical(raw: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:

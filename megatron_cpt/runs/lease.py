@@ -59,7 +59,7 @@ def _this_process() -> Holder:
         platform.node(),
         pid,
         _process_space(),
-        _process_started(pid) or "",
+        process_started(pid) or "",
         os.environ.get("SLURM_JOB_ID"),
         cluster=os.environ.get("SLURM_CLUSTER_NAME"),
         restart=int(text) if (text := os.environ.get("SLURM_RESTART_COUNT", "")).isdecimal() else 0,
@@ -75,7 +75,7 @@ def _process_space() -> str:
         return platform.node()
 
 
-def _process_started(pid: int) -> str | None:
+def process_started(pid: int) -> str | None:
     """Start time of a living process, None when there is none (a zombie counts as none)."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -95,7 +95,7 @@ def is_alive_here(holder: Holder) -> bool | None:
     """Whether the holder's process lives; None when it runs where this process cannot see it."""
     if holder.process_space != _process_space():
         return None
-    return _process_started(holder.pid) == holder.process_started
+    return process_started(holder.pid) == holder.process_started
 
 
 def is_superseded(path: Path) -> bool:
