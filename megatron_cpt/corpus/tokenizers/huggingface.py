@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 
 from megatron_cpt.corpus.tokenizers import tokenizer as interface
+from megatron_cpt.corpus.tokenizers.stated_class import check_stated_class
 from megatron_cpt.corpus.tokenizers.stated_tokens import (
     StatedTokens,
     read_stated_tokens,
@@ -35,9 +36,10 @@ def load(
 ) -> CorpusTokenizer:
     """Read `file`, resolve the EOD, and choose the encoder by the self-check on `sample`."""
     raw, stated = _read(file)
+    if file.name == "tokenizer.json":
+        check_stated_class(file.parent, raw, stated)
     eod, eod_id = interface.resolve_eod(_vocabulary(raw, file), _special(raw), eod_token, stated.eos, file)
-    encoded = raw if split_special else with_named_tokens(raw, stated)
-    encoded = _special_by_role(encoded, eod)
+    encoded = _special_by_role(_encoded(raw, stated, split_special), eod)
     vocabulary, special = _vocabulary(encoded, file), _special(encoded)
     text = orjson.dumps(encoded).decode()
     reference = _Reference(text, file, split_special, post_processor)
@@ -71,6 +73,14 @@ def _read(file: Path) -> tuple[dict[str, Any], StatedTokens]:
     raw, stated = interface.read_json(file), read_stated_tokens(file.parent)
     _vocabulary(raw, file)
     return with_numbered_tokens(raw, stated), stated
+
+
+def _encoded(raw: dict[str, Any], stated: StatedTokens, split_special: bool) -> dict[str, Any]:
+    """What encodes: with the named tokens, unless they are special and never come out of a text that is split."""
+    whole = with_named_tokens(raw, stated)
+    known = {token["content"] for token in raw.get("added_tokens", [])}
+    new = [token for token in whole.get("added_tokens", []) if token["content"] not in known]
+    return raw if split_special and all(token["special"] for token in new) else whole
 
 
 def _vocabulary(raw: dict[str, Any], file: Path) -> dict[str, int]:

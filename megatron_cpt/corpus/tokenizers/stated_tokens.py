@@ -3,13 +3,14 @@
     tokenizer_config.json   `added_tokens_decoder` {id: token}, and special tokens by name (`eos_token`, ...)
     added_tokens.json, special_tokens_map.json     the same in older folders; read when there is no decoder
 
-A token of the decoder is added in the order of the ids; its id must come out as stated. A special token that is only
-named is added after those, and only matters where special tokens spelled in the text become ids.
+A token of the decoder is added in the order of the ids, and its id must come out as stated; without a decoder so are
+those of added_tokens.json and, again, of tokenizer.json, which become special when they are named. A token that is only
+named is added after those. What a name or a list holds is a string, a special token, or an object with the flags.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ import orjson
 from megatron_cpt.corpus.tokenizers.tokenizer import read_json
 from megatron_cpt.errors import DataError
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_LISTS = ("extra_special_tokens", "additional_special_tokens")
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 Token = dict[str, Any]  # content and _FLAGS, as in tokenizer.json
@@ -31,7 +31,9 @@ class StatedTokens:
 
     eos: str | None
     numbered: tuple[tuple[int, Token], ...]  # in the order of the ids
-    named: tuple[Token, ...]  # special tokens
+    named: tuple[Token, ...]  # special tokens by name
+    listed: tuple[Token, ...]  # further tokens; special where they say so
+    has_decoder: bool
     where: Path  # the file that states most of it, for errors
 
 
@@ -43,21 +45,58 @@ def read_stated_tokens(folder: Path) -> StatedTokens:
     """
     where = folder / "tokenizer_config.json"
     config = read_json(where) if where.is_file() else {}
-    numbered = config.get("added_tokens_decoder")
     try:
-        if numbered is None:
-            older = folder / "special_tokens_map.json"
-            config |= read_json(older) if older.is_file() else {}
-            named = _named(config)
-            where = folder / "added_tokens.json" if (folder / "added_tokens.json").is_file() else where
-            numbered = _of_added_tokens_file(where, {token["content"] for token in named})
-        else:
-            numbered = {int(index): _token(token) for index, token in numbered.items()}
-            named = _named(config)
+        if "added_tokens_decoder" in config:
+            decoder = {int(index): _token(token) for index, token in config["added_tokens_decoder"].items()}
+            stated = _stated(config, {}, where)
+            return replace(stated, numbered=tuple(sorted(decoder.items())), has_decoder=True)
+        older = folder / "special_tokens_map.json"
+        map_of_names = read_json(older) if older.is_file() else {}
+        stated = _stated(config, map_of_names, where)
+        if not (file := folder / "added_tokens.json").is_file():
+            return stated
+        where = file
+        special = _special_in_older_file(config, map_of_names) | {token["content"] for token in stated.listed}
+        numbered = {int(i): _of_older_file(c, c in special) for c, i in read_json(file).items()}
+        return replace(stated, numbered=tuple(sorted(numbered.items())), where=file)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{where} does not state tokens as it should: {error!r}", hint="copy the file again") from error
-    eos = _content(config.get("eos_token"))
-    return StatedTokens(eos, tuple(sorted(numbered.items())), named, where)
+
+
+def _stated(config: dict[str, Any], older: dict[str, Any], where: Path) -> StatedTokens:
+    """Special tokens by name, in transformers' order (those of a model's own last), and further ones."""
+    own_names = {key: value for key, value in config.items() if _names_a_token(key, value) and key not in NAMES}
+    listed = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(listed, dict):
+        own_names, listed = own_names | listed, []
+    listed = [_token(value) for value in listed]
+    names = {key: _token(config[key]) for key in NAMES if config.get(key)}
+    names |= {key: _token(value) for key, value in own_names.items()}
+    for key, value in older.items():
+        if key in ("extra_special_tokens", "additional_special_tokens"):
+            if not isinstance(value, list):
+                raise ValueError(f"special_tokens_map.json: {key} is no list")
+            more = [_token(token, special=True) for token in value]
+            listed = listed + more if key == "extra_special_tokens" else listed or more
+        elif value and key.endswith("_token") and isinstance(value, (str, dict)):
+            if key in own_names and own_names[key] != value:
+                raise ValueError(f"special_tokens_map.json states another {key} than tokenizer_config.json")
+            names[key] = _token(value, special=True)
+    ordered = [names[key] for key in (*NAMES, *(key for key in names if key not in NAMES)) if key in names]
+    eos = names["eos_token"]["content"] if "eos_token" in names else None
+    return StatedTokens(eos, (), tuple(_special(token) for token in ordered), tuple(listed), False, where)
+
+
+def _special_in_older_file(config: dict[str, Any], map_of_names: dict[str, Any]) -> set[str]:
+    """The named tokens that are special in added_tokens.json; an object of tokenizer_config.json makes none so."""
+    strings = {key: value for key, value in config.items() if isinstance(value, str)} | map_of_names
+    return {_token(strings[key])["content"] for key in NAMES if strings.get(key)}
+
+
+def _names_a_token(key: str, value: Any) -> bool:
+    """Whether a key of a configuration is a model's own token; an object is only one when it says so."""
+    is_token = isinstance(value, str) or (isinstance(value, dict) and value.get("__type") == "AddedToken")
+    return key.endswith("_token") and is_token
 
 
 def with_numbered_tokens(raw: dict[str, Any], stated: StatedTokens) -> dict[str, Any]:
@@ -66,33 +105,36 @@ def with_numbered_tokens(raw: dict[str, Any], stated: StatedTokens) -> dict[str,
     Raises:
         DataError: a token would get another id than the stated one.
     """
-    added = _with_tokens(raw, [token for _, token in stated.numbered])
+    numbered = dict(stated.numbered)
+    if not stated.has_decoder:
+        numbered |= {int(token["id"]): _token(token) for token in raw.get("added_tokens", [])}
+    names = {token["content"] for token in stated.named}
+    in_order = [token for _, token in sorted(numbered.items())]
+    added = _with_tokens(raw, [_special(token) if token["content"] in names else token for token in in_order])
     ids = {token["content"]: token["id"] for token in added.get("added_tokens", [])}
     for index, token in stated.numbered:
-        if ids[token["content"]] != index:
+        if (found := ids.get(token["content"])) != index:
             raise DataError(
                 f"{stated.where} gives the token {token['content']!r} the id {index}, which would be "
-                f"{ids[token['content']]} in this tokenizer",
+                f"{'another token' if found is None else found} in this tokenizer",
                 hint="save the tokenizer with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)",
             )
     return added
 
 
 def with_named_tokens(raw: dict[str, Any], stated: StatedTokens) -> dict[str, Any]:
-    """Return a tokenizer.json's content in which every named special token is an added token."""
+    """Return a tokenizer.json's content in which every named or listed token is an added token."""
     known = {token["content"] for token in raw.get("added_tokens", [])}
-    return _with_tokens(raw, [token for token in stated.named if token["content"] not in known])
-
-
-def _content(token: Any) -> str | None:
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+    names = {token["content"] for token in stated.named}
+    listed = [_special(token) if token["content"] in names else token for token in stated.listed]
+    return _with_tokens(raw, [token for token in (*stated.named, *listed) if token["content"] not in known])
 
 
 def _with_tokens(raw: dict[str, Any], tokens: list[Token]) -> dict[str, Any]:
     known = {token["content"]: {flag: token.get(flag) for flag in _FLAGS} for token in raw.get("added_tokens", [])}
     stays = {content for content, flags in known.items() if flags["special"]}  # once special, always special
-    tokens = [token | {"special": token["special"] or token["content"] in stays} for token in tokens]
+    stays |= {token["content"] for token in tokens if token["special"]}
+    tokens = [token | {"special": token["content"] in stays, "normalized": _normalized(token)} for token in tokens]
     new = [token for token in tokens if known.get(token["content"]) != {flag: token[flag] for flag in _FLAGS}]
     if not new:
         return raw
@@ -106,34 +148,24 @@ def _with_tokens(raw: dict[str, Any], tokens: list[Token]) -> dict[str, Any]:
     return raw | {"added_tokens": orjson.loads(tokenizer.to_str())["added_tokens"]}
 
 
-def _token(stated: Any, *, special: bool = False) -> Token:
-    """A token with all its flags; a bare string is a special token."""
+def _token(stated: Any, *, special: bool | None = None) -> Token:
+    """A token with all its flags; a bare string is a special token. `special` overrides what an object says."""
     if isinstance(stated, str):
-        stated = {"content": stated, "special": True}
-    is_special = bool(stated.get("special", special))
+        stated, special = {"content": stated}, True
     flags = {flag: bool(stated.get(flag, False)) for flag in _FLAGS}
-    return {
-        "content": str(stated["content"]),
-        **flags,
-        "normalized": bool(stated.get("normalized", not is_special)),
-        "special": is_special,
-    }
+    is_special = flags["special"] if special is None else special
+    return {"content": str(stated["content"]), **flags, "normalized": stated.get("normalized"), "special": is_special}
 
 
-def _named(config: dict[str, Any]) -> tuple[Token, ...]:
-    """Special tokens by name, in transformers' order; lists of further ones last."""
-    values = [config.get(name) for name in _NAMED]
-    for name in _LISTS:
-        more = config.get(name) or []
-        values += list(more.values()) if isinstance(more, dict) else list(more)
-    tokens = [_token(value, special=True) | {"special": True} for value in values if value]
-    return tuple({token["content"]: token for token in tokens}.values())
+def _of_older_file(content: str, is_special: bool) -> Token:
+    return _token({"content": content, "special": is_special, "normalized": not is_special})
 
 
-def _of_added_tokens_file(file: Path, special: set[str]) -> dict[int, Token]:
-    if file.name != "added_tokens.json":
-        return {}
-    return {
-        int(index): _token({"content": content, "special": content in special})
-        for content, index in read_json(file).items()
-    }
+def _special(token: Token) -> Token:
+    return token | {"special": True}
+
+
+def _normalized(token: Token) -> bool:
+    """Where nothing is said a token is found in normalised text, unless it is special."""
+    stated = token["normalized"]
+    return not token["special"] if stated is None else bool(stated)
