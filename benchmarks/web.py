@@ -23,9 +23,9 @@ from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tests.tiny_runs import step, write_run
 from tests.web.conftest import chromium
 from tests.web.server import Server
-from tests.web.tiny_runs import step, write_run
 
 MIB = 2**20
 IDLE_SECONDS = 20

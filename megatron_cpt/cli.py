@@ -52,6 +52,8 @@ COMMANDS: dict[str, Entry] = {
     "train": Entry("Run", f"{_COMMANDS}.train:train", "Start or continue the run that a config describes."),
     "submit": Entry("Run", f"{_COMMANDS}.submit:submit", "Submit a run, corpus, conversion or evaluation to Slurm."),
     "status": Entry("Run", f"{_COMMANDS}.status:status", "Show where a run stands: tokens, rate, time left, errors."),
+    "runs": Entry("Run", f"{_COMMANDS}.runs:runs", "List runs, compare them, and show how their configs differ."),
+    "report": Entry("Run", f"{_COMMANDS}.report:report", "Write one page on what a run gained, lost and cost."),
     "checkpoints": Entry("Run", f"{_COMMANDS}.checkpoints:checkpoints", "List, verify and prune a run's checkpoints."),
     "web": Entry("Run", f"{_COMMANDS}.web:web", "Show runs in a browser: watch, compare, start, stop, export."),
     "eval": Entry("Model", f"{_COMMANDS}.eval:eval_group", "Measure a model: perplexity on a dataset or text."),

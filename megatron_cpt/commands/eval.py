@@ -45,6 +45,15 @@ def eval_group() -> None:
     default=None,
     help="Whether a token attends to its own document only [default: as the run; else no].",
 )
+@click.option(
+    "--window", type=click.IntRange(min=1), help="Another name of --seq-length, where --stride makes windows overlap."
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Tokens between the beginnings of two windows; each token is counted once. [default: no overlap]",
+)
+@click.option("--per-document", is_flag=True, help="Begin anew with each document; its first token is not predicted.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
 def perplexity(
     model: Path,
@@ -53,6 +62,9 @@ def perplexity(
     seq_length: int | None,
     max_tokens: int | None,
     document_attention: bool | None,
+    window: int | None,
+    stride: int | None,
+    per_document: bool,
     as_json: bool,
 ) -> None:
     """Perplexity of MODEL on a dataset or a text.
@@ -60,13 +72,22 @@ def perplexity(
     MODEL is a Hugging Face directory (run by transformers), or a Megatron checkpoint or run folder (run by
     Megatron-Core in one process). The documents are packed and cut into blocks of --seq-length tokens; each token
     but the first is predicted once, and the loss is the mean over all of them. For a run and its checkpoints the
-    defaults are the run's own, and the number is that of its validation.
+    defaults are the run's own, and the number is that of its validation. Bits per byte of text compare models of
+    different tokenizers.
+
+    \b
+    Each token from at least 3,584 tokens before it, the usual number for long texts:
+      megatron-cpt eval perplexity MODEL --data text.jsonl --window 4096 --stride 512
     """
     from checkpoint_convert.open import open_checkpoint
     from megatron_cpt.eval.model import load_scorer
     from megatron_cpt.eval.perplexity import perplexity as measure
-    from megatron_cpt.eval.token_stream import open_token_stream
+    from megatron_cpt.eval.perplexity import predicted_ranges
+    from megatron_cpt.eval.token_stream import open_token_stream, text_bytes
 
+    if window is not None and seq_length not in (None, window):
+        raise click.UsageError("--window and --seq-length are one thing: give one of them")
+    seq_length = window if seq_length is None else seq_length
     found = open_checkpoint(model)
     used = _settings(found, model, seq_length, max_tokens, document_attention)
     streams = [open_token_stream(name, found.side_dir, found.arch.vocab_size, json_key) for name in data]
@@ -82,16 +103,24 @@ def perplexity(
                 used.max_tokens,
                 bar.update,
                 document_attention=used.document_attention,
+                stride=stride,
+                per_document=per_document,
             )
+        ranges = predicted_ranges(stream, used.max_tokens, per_document=per_document)
+        size = text_bytes(stream, ranges, found.side_dir)
         results.append(
             {
                 "model": str(model),
                 "data": stream.name,
                 "loss": result.loss,
                 "perplexity": result.perplexity,
+                "bits_per_byte": None if size is None else result.bits_per_byte(size),
                 "tokens": result.tokens,
+                "text_bytes": size,
                 "documents": result.documents,
                 "seq_length": result.seq_length,
+                "stride": result.stride,
+                "per_document": per_document,
                 "document_attention": used.document_attention,
             }
         )
@@ -99,9 +128,14 @@ def perplexity(
         click.echo(json.dumps(results[0] if len(results) == 1 else {"model": str(model), "results": results}))
         return
     for row in results:
+        bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f} bits per byte, "
+        cut = f"blocks of {row['seq_length']}"
+        if row["stride"] < row["seq_length"]:
+            cut = f"windows of {row['seq_length']} with a stride of {row['stride']}"
         click.echo(
-            f"{row['data']}: perplexity {row['perplexity']:.4f}, loss {row['loss']:.6f} nats per token, "
-            f"{row['tokens']:,} tokens of {row['documents']:,} documents in blocks of {used.seq_length}"
+            f"{row['data']}: perplexity {row['perplexity']:.4f}, loss {row['loss']:.6f} nats per token, {bits}"
+            f"{row['tokens']:,} tokens of {row['documents']:,} documents in {cut}"
+            f"{', each document by itself' if per_document else ''}"
         )
 
 

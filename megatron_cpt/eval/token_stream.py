@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.eval.perplexity import TokenStream
 
 logger = logging.getLogger(__name__)
+
+_DECODED_AT_ONCE = 1 << 20  # tokens; a character cut at such a place counts as U+FFFD
 
 
 def open_token_stream(data: str, tokenizer_dir: Path, vocab_size: int, json_key: str = "text") -> TokenStream:
@@ -43,6 +45,24 @@ def open_token_stream(data: str, tokenizer_dir: Path, vocab_size: int, json_key:
             hint="preprocess the data with the tokenizer of this model",
         )
     return stream
+
+
+def text_bytes(stream: TokenStream, ranges: Iterable[tuple[int, int]], tokenizer_dir: Path) -> int | None:
+    """Return the UTF-8 bytes of the text that the tokens in `ranges` [start, end) stand for, without separators.
+
+    None where the model has no tokenizer that could say.
+    """
+    try:
+        tokenizer = load_tokenizer(tokenizer_dir)
+    except DataError as error:
+        logger.warning("bits per byte are not known: %s", error.message)
+        return None
+    total = 0
+    for start, end in ranges:
+        for at in range(start, end, _DECODED_AT_ONCE):
+            ids = np.asarray(stream.tokens[at : min(end, at + _DECODED_AT_ONCE)])
+            total += len(tokenizer.decode(ids[ids != stream.eod_id].tolist()).encode("utf-8", "replace"))
+    return total
 
 
 def _dataset_stream(prefix: str, tokenizer_dir: Path) -> TokenStream:

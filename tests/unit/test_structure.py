@@ -60,6 +60,7 @@ WITHOUT_TORCH = (
     "launch",
     "planner",
     "slurm",
+    "report",
     "web",
     "cli",
 )

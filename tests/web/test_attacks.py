@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_runs import write_run
 from tests.web.server import Server
-from tests.web.tiny_runs import write_run
 
 EVIL = "http://evil.example"
 

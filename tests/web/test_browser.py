@@ -13,9 +13,9 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.synthetic_data import random_documents, write_dataset
 from tests.synthetic_model import VOCAB, write_model
+from tests.tiny_runs import step, write_run
 from tests.web.conftest import PICTURES, Watched
 from tests.web.server import Server
-from tests.web.tiny_runs import step, write_run
 
 MINUTE = 60_000  # milliseconds
 SIZES = {"wide": (1280, 900), "phone": (390, 844)}

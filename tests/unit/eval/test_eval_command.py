@@ -17,6 +17,7 @@ from megatron_cpt.errors import UserError
 from tests.unit.eval.conftest import TEXTS
 
 KEYS = {"model", "data", "loss", "perplexity", "tokens", "documents", "seq_length", "document_attention"}
+KEYS |= {"bits_per_byte", "text_bytes", "stride", "per_document"}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def test_json_is_one_object_with_exact_numbers(model_dir: Path, text_file: Path)
     assert row["seq_length"] == 64  # the model's own limit, below the default of 1024
     assert row["tokens"] == len(text_file.read_text())  # bytes, plus the end, less the first
     assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+    assert row["text_bytes"] == len(text_file.read_text()) - 1  # the first is not predicted
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / row["text_bytes"] / math.log(2))
 
 
 def test_several_data_are_measured_in_one_go(model_dir: Path, text_file: Path) -> None:
@@ -86,3 +89,13 @@ def test_weights_that_do_not_fit_are_refused(model_dir: Path, text_file: Path, t
     (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(UserError, match="missing"):
         _eval(broken, "--data", text_file)
+
+
+def test_overlapping_windows_are_asked_for_by_name(model_dir: Path, text_file: Path) -> None:
+    strided = json.loads(_eval(model_dir, "--data", text_file, "--window", 32, "--stride", 8, "--json"))
+    plain = json.loads(_eval(model_dir, "--data", text_file, "--seq-length", 32, "--json"))
+    assert (strided["seq_length"], strided["stride"], strided["tokens"]) == (32, 8, plain["tokens"])
+    assert strided["loss"] != plain["loss"]
+    assert "windows of 32 with a stride of 8" in _eval(model_dir, "--data", text_file, "--window", 32, "--stride", 8)
+    same = json.loads(_eval(model_dir, "--data", text_file, "--window", 32, "--stride", 32, "--json"))
+    assert same["loss"] == plain["loss"]

@@ -11,7 +11,8 @@ import torch
 
 from megatron_cpt.errors import CptError, DataError
 from megatron_cpt.eval.hf_model import hf_scorer
-from megatron_cpt.eval.perplexity import TokenStream, perplexity
+from megatron_cpt.eval.perplexity import TokenStream, perplexity, predicted_ranges
+from megatron_cpt.eval.token_stream import open_token_stream, text_bytes
 
 VOCAB = 264  # of the model in conftest.py
 SEQ_LENGTH = 8
@@ -135,3 +136,77 @@ def test_nothing_to_predict_is_a_user_error() -> None:
 def test_nan_is_an_error() -> None:
     with pytest.raises(CptError, match="nan"):
         perplexity(Constant(float("nan")), _stream(), SEQ_LENGTH)
+
+
+def _strided_reference(model_dir: Path, tokens: np.ndarray, window: int, stride: int) -> tuple[float, int]:
+    """The usual loop over overlapping windows, with transformers: mean loss, and how many tokens it counted."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    nats, counted, before = 0.0, 0, 1
+    for begin in range(0, len(ids) - 1, stride):
+        end = min(begin + window + 1, len(ids))
+        if end <= before:
+            break
+        with torch.no_grad():
+            log_probabilities = model(ids[None, begin : end - 1]).logits[0].double().log_softmax(-1)
+        for place in range(max(before, begin + 1), end):
+            nats -= log_probabilities[place - begin - 1, ids[place]].item()
+            counted += 1
+        before = end
+    return nats / counted, counted
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 1), (8, 3), (8, 7), (8, 8), (16, 4), (60, 10), (64, 5)])
+def test_strided_windows_equal_the_usual_loop_and_count_each_token_once(
+    model_dir: Path, window: int, stride: int
+) -> None:
+    stream = _stream()
+    result = perplexity(hf_scorer(model_dir), stream, window, stride=stride)
+    loss, counted = _strided_reference(model_dir, stream.tokens, window, stride)
+    assert (result.tokens, counted) == (60, 60)
+    assert result.loss == pytest.approx(loss, abs=1e-5)
+    if stride < window < 60:  # negative control: the plain cut is another number
+        assert abs(perplexity(hf_scorer(model_dir), stream, window).loss - loss) > 1e-4
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 8, 9, 30, 59, 60, 500])
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_a_limit_counts_exactly_so_many(max_tokens: int, stride: int) -> None:
+    result = perplexity(Constant(2.0), _stream(), SEQ_LENGTH, max_tokens, stride=stride)
+    assert result.tokens == min(max_tokens, 60)
+    assert result.nats == pytest.approx(2.0 * result.tokens)
+
+
+def test_a_stride_as_long_as_the_window_is_today_s_number_to_the_bit(model_dir: Path) -> None:
+    scorer = hf_scorer(model_dir)
+    assert perplexity(scorer, _stream(), 8, stride=8) == perplexity(scorer, _stream(), 8)
+
+
+def test_by_document_each_begins_anew(model_dir: Path) -> None:
+    stream, scorer = _stream(), hf_scorer(model_dir)
+    result = perplexity(scorer, stream, 64, per_document=True)
+    parts = [stream.tokens[:9], stream.tokens[9:30], stream.tokens[30:]]
+    losses = [_strided_reference(model_dir, part, 64, 64) for part in parts]
+    assert result.tokens == 58 and result.documents == 3
+    assert result.nats == pytest.approx(sum(loss * count for loss, count in losses), abs=1e-4)
+    assert predicted_ranges(stream, None, per_document=True) == [(1, 9), (10, 30), (31, 61)]
+    assert predicted_ranges(stream, 10, per_document=True) == [(1, 9), (10, 12)]
+
+
+@pytest.mark.parametrize("stride", [0, 9, -1])
+def test_a_stride_that_leaves_out_tokens_is_refused(stride: int) -> None:
+    with pytest.raises(DataError, match="each token once"):
+        perplexity(Constant(1.0), _stream(), SEQ_LENGTH, stride=stride)
+
+
+def test_bits_per_byte_are_the_nats_over_the_bytes(model_dir: Path, tmp_path: Path) -> None:
+    text = "naïve café 日本 " * 20
+    (tmp_path / "a.txt").write_text(text)
+    stream = open_token_stream(str(tmp_path / "a.txt"), model_dir, VOCAB)
+    size = text_bytes(stream, [(0, len(stream.tokens))], model_dir)
+    assert size == len(text.strip().encode()) or size == len(text.encode())
+    result = perplexity(Constant(math.log(2)), stream, 8)
+    assert result.bits_per_byte(size) == pytest.approx(result.tokens / size)
+    assert result.bits_per_byte(0) is None
