@@ -25,6 +25,7 @@ from megatron_cpt.architecture.families import architecture_from_config, read_ar
 from megatron_cpt.architecture.families.family import Config
 from megatron_cpt.architecture.tensors import hf_tensor_shapes
 from megatron_cpt.errors import ConversionError
+from megatron_cpt.runs.adapters import refuse_adapters
 from megatron_cpt.runs.checkpoints import BEST, checkpoint_path, complete_checkpoints, list_checkpoints, read_best
 from megatron_cpt.runs.marker import MARKER
 
@@ -61,6 +62,8 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
     of_a_run = (folder.parent.parent / RUN_CONFIG).is_file() and folder.parent.name == "checkpoints"
     if of_a_run and not (folder / MARKER).is_file():
         raise ConversionError(f"{folder} was not saved to its end: it has no {MARKER}", hint="take another iteration")
+    if kind == "torch_dist":
+        refuse_adapters(folder)
     stored = [] if kind == "hf" else read_stored_models(folder)
     if kind == "hf":
         side_dir, config, arch = folder, read_config(folder), read_architecture(folder)

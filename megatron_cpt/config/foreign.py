@@ -83,6 +83,11 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     "fsdp": ("parallel.distributed_optimizer", "on by default; parallel.tp and parallel.pp split the model"),
     "nproc_per_node": ("parallel.gpus_per_node", ""),
     "nnodes": ("parallel.nodes", ""),
+    "finetuning_type": ("lora.rank", "with a rank adapters are trained, without one all weights"),
+    "target_modules": (
+        "lora.targets",
+        "all, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+    ),
 }
 
 

@@ -44,6 +44,14 @@ ALIASES: dict[str, str] = {
     "virtual_pipeline_model_parallel_size": "parallel.vpp",
     "num_layers_in_first_pipeline_stage": "parallel.first_stage_layers",
     "num_layers_in_last_pipeline_stage": "parallel.last_stage_layers",
+    "lora_rank": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "use_rslora": "lora.rslora",
+    "lora_target": "lora.targets",
+    "lora_target_modules": "lora.targets",
+    "lora_target_linear": "lora.targets",
 }
 # accepted so that a pasted table loads, but without a meaning here: name -> why
 WITHOUT_MEANING: dict[str, str] = {

@@ -17,6 +17,7 @@ from megatron_cpt.config.sections.data import DataConfig
 from megatron_cpt.config.sections.evaluation import EvalConfig
 from megatron_cpt.config.sections.failure import FailureConfig
 from megatron_cpt.config.sections.log import LogConfig
+from megatron_cpt.config.sections.lora import LoraConfig
 from megatron_cpt.config.sections.model import ModelConfig
 from megatron_cpt.config.sections.optimizer import OptimizerConfig
 from megatron_cpt.config.sections.parallel import ParallelConfig
@@ -34,6 +35,7 @@ class RunConfig(Section):
         1234, ge=0, le=4_000_000_000, description="Seed of data order, dropout and random initialisation."
     )
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     budget: BudgetConfig = BudgetConfig()
     batch: BatchConfig = BatchConfig()
     schedule: ScheduleConfig = ScheduleConfig()

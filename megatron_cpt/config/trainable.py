@@ -1,6 +1,6 @@
 """Which weights a run trains, and what follows from that: what a checkpoint holds, its size, the work of a token.
 
-The rest of the program asks here and assumes nothing. Today a run trains all weights.
+The rest of the program asks here and assumes nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.linears import linears
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.sections.lora import LoraConfig
 
 _OPTIMIZER_BYTES = 12  # per trained parameter: fp32 master weight and two moments
 
@@ -81,6 +83,46 @@ class AllWeights:
         return 6.0 * weights + 6.0 * attention
 
 
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters are trained and saved; every weight of the model is the base's and stays as it is."""
+
+    arch: Architecture
+    weight_bytes: int  # of one weight in the model's dtype
+    lora: LoraConfig
+
+    @property
+    def saves_every_weight(self) -> bool:
+        return False
+
+    def in_base(self, name: str) -> bool:
+        return ".lora." not in name
+
+    def trains(self, name: str) -> bool:
+        return ".lora." in name
+
+    def saves(self, name: str) -> bool:
+        return ".lora." in name
+
+    def checkpoint_bytes(self) -> int:
+        return adapter_parameters(self.lora, self.arch) * (self.weight_bytes + _OPTIMIZER_BYTES)
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """As of all weights, but 4 instead of 6 for a frozen one, which needs no gradient of its own."""
+        arch = self.arch
+        weights = arch.num_parameters - (0 if arch.tie_word_embeddings else arch.vocab_size * arch.hidden_size)
+        all_weights = AllWeights(arch, self.weight_bytes).flops_per_token(seq_length)
+        return all_weights - 2.0 * weights + 6.0 * adapter_parameters(self.lora, arch)
+
+
+def adapter_parameters(lora: LoraConfig, arch: Architecture) -> int:
+    """Return the parameters of all adapters of the model; 0 when none are trained."""
+    of_model = linears(arch)
+    sizes = [of_model[name].in_features + of_model[name].out_features for name in lora.targets]
+    return (lora.rank or 0) * sum(sizes) * arch.num_layers
+
+
 def trainable_of(config: RunConfig, arch: Architecture) -> Trainable:
     """Return what a run of `config` on a model of `arch` trains."""
-    return AllWeights(arch, 2 if config.precision.dtype == "bf16" else 4)
+    weight_bytes = 2 if config.precision.dtype == "bf16" else 4
+    return Adapters(arch, weight_bytes, config.lora) if config.lora.on else AllWeights(arch, weight_bytes)

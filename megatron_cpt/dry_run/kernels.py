@@ -84,11 +84,13 @@ _OF_A_GPU: dict[str, type] = {
 
 
 def modules_of_a_gpu(config: RunConfig) -> LayerModules:
-    """Return the stand-ins for the classes that the run uses on a GPU with TransformerEngine.
+    """Return the stand-ins for the classes that the run uses on a GPU with TransformerEngine; adapters go without.
 
     With documents kept apart the attention is torch's, as in `model.spec.layer_spec`.
     """
-    attention = "te" if config.model.attention == "auto" else config.model.attention
+    attention = config.model.attention
+    if attention == "auto":
+        attention = "sdpa" if config.lora.on else "te"
     if attention == "te" and config.model.document_attention:
         attention = "sdpa"
     return LayerModules(_OF_A_GPU[attention], FusedNorm)

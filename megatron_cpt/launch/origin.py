@@ -14,6 +14,7 @@ from typing import Literal
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.sections.model import ModelConfig
 from megatron_cpt.errors import ConfigError
+from megatron_cpt.runs.adapters import refuse_adapters
 from megatron_cpt.runs.checkpoints import complete_checkpoints
 
 # a model directory, a converted checkpoint, a run folder: where each keeps the Hugging Face side files
@@ -32,14 +33,17 @@ def resolve_origin(init_from: str) -> Origin:
     """The weights that `model.init_from` names.
 
     Raises:
-        CheckpointError: it is a run folder with a checkpoint whose marker cannot be understood.
+        CheckpointError: it is a run folder with a checkpoint whose marker cannot be understood, or that holds
+            adapters alone.
     """
     path = Path(init_from)
     if init_from == "random":
         return Origin("random", path)
     if newest := complete_checkpoints(path / "checkpoints"):
+        refuse_adapters(newest[0][0])
         return Origin("torch_dist", newest[0][0])
     if (path / ".metadata").is_file() and (path / "metadata.json").is_file():
+        refuse_adapters(path)
         return Origin("torch_dist", path)
     return Origin("hf" if path.exists() else "missing", path)
 

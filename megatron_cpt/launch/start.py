@@ -151,10 +151,12 @@ def check_continues(run: CheckedRun, accept_changes: bool) -> list[Change]:
     changes = changes_since_last_attempt(run.folder, run.config)
     content = check_identity(run.folder, _identity(run)) if _base_is_there(run) else []
     refused = [*refused_changes(changes), *content]
-    if refused and not accept_changes:
+    if refused and (run.config.lora.on or not accept_changes):
         raise CheckpointError(
             f"{run.folder.root} holds another run; it differs in\n" + "\n".join(f"  {change}" for change in refused),
-            hint="choose a new run_dir, or pass --accept-changes to continue this run all the same, with its own model",
+            hint="choose a new run_dir: adapters continue only on the model and with the settings they began with"
+            if run.config.lora.on
+            else "choose a new run_dir, or pass --accept-changes to continue this run all the same, with its own model",
         )
     return [*changes, *content]
 
@@ -176,12 +178,15 @@ def _identity(run: CheckedRun) -> Identity:
 def check_beginning(checked: CheckedRun) -> None:
     """Without a checkpoint the weights must be there, and a run that has trained before says that it begins again.
 
+    A run of adapters reads the weights at every start.
+
     Raises:
         ConfigError: there are no weights to start from.
         CheckpointError: they are not whole.
     """
     folder = checked.folder
-    if complete_checkpoints(folder.checkpoints) or checked.config.checkpoint.branch_from is not None:
+    goes_on = bool(complete_checkpoints(folder.checkpoints)) or checked.config.checkpoint.branch_from is not None
+    if goes_on and not checked.config.lora.on:
         return
     if checked.origin.kind == "missing":
         raise ConfigError(
@@ -189,6 +194,8 @@ def check_beginning(checked: CheckedRun) -> None:
             hint="name a Hugging Face directory, a torch_dist checkpoint or a run folder, or `random`",
         )
     check_weights(checked.origin, checked.arch, checked.model_dir)
+    if goes_on:
+        return
     trained = max((row.get("consumed_tokens", 0) for row in read_rows(folder.metrics)[0]), default=0)
     if trained:
         logger.warning(

@@ -20,7 +20,7 @@ from megatron_cpt.config.problems import raise_problems
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.sections.batch import sliding_window_problems
 from megatron_cpt.model.gpu_options import fp8_settings
-from megatron_cpt.model.spec import LayerModules, layer_spec, resolve_attention
+from megatron_cpt.model.spec import AdaptLayer, LayerModules, layer_spec, resolve_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -115,17 +115,19 @@ def _interleaving(config: RunConfig) -> dict[str, Any]:
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False} if _vpp(config) else {}
 
 
-def build_model(config: RunConfig, arch: Architecture, modules: LayerModules | None = None) -> list[GPTModel]:
+def build_model(
+    config: RunConfig, arch: Architecture, modules: LayerModules | None = None, adapt: AdaptLayer | None = None
+) -> list[GPTModel]:
     """This rank's model: one GPTModel per virtual pipeline chunk, on its device, weights not yet set.
 
-    `modules` are the classes of a layer, by default those of `model.attention`. Needs `init_runtime` before. Raises
-    ConfigError for what the model's config asks for and this layout lacks.
+    `modules` are the classes of a layer, by default those of `model.attention`; `adapt` puts adapters into its
+    linears. Needs `init_runtime` before. Raises ConfigError for what the model's config asks for and this layout lacks.
     """
     raise_problems(list(sliding_window_problems(config.batch.seq_length, arch)), "the model's config")
     engine_config = transformer_config(config, arch)
     if (vpp := _vpp(config)) is None:
-        return [_build_chunk(config, arch, engine_config, modules, None)]
-    return [_build_chunk(config, arch, engine_config, modules, stage) for stage in range(vpp)]
+        return [_build_chunk(config, arch, engine_config, modules, adapt, None)]
+    return [_build_chunk(config, arch, engine_config, modules, adapt, stage) for stage in range(vpp)]
 
 
 def _build_chunk(
@@ -133,14 +135,19 @@ def _build_chunk(
     arch: Architecture,
     engine_config: TransformerConfig,
     modules: LayerModules | None,
+    adapt: AdaptLayer | None,
     vp_stage: int | None,
 ) -> GPTModel:
     where: dict[str, Any] = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
-    attention = modules or resolve_attention(config.model.attention)
+    attention = modules or resolve_attention(config.model.attention, adapters=adapt is not None)
     model = CptModel(
         config=engine_config,
         transformer_layer_spec=layer_spec(
-            engine_config, attention, document_attention=config.model.document_attention, vp_stage=vp_stage
+            engine_config,
+            attention,
+            document_attention=config.model.document_attention,
+            vp_stage=vp_stage,
+            adapt=adapt,
         ),
         vocab_size=arch.padded_vocab_size(config.parallel.tp),
         max_sequence_length=arch.max_position_embeddings,

@@ -9,6 +9,7 @@ a laptop continues on a GPU cluster, and back. To add a back end: a class with t
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ CORE_ATTENTION: dict[str, type] = {
     "block_causal": BlockCausalAttention,
     "unfused": UnfusedAttention,
 }
+
+
+AdaptLayer = Callable[[ModuleSpec], None]  # changes the spec of a layer in place
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -65,10 +69,13 @@ def transformer_engine_is_usable() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def resolve_attention(asked: str) -> str:
-    """`auto` -> the fastest back end of this machine; ConfigError when `te` is asked for and not available."""
+def resolve_attention(asked: str, *, adapters: bool = False) -> str:
+    """`auto` -> the fastest back end of this machine; ConfigError when `te` is asked for and not available.
+
+    With adapters TransformerEngine is left out: it fuses the norms into the linears that adapters read the input of.
+    """
     if asked == "auto":
-        on_gpu = "te" if transformer_engine_is_usable() else "sdpa"
+        on_gpu = "te" if transformer_engine_is_usable() and not adapters else "sdpa"
         return on_gpu if torch.cuda.is_available() else "block_causal"
     if asked == "te" and not transformer_engine_is_usable():
         why = "is not installed" if torch.cuda.is_available() else "needs CUDA, which is not available here"
@@ -84,13 +91,17 @@ def layer_spec(
     *,
     document_attention: bool = False,
     vp_stage: int | None = None,
+    adapt: AdaptLayer | None = None,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec for GPTModel. `attention` is `te`, a key of CORE_ATTENTION, or the classes to build with.
+
+    `adapt` changes the linears of a layer; TransformerEngine's are none that it could.
 
     With documents kept apart, TransformerEngine's linear layers and norms work with torch's SDPA, which needs
     neither a mask nor another data layout.
     """
     if attention == "te":
+        assert adapt is None, "resolve_attention chooses another back end for adapters"
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         if document_attention:
             layer.submodules.self_attention.submodules.core_attention = SdpaAttention
@@ -103,5 +114,7 @@ def layer_spec(
     heads.core_attention = modules.core_attention
     if config.qk_layernorm:
         heads.q_layernorm = heads.k_layernorm = modules.norm
+    if adapt is not None:
+        adapt(layer)
     layers = [layer] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=modules.norm)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.linears import LINEAR_NAMES, LinearName
 from megatron_cpt.config.run_config import RunConfig
 
 
@@ -36,6 +37,9 @@ class Layout:
     dropout: float = 0.0
     offload_ratio: float = 0.0  # share of the optimizer state in host memory
     moments_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    lora_rank: int | None = None  # of adapters that are trained while all weights are frozen
+    lora_targets: tuple[LinearName, ...] = LINEAR_NAMES
+    lora_dropout: float = 0.0
 
     @classmethod
     def of(cls, config: RunConfig, arch: Architecture) -> Layout:
@@ -63,10 +67,13 @@ class Layout:
             overlap_param_gather=parallel.overlap_param_gather,
             dtype=config.precision.dtype,
             fp8=config.precision.fp8 is not None,
-            attention="te" if model.attention == "auto" else model.attention,
+            attention=_attention(config),
             dropout=model.dropout,
             offload_ratio=config.optimizer.cpu_offload_ratio,
             moments_dtype=config.optimizer.moments_dtype,
+            lora_rank=config.lora.rank,
+            lora_targets=config.lora.targets,
+            lora_dropout=config.lora.dropout,
         )
 
     @property
@@ -93,3 +100,10 @@ class Layout:
     def recomputes(self, module: str) -> bool:
         """Whether `selective` recomputes the module; `full` is asked for by `recompute`."""
         return module in self.recompute_modules
+
+
+def _attention(config: RunConfig) -> Literal["te", "sdpa", "block_causal", "unfused"]:
+    """What `auto` is on a GPU with TransformerEngine, which adapters go without."""
+    if config.model.attention == "auto":
+        return "sdpa" if config.lora.on else "te"
+    return config.model.attention

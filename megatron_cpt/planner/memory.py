@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.linears import Linear, linears
 from megatron_cpt.planner.layout import Layout
 
 GIB = 2**30
@@ -91,6 +92,23 @@ def parameters_of_stage(arch: Architecture, layout: Layout, stage: int) -> int:
     return layer * layout.layers_of(stage) + tables * table + (h if last else 0)
 
 
+def adapters_of_stage(arch: Architecture, layout: Layout, stage: int) -> int:
+    """Return the parameters of the adapters of a rank of the stage.
+
+    Of each pair tensor parallelism cuts the factor on the side where it cuts the linear; the other is whole.
+    """
+    if layout.lora_rank is None:
+        return 0
+    rank, t = layout.lora_rank, layout.tp
+    sizes = [
+        linear.in_features + linear.out_features // t
+        if linear.split == "rows"
+        else linear.in_features // t + linear.out_features
+        for linear in _adapted(arch, layout)
+    ]
+    return rank * sum(sizes) * layout.layers_of(stage)
+
+
 def optimizer_bytes_per_parameter(layout: Layout) -> int:
     """Return the bytes of optimizer state per parameter: an fp32 master weight where there is none, and two moments."""
     return (4 if layout.dtype == "bf16" else 0) + 2 * MOMENT_BYTES[layout.moments_dtype]
@@ -102,7 +120,7 @@ def activation_bytes_of_layer(arch: Architecture, layout: Layout) -> float:
         return _item(layout) * _tokens(layout) * arch.hidden_size / _norm_split(layout)
     kept = _whole_layer(arch, layout)
     if layout.recomputes("mlp"):
-        kept -= _mlp(arch, layout)
+        kept -= _mlp(arch, layout) + _of_adapters(arch, layout, in_mlp=True)
     return kept
 
 
@@ -120,8 +138,10 @@ def layers_in_flight(layout: Layout, stage: int) -> float:
 
 
 def _stage(arch: Architecture, layout: Layout, stage: int) -> StageMemory:
-    parameters = parameters_of_stage(arch, layout, stage)
-    state = optimizer_bytes_per_parameter(layout) * parameters
+    adapters = adapters_of_stage(arch, layout, stage)
+    parameters = parameters_of_stage(arch, layout, stage) + adapters
+    trained = parameters if layout.lora_rank is None else adapters
+    state = optimizer_bytes_per_parameter(layout) * trained
     if layout.distributed_optimizer:
         state = -(-state // (layout.dp * layout.cp))
     host = int(state * layout.offload_ratio)
@@ -134,7 +154,7 @@ def _stage(arch: Architecture, layout: Layout, stage: int) -> StageMemory:
         layers=layout.layers_of(stage),
         parameters=parameters,
         weights=_item(layout) * parameters,
-        gradients=4 * parameters,
+        gradients=4 * trained,
         optimizer=state - host,
         activations=int(activations),
         logits=int(logits),
@@ -158,7 +178,8 @@ def _peak(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]
     kept = _tokens(layout) * (4 * rows + 2 * _item(layout) * h / _norm_split(layout))
     in_loss = _tokens(layout) * _item(layout) * rows
     full_width = _item(layout) * _tokens(layout) * h  # the gradient of the last norm's output, of all tokens
-    weight = _item(layout) * rows * h  # the gradient of the output layer, before it is added to the fp32 sum
+    # the gradient of the output layer, before it is added to the fp32 sum
+    weight = _item(layout) * rows * h if layout.lora_rank is None else 0
     in_linear = in_loss + full_width + _gathered(arch, layout) + weight - 4 * _tokens(layout) * rows
     in_head = max(in_loss, in_linear)
     if kept + in_head >= in_layer:
@@ -171,7 +192,7 @@ def _layer_transient(arch: Architecture, layout: Layout) -> float:
     tokens, item, t, h = _tokens(layout), _item(layout), layout.tp, arch.hidden_size
     stream = item * tokens * h / _norm_split(layout)  # the gradient of the layer's output
     rows = item * tokens * arch.ffn_hidden_size / t  # of one of gate, up and product
-    weight = item * arch.ffn_hidden_size * h / t  # of one of the MLP's matrices
+    weight = item * arch.ffn_hidden_size * h / t if layout.lora_rank is None else 0  # of one of the MLP's matrices
     gathered, full_width = _gathered(arch, layout), item * tokens * h
     in_activation = 3 * rows + gathered
     in_first_linear = 2 * rows - 3 * rows + gathered + full_width + 2 * weight  # what the activation kept is freed
@@ -180,7 +201,7 @@ def _layer_transient(arch: Architecture, layout: Layout) -> float:
     if layout.recompute == "full":
         again = _whole_layer(arch, layout)
     elif layout.recomputes("mlp"):
-        again = _mlp(arch, layout) + stream
+        again = _mlp(arch, layout) + _of_adapters(arch, layout, in_mlp=True) + stream
     in_attention = 0.0  # the MLP is behind
     if layout.attention == "unfused":  # gradients of scores and probabilities
         in_attention = 8 * tokens * layout.seq_length * arch.num_attention_heads / t - _mlp(arch, layout)
@@ -193,7 +214,8 @@ def _whole_layer(arch: Architecture, layout: Layout) -> float:
     tokens, item, t = _tokens(layout), _item(layout), layout.tp
     heads, groups, d = arch.num_attention_heads, arch.num_query_groups, arch.head_dim
     a, g = heads * d, groups * d
-    norms = tokens * (4 * item * arch.hidden_size + 8) / _norm_split(layout)
+    inputs = 2 + _keeps_input(arch, layout, "linear_qkv") + _keeps_input(arch, layout, "linear_fc1")
+    norms = tokens * (inputs * item * arch.hidden_size + 8) / _norm_split(layout)
     attention = item * (3 * a + 3 * g) + 4 * heads
     if layout.attention == "unfused":
         attention = item * 4 * a + layout.seq_length * ((4 + item) * heads + t)
@@ -203,11 +225,39 @@ def _whole_layer(arch: Architecture, layout: Layout) -> float:
         attention += item * a + 4 * (heads + groups)
     rope = 4 * item * d * tokens / layout.micro_batch_size
     dropout = 2 * tokens * arch.hidden_size / _norm_split(layout) if layout.dropout else 0.0
-    return norms + tokens * attention / t + _mlp(arch, layout) + rope + dropout
+    adapters = _of_adapters(arch, layout, in_mlp=True) + _of_adapters(arch, layout, in_mlp=False)
+    return norms + tokens * attention / t + _mlp(arch, layout) + rope + dropout + adapters
+
+
+def _of_adapters(arch: Architecture, layout: Layout, *, in_mlp: bool) -> float:
+    """What the adapters of the MLP, or of the attention, keep: `rank` numbers per token, and dropped inputs."""
+    kept = 0.0
+    for linear in _adapted(arch, layout):
+        if linear.module.startswith("mlp.") != in_mlp:
+            continue
+        row = linear.split == "columns"
+        split = layout.tp if row and layout.sequence_parallel else 1
+        kept += _item(layout) * _tokens(layout) * (layout.lora_rank or 0) / split
+        if layout.lora_dropout:  # the input without what is dropped, and the mask
+            cut = layout.tp if row or layout.sequence_parallel else 1
+            kept += (_item(layout) + 1) * _tokens(layout) * linear.in_features / cut
+    return kept
+
+
+def _adapted(arch: Architecture, layout: Layout) -> list[Linear]:
+    if layout.lora_rank is None:
+        return []
+    return [linear for name, linear in linears(arch).items() if name in layout.lora_targets]
 
 
 def _mlp(arch: Architecture, layout: Layout) -> float:
-    return 3 * _item(layout) * _tokens(layout) * arch.ffn_hidden_size / layout.tp
+    rows = 2 + _keeps_input(arch, layout, "linear_fc2")
+    return rows * _item(layout) * _tokens(layout) * arch.ffn_hidden_size / layout.tp
+
+
+def _keeps_input(arch: Architecture, layout: Layout, fused: str) -> bool:
+    """Whether the backward pass needs the input of a linear: a frozen one without adapters does without."""
+    return layout.lora_rank is None or any(linear.fused == fused for linear in _adapted(arch, layout))
 
 
 def _gathered(arch: Architecture, layout: Layout) -> float:

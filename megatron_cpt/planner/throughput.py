@@ -70,10 +70,15 @@ class Shape:
         """Elements of the output layer."""
         return self.hidden_size * self.vocab_size
 
-    def flops_per_token(self, seq_length: int) -> float:
-        """Return the operations of one trained token, forward and backward; causal attention, no recomputation."""
+    def flops_per_token(self, seq_length: int, *, frozen: bool = False) -> float:
+        """Return the operations of one trained token, forward and backward; causal attention, no recomputation.
+
+        `frozen`: the weights get no gradients of their own, as under adapters.
+        """
         attention = 2 * seq_length * self.num_attention_heads * self.head_dim
-        return 3.0 * (self.num_layers * (2 * self.layer_weights + attention) + 2 * self.head_weights)
+        times = 2.0 if frozen else 3.0
+        products = self.num_layers * 2 * self.layer_weights + 2 * self.head_weights
+        return times * products + 3.0 * self.num_layers * attention
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,8 @@ def throughput(shape: Shape, layout: Layout, hardware: Hardware) -> Throughput:
     tokens_per_s = layout.tokens_per_step / step.total
     per_gpu = tokens_per_s / layout.gpus
     peak = hardware.peak_flops[number_format(layout, hardware)]
-    return Throughput(step, tokens_per_s, per_gpu, per_gpu * shape.flops_per_token(layout.seq_length) / peak)
+    flops = shape.flops_per_token(layout.seq_length, frozen=layout.lora_rank is not None)
+    return Throughput(step, tokens_per_s, per_gpu, per_gpu * flops / peak)
 
 
 def stage_seconds(shape: Shape, layout: Layout, hardware: Hardware) -> list[StageTimes]:
@@ -186,8 +192,10 @@ def _layer(shape: Shape, layout: Layout, hardware: Hardware) -> _Work:
         context = max(0.0, sent / _link(layout, layout.cp * t, hardware) - attention)
     forward = {"none": 3.0, "selective": 3.0, "full": 4.0}[layout.recompute]
     in_mlp = 3 * f * h / shape.layer_weights if layout.recomputes("mlp") else 0.0
+    weight_gradients = 0.0 if layout.lora_rank is None else 1.0  # that a frozen weight does without
+    adapters = 2 * tokens * _adapter_weights(shape, layout) / _product_rate(layout, hardware)
     return _Work(
-        products=products * (forward + in_mlp),
+        products=products * (forward - weight_gradients + in_mlp) + adapters * (forward + in_mlp),
         attention=attention * (forward + 0.5),  # the backward pass computes the scores again: 2.5 products for 2
         elementwise=elementwise * forward,
         tensor_parallel=tensor
@@ -202,7 +210,12 @@ def _head(shape: Shape, layout: Layout, hardware: Hardware) -> _Work:
     rows = shape.vocab_size / t
     moved = tokens * rows * 22  # logits in bf16, as fp32, exponentials, probabilities, their gradient
     return _Work(
-        products=3 * 2 * tokens * shape.head_weights / t / _product_rate(layout, hardware),
+        products=(3 if layout.lora_rank is None else 2)
+        * 2
+        * tokens
+        * shape.head_weights
+        / t
+        / _product_rate(layout, hardware),
         elementwise=moved / (hardware.efficiency["hbm"] * hardware.hbm_bytes_per_s),
         tensor_parallel=2 * _collective(_ITEM * tokens * shape.hidden_size, t, hardware.nvlink_bytes_per_s, hardware),
     )
@@ -242,7 +255,21 @@ def _optimizer(shape: Shape, layout: Layout, hardware: Hardware) -> float:
     return moved / (hardware.efficiency["hbm"] * hardware.hbm_bytes_per_s) + on_host
 
 
+def _adapter_weights(shape: Shape, layout: Layout) -> float:
+    """Elements of a layer's adapters on one rank: tensor parallelism cuts one factor of each."""
+    if layout.lora_rank is None:
+        return 0.0
+    h, f, t = shape.hidden_size, shape.ffn_hidden_size, layout.tp
+    a, g = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    sizes = {name: h + rows / t for name, rows in (("q_proj", a), ("k_proj", g), ("v_proj", g))}
+    sizes |= {"gate_proj": h + f / t, "up_proj": h + f / t, "o_proj": a / t + h, "down_proj": f / t + h}
+    return layout.lora_rank * sum(sizes[name] for name in layout.lora_targets)
+
+
 def _stage_weights(shape: Shape, layout: Layout) -> float:
+    """Weights that a rank of the largest stage trains."""
+    if layout.lora_rank is not None:
+        return max(layout.layers_per_stage) * _adapter_weights(shape, layout)
     head = shape.head_weights
     return (max(layout.layers_per_stage) * shape.layer_weights + head * (2 if layout.pp == 1 else 1)) / layout.tp
 

@@ -25,6 +25,7 @@ from megatron_cpt import __version__
 from megatron_cpt.architecture.model_folder import side_files
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.config.sections.lora import LoraConfig
 from megatron_cpt.config.yaml_file import read_yaml
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import CheckpointError, ConfigError
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # A change of these makes it another run, as does a change of the model's content (launch/identity.py); everything else
 # may change from one attempt to the next.
-_IDENTITY = ("job_name", "seed", "precision.dtype")
+_IDENTITY = ("job_name", "seed", "precision.dtype", "lora.rank", "lora.alpha", "lora.rslora", "lora.targets")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def changes_since_last_attempt(folder: RunFolder, config: RunConfig) -> list[Cha
         raise CheckpointError(
             f"{folder.resolved} is not the config of a run: {error.message}", hint="choose a new run_dir"
         ) from error
+    old.setdefault("lora", LoraConfig().model_dump(mode="json"))  # of before there were adapters
     return [c for c in config_changes(old, resolved_dict(config)) if c.path != "run_dir"]
 
 

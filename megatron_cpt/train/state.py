@@ -32,6 +32,7 @@ from megatron_cpt.model.gpu_options import optimizer_settings
 from megatron_cpt.model.load_hf import global_name, load_hf_weights, random_weights
 from megatron_cpt.model.load_megatron import load_megatron_weights, unset_weights
 from megatron_cpt.model.spec import LayerModules
+from megatron_cpt.peft.adapters import adapted_layer, let_gradients_begin, set_first_values
 from megatron_cpt.runtime.adamw import select_adam
 from megatron_cpt.runtime.distributed import has_gloo_groups
 from megatron_cpt.train.terms import Penalty
@@ -82,15 +83,20 @@ def build_train_state(
         ConfigError: the layout or precision lacks what the model needs.
         CheckpointError: the weights are missing, damaged or of another model; on every rank.
     """
-    chunks = build_model(config, arch, modules)
+    lora = config.lora
+    chunks = build_model(config, arch, modules, adapted_layer(lora, arch) if lora.on else None)
     trainable = trainable or trainable_of(config, arch)
     if read_base:
         _set_from_origin(chunks, origin or resolve_origin(config.model.init_from), arch, config.seed, trainable)
+        if lora.on:
+            set_first_values(chunks, arch, config.seed)
     else:
         unset_weights(chunks)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(trainable.trains(global_name(chunk, name)))
+    if lora.on and config.recompute.granularity == "full":
+        let_gradients_begin(chunks)
     model_config = chunks[0].config
     wrapped: list[Any] = [Float16Module(model_config, c) for c in chunks] if model_config.bf16 else list(chunks)
     ddp_config = DistributedDataParallelConfig(

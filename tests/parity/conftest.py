@@ -40,10 +40,10 @@ def parity_results(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) 
     return results
 
 
-def launch(ranks: int, models_dir: Path, folder: Path) -> dict[str, Any]:
+def launch(ranks: int, models_dir: Path, folder: Path, worker: str = "worker.py") -> dict[str, Any]:
     out, log = folder / "results.json", folder / "log.txt"
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(HERE / "worker.py"), str(ranks), str(models_dir), str(out)]
+    command += ["--nproc-per-node", str(ranks), str(HERE / worker), str(ranks), str(models_dir), str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     with log.open("w") as stream:
         code = subprocess.run(

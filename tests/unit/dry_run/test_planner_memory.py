@@ -38,6 +38,10 @@ LAYOUTS = [
     "precision.dtype=fp32 parallel.distributed_optimizer=false",
     "batch.seq_length=16384 parallel.nodes=16 parallel.cp=4",
     "model.dropout=0.1",
+    "lora.rank=64",
+    "lora.rank=64 recompute.granularity=full",
+    "lora.rank=16 lora.targets=[q_proj,v_proj] parallel.sequence_parallel=false",
+    "lora.rank=64 lora.dropout=0.1 recompute.granularity=selective recompute.modules=[mlp]",
 ]
 
 

@@ -90,3 +90,11 @@ def test_an_unknown_gpu_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         find_hardware("h100-80gb")
     assert "did you mean 'h100-80g'" in str(caught.value.hint)
+
+
+def test_adapters_save_the_gradients_of_the_frozen_weights() -> None:
+    full, lora = speed().step, speed(lora_rank=16).step
+    assert 2 / 3 < lora.products / full.products < 0.7
+    assert lora.optimizer < 0.01 * full.optimizer
+    frozen = SHAPE.flops_per_token(4096, frozen=True)
+    assert SHAPE.flops_per_token(4096) - frozen == 2 * (80 * SHAPE.layer_weights + SHAPE.head_weights)

@@ -1,0 +1,1 @@
+"""Adapters that are trained in place of the weights, inside Megatron-Core's linear layers."""
