@@ -16,6 +16,7 @@ from megatron_cpt.config.sections.checkpoint import CheckpointConfig
 from megatron_cpt.config.sections.data import DataConfig
 from megatron_cpt.config.sections.evaluation import EvalConfig
 from megatron_cpt.config.sections.failure import FailureConfig
+from megatron_cpt.config.sections.forgetting import ForgettingConfig
 from megatron_cpt.config.sections.log import LogConfig
 from megatron_cpt.config.sections.lora import LoraConfig
 from megatron_cpt.config.sections.model import ModelConfig
@@ -44,6 +45,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     data: DataConfig = DataConfig()
+    forgetting: ForgettingConfig = ForgettingConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     failure: FailureConfig = FailureConfig()

@@ -14,7 +14,7 @@ from megatron_cpt.dry_run.exchange import exchange_faults
 from megatron_cpt.dry_run.fake_world import Place, as_rank, prepare_process
 from megatron_cpt.dry_run.kernels import modules_of_a_gpu
 from megatron_cpt.dry_run.parameters import count_parameters, parameter_faults, saved_faults
-from megatron_cpt.dry_run.rank import BuiltRank, StaticBytes, build_rank, note_rank
+from megatron_cpt.dry_run.rank import BuiltRank, StaticBytes, build_rank, build_terms, note_rank
 from megatron_cpt.dry_run.schedule import ScheduleRun, enough_micro_batches, run_step
 from megatron_cpt.dry_run.tiling import Tiling
 from megatron_cpt.train.checkpoint_state import optimizer_sharding
@@ -113,10 +113,11 @@ def dry_run(config: RunConfig, arch: Architecture, derived: Derived, on_rank: On
     for rank in range(world_size):
         with as_rank(config, rank) as place:
             state = build_rank(config, arch, modules_of_a_gpu(config))
-            seen.add(note_rank(state, place, config.optimizer))
+            terms = build_terms(config, arch, modules_of_a_gpu(config))
+            seen.add(note_rank(state, place, config.optimizer, terms))
             if place.pp not in seen.steps:
-                seen.steps[place.pp] = run_step(state, config, micro_batches, on_gpu=True)
-            del state
+                seen.steps[place.pp] = run_step(state, config, micro_batches, on_gpu=True, terms=terms)
+            del state, terms
         if on_rank is not None:
             on_rank(rank + 1, world_size)
     return _compare(config, arch, derived, seen, micro_batches)

@@ -12,7 +12,7 @@ from megatron_cpt.planner.memory import GIB
 from megatron_cpt.planner.text import told_apart, wrapped
 
 _MOST_FAULTS = 20
-_STATIC = ("weights", "gradients", "optimizer")
+_STATIC = ("weights", "gradients", "optimizer", "reference")
 NOT_COUNTED = "a GPU also holds the CUDA context, NCCL's buffers and the allocator's gaps: megatron-cpt plan adds them"
 
 
@@ -106,11 +106,12 @@ def _found(result: DryRun, check: Check, otherwise: str = "") -> str:
 
 
 def _bytes(result: DryRun) -> Iterator[str]:
-    columns = (*_STATIC, *PARTS, "peak")
+    static = [part for part in _STATIC if part != "reference" or any(stage.static.reference for stage in result.stages)]
+    columns = (*static, *PARTS, "peak")
     yield "GiB of a rank when it holds most"
     yield "  stage  layers " + " ".join(f"{column:>11}" for column in columns)
     for stage in told_apart(result.stages, lambda stage: stage.peak, fullest=6):
-        sizes = [getattr(stage.static, part) for part in _STATIC]
+        sizes = [getattr(stage.static, part) for part in static]
         sizes += [stage.step.at_peak[part] for part in PARTS]
         cells = " ".join(f"{size / GIB:>11.2f}" for size in (*sizes, stage.peak))
         yield f"  {stage.stage:>5}  {stage.layers:>6} {cells}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from megatron_cpt.config.sections.optimizer import OptimizerConfig
 from megatron_cpt.dry_run.fake_world import META, Place
 from megatron_cpt.dry_run.live_bytes import storage_bytes
 from megatron_cpt.dry_run.shards import Shard, shards_of
+from megatron_cpt.forgetting.kl import KlToBase
+from megatron_cpt.forgetting.reference import FrozenReference, build_reference
 from megatron_cpt.model.load_megatron import model_shards
 from megatron_cpt.model.spec import LayerModules
 from megatron_cpt.planner.memory import MOMENT_BYTES
@@ -31,11 +33,12 @@ class StaticBytes:
     gradients: int
     optimizer: int
     host: int  # optimizer state that `optimizer.cpu_offload_ratio` keeps in the host's memory
+    reference: int = 0  # the frozen model of forgetting.kl
 
     @property
     def total(self) -> int:
         """On the GPU."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.reference
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,31 @@ def build_rank(config: RunConfig, arch: Architecture, modules: LayerModules | No
     return state
 
 
-def note_rank(state: TrainState, place: Place, asked: OptimizerConfig) -> BuiltRank:
+def build_terms(config: RunConfig, arch: Architecture, modules: LayerModules | None) -> tuple[KlToBase, ...]:
+    """Build the loss terms of the rank that this process is, with their reference; all tokens count in them."""
+    asked = config.forgetting.active_kl
+    if asked is None:
+        return ()
+    with META:
+        reference = FrozenReference(build_reference(for_the_cluster(config), arch, modules))
+    return (KlToBase(asked.model_copy(update={"sources": None}), reference, (), arch.vocab_size),)
+
+
+def note_rank(state: TrainState, place: Place, asked: OptimizerConfig, terms: Sequence[KlToBase] = ()) -> BuiltRank:
     """Return what there is to know of a built rank. `asked` is the section of the run's own config."""
     chunks = [unwrap(chunk) for chunk in state.chunks]
     saved = shards_of(saved_state(state))
     return BuiltRank(
-        place, static_bytes(state, asked), tuple(shards_of(model_shards(chunks))), tuple(saved), _structure(chunks)
+        place,
+        static_bytes(state, asked, terms),
+        tuple(shards_of(model_shards(chunks))),
+        tuple(saved),
+        _structure(chunks),
     )
 
 
-def static_bytes(state: TrainState, asked: OptimizerConfig) -> StaticBytes:
-    """Count the storages of weights, gradient sums and optimizer state.
+def static_bytes(state: TrainState, asked: OptimizerConfig, terms: Sequence[KlToBase] = ()) -> StaticBytes:
+    """Count the storages of weights, gradient sums, optimizer state and the frozen references of `terms`.
 
     Moments count in the dtype that `asked` names, and the offloaded share of the state counts in the host's memory.
     """
@@ -95,16 +112,21 @@ def static_bytes(state: TrainState, asked: OptimizerConfig) -> StaticBytes:
     main = sum(size for key, size in storage_bytes(owned).items() if key not in weights)
     moments = sum(2 * MOMENT_BYTES[asked.moments_dtype] * parameter.numel() for parameter in owned)
     host = int((main + moments) * asked.cpu_offload_ratio)
-    return StaticBytes(sum(weights.values()), sum(gradients.values()), main + moments - host, host)
+    reference = sum(storage_bytes(_reference_parameters(terms)).values())
+    return StaticBytes(sum(weights.values()), sum(gradients.values()), main + moments - host, host, reference)
 
 
-def known_storages(state: TrainState) -> set[int]:
+def known_storages(state: TrainState, terms: Sequence[KlToBase] = ()) -> set[int]:
     """Return the storages that `static_bytes` counts."""
     tensors = [p for chunk in state.chunks for p in chunk.parameters()]
     tensors += [buffer.grad_data for buffer in _buffers(state)]
     for optimizer, parameter in _optimizer_parameters(state):
         tensors += [parameter, *optimizer.state[parameter].values()]
-    return set(storage_bytes(tensors))
+    return set(storage_bytes([*tensors, *_reference_parameters(terms)]))
+
+
+def _reference_parameters(terms: Sequence[KlToBase]) -> list[Tensor]:
+    return [parameter for term in terms for chunk in term.reference.chunks for parameter in chunk.parameters()]
 
 
 def _buffers(state: TrainState) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron_cpt.data.micro_batch import MicroBatch
 from megatron_cpt.dry_run.fake_world import META
 from megatron_cpt.dry_run.live_bytes import LiveBytes, Message, Part
 from megatron_cpt.dry_run.rank import known_storages
+from megatron_cpt.forgetting.kl import KlToBase
 from megatron_cpt.train.state import TrainState, unwrap
 from megatron_cpt.train.step import run_schedule
 
@@ -36,23 +37,40 @@ def enough_micro_batches(micro_batches: int, pp: int) -> int:
     return min(micro_batches, 2 * pp)
 
 
-def run_step(state: TrainState, config: RunConfig, micro_batches: int, *, on_gpu: bool) -> ScheduleRun:
-    """Run `micro_batches` through the schedule of the rank that this process is.
+def run_step(
+    state: TrainState, config: RunConfig, micro_batches: int, *, on_gpu: bool, terms: Sequence[KlToBase] = ()
+) -> ScheduleRun:
+    """Run `micro_batches` through the schedule of the rank that this process is, with the loss terms of its rank.
 
     `on_gpu` counts as on a GPU, where an output that was sent to the next stage is freed at once.
     """
     state.model_config.deallocate_pipeline_outputs = on_gpu
     state.model_config.finalize_model_grads_func = _finalize
-    live = LiveBytes(known_storages(state))
+    live = LiveBytes(known_storages(state, terms))
     hooks = [hook for chunk in state.chunks for hook in _watch_parts(unwrap(chunk), live)]
     batch = _micro_batch(config)
     for chunk in state.chunks:
         chunk.train()
+    batches = [batch.copy() for _ in range(micro_batches)]
     with live:
-        run_schedule(state, [batch] * micro_batches, len(config.data.train), (), forward_only=False)
+        for term in terms:
+            term.before_step(batches)
+        run_schedule(state, batches, len(config.data.train), terms, forward_only=False)
     for hook in hooks:
         hook.remove()
-    return ScheduleRun(live.peak, live.at_peak, tuple(live.messages))
+    rest = _brought_bytes(batches[0]) * (_micro_batches_of_step(config) - micro_batches)
+    at_peak = {**live.at_peak, "activations": live.at_peak["activations"] + rest}
+    return ScheduleRun(live.peak + rest, at_peak, tuple(live.messages))
+
+
+def _brought_bytes(batch: MicroBatch) -> int:
+    """Bytes that loss terms keep of a micro-batch from before the step to its end."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in batch.get("term_tensors", {}).values())
+
+
+def _micro_batches_of_step(config: RunConfig) -> int:
+    batch = config.batch
+    return batch.global_batch_size // (batch.micro_batch_size * config.parallel.data_parallel_size)
 
 
 def _finalize(model: Any, num_tokens: torch.Tensor | None = None, **options: Any) -> None:

@@ -98,6 +98,25 @@ def check_weights(origin: Origin, arch: Architecture, model_dir: Path) -> None:
                 )
 
 
+def check_reference(run: CheckedRun) -> None:
+    """Check that the frozen reference of forgetting.kl can be read: it is needed at each start, not at the first only.
+
+    Raises:
+        ConfigError: its weights are gone.
+        CheckpointError: they are not whole.
+    """
+    if run.config.forgetting.active_kl is None:
+        return
+    if run.origin.kind == "missing":
+        raise ConfigError(
+            f"forgetting.kl compares with the weights of model.init_from = {run.config.model.init_from!r}, which does "
+            "not exist",
+            hint="bring the base model back, or set model.init_from to where it is now; forgetting.kl: null goes on "
+            "without it",
+        )
+    check_weights(run.origin, run.arch)
+
+
 def branch_point(config: RunConfig) -> tuple[Path, Marker] | None:
     """The checkpoint of another run that checkpoint.branch_from names, None when it names none.
 

@@ -22,6 +22,7 @@ from megatron_cpt.launch.preflight import (
     CheckedRun,
     branch_point,
     check_free_space,
+    check_reference,
     check_run,
     check_weights,
     standing_ledger,
@@ -106,6 +107,7 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
     if not under_launcher() and _is_finished(run):  # else the ranks are up, and loading it proves that it is whole
         return replace(run, finished=True)
     check_beginning(run.checked)
+    check_reference(run.checked)
     check_free_space(run.checked)
     fresh = not complete_checkpoints(folder.checkpoints)
     create_run_folder(folder, config, run.checked.model_dir if fresh else None)

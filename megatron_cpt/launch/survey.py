@@ -34,6 +34,7 @@ from megatron_cpt.launch.origin import model_dir, resolve_origin
 from megatron_cpt.launch.preflight import (
     CheckedRun,
     check_free_space,
+    check_reference,
     check_weights,
     refuse_missing_trackers,
     standing_ledger,
@@ -191,6 +192,9 @@ def _look_at_run_folder(run: CheckedRun, findings: _Findings) -> Ledger:
     if run.origin.kind == "missing":
         with findings.of(only_here=True):
             check_beginning(run)
+    if run.origin.kind == "missing" or complete_checkpoints(run.folder.checkpoints):  # else looked at above
+        with findings.of(only_here=run.origin.kind == "missing"):
+            check_reference(run)
     with findings.of(only_here=True):
         check_free_space(run)
     return ledger

@@ -40,6 +40,7 @@ class Layout:
     lora_rank: int | None = None  # of adapters that are trained while all weights are frozen
     lora_targets: tuple[LinearName, ...] = LINEAR_NAMES
     lora_dropout: float = 0.0
+    reference: bool = False  # a frozen model beside the trained one, for forgetting.kl
 
     @classmethod
     def of(cls, config: RunConfig, arch: Architecture) -> Layout:
@@ -74,6 +75,7 @@ class Layout:
             lora_rank=config.lora.rank,
             lora_targets=config.lora.targets,
             lora_dropout=config.lora.dropout,
+            reference=config.forgetting.active_kl is not None,
         )
 
     @property

@@ -13,6 +13,9 @@ matrix of scores (Dao 2023, arXiv:2307.08691) and a gated activation that keeps 
     gate and up, and their product        e * 3f           / t
     cosines and sines of q and k          e * 4 head_dim   per position
 
+With forgetting.kl a frozen model lies beside the trained one. On the last stage it leaves the input of its output layer
+of every micro-batch of the step, and the divergence keeps its gradient until the backward pass.
+
 `megatron-cpt dry-run` counts the live bytes of the real model under the real schedule, and a test compares.
 """
 
@@ -32,6 +35,10 @@ MOMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}  # of one of AdamW's two, by opt
 CONTEXT_BYTES = 2.82 * GIB
 GROUP_BYTES = 0.3 * GIB
 FRAGMENTATION = 0.02
+# The divergence works on a part of a sample's tokens at a time, with so many fp32 copies of it:
+# forgetting/vocab_parallel_kl.py.
+KL_PART_ELEMENTS = 2**24
+_KL_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,12 @@ class StageMemory:
     transient: int  # beyond them, in the most demanding moment of the backward pass
     overhead: int
     host: int = 0  # optimizer state in the host's memory
+    reference: int = 0  # the frozen model of forgetting.kl
 
     @property
     def static(self) -> int:
         """Bytes that do not depend on the batch."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
     def live(self) -> int:
@@ -146,6 +154,9 @@ def _stage(arch: Architecture, layout: Layout, stage: int) -> StageMemory:
         state = -(-state // (layout.dp * layout.cp))
     host = int(state * layout.offload_ratio)
     activations = layers_in_flight(layout, stage) * activation_bytes_of_layer(arch, layout)
+    if layout.reference and stage == layout.pp - 1:
+        kept = _item(layout) * _tokens(layout) * arch.hidden_size / _norm_split(layout)
+        activations += layout.micro_batches * kept
     logits, transient = _peak(arch, layout, stage)
     groups = sum(size > 1 for size in (layout.tp, layout.pp, layout.dp * layout.cp, layout.cp))
     overhead = CONTEXT_BYTES + groups * GROUP_BYTES + FRAGMENTATION * (activations + logits + transient)
@@ -161,6 +172,7 @@ def _stage(arch: Architecture, layout: Layout, stage: int) -> StageMemory:
         transient=int(transient),
         overhead=int(overhead),
         host=host,
+        reference=_item(layout) * parameters if layout.reference else 0,
     )
 
 
@@ -176,15 +188,28 @@ def _peak(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]
         return 0.0, in_layer
     rows = arch.padded_vocab_size(layout.tp) / layout.tp
     kept = _tokens(layout) * (4 * rows + 2 * _item(layout) * h / _norm_split(layout))
-    in_loss = _tokens(layout) * _item(layout) * rows
+    in_loss = one = _tokens(layout) * _item(layout) * rows
+    if layout.reference:
+        in_loss = _in_divergence(layout, rows)
     full_width = _item(layout) * _tokens(layout) * h  # the gradient of the last norm's output, of all tokens
     # the gradient of the output layer, before it is added to the fp32 sum
     weight = _item(layout) * rows * h if layout.lora_rank is None else 0
-    in_linear = in_loss + full_width + _gathered(arch, layout) + weight - 4 * _tokens(layout) * rows
+    in_linear = one + full_width + _gathered(arch, layout) + weight - 4 * _tokens(layout) * rows
     in_head = max(in_loss, in_linear)
     if kept + in_head >= in_layer:
         return kept, in_head
     return 0.0, in_layer
+
+
+def _in_divergence(layout: Layout, rows: float) -> float:
+    """Beyond what the loss keeps: in the divergence, or in the cross entropy after it.
+
+    The first holds the logits of both models and the gradient, the second the logits, that gradient, and in bf16 a copy
+    of the logits, which in fp32 becomes the probabilities.
+    """
+    one = _tokens(layout) * _item(layout) * rows
+    part = 4 * min(KL_PART_ELEMENTS, layout.seq_length / layout.cp * rows)
+    return max(3 * one + _KL_COPIES * part - 4 * _tokens(layout) * rows, (3 if _item(layout) == 2 else 2) * one)
 
 
 def _layer_transient(arch: Architecture, layout: Layout) -> float:

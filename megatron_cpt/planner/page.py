@@ -13,7 +13,7 @@ from megatron_cpt.planner.text import told_apart, wrapped
 from megatron_cpt.planner.throughput import UNCERTAINTY
 from megatron_cpt.runs.checkpoints import format_bytes
 
-_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "transient", "overhead", "total")
+_PARTS = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "transient", "overhead", "total")
 _LABEL_COLUMNS = 18
 
 
@@ -73,9 +73,10 @@ def _what(plan: Plan, schedule: str) -> Iterator[str]:
 def _memory(plan: Plan) -> Iterator[str]:
     capacity = plan.hardware.memory_bytes / GIB
     yield f"memory of a GPU in GiB, of {capacity:.1f} ({plan.hardware.name})"
-    yield "  stage  layers " + " ".join(f"{part:>11}" for part in _PARTS)
+    parts = [part for part in _PARTS if part != "reference" or plan.layout.reference]
+    yield "  stage  layers " + " ".join(f"{part:>11}" for part in parts)
     for stage in told_apart(plan.stages, lambda stage: stage.total, fullest=7):
-        cells = " ".join(f"{getattr(stage, part) / GIB:>11.2f}" for part in _PARTS)
+        cells = " ".join(f"{getattr(stage, part) / GIB:>11.2f}" for part in parts)
         yield f"  {stage.stage:>5}  {stage.layers:>6} {cells}"
     if plan.worst.host:
         ranks = plan.layout.gpus_per_node

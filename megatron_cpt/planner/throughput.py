@@ -7,7 +7,8 @@ A micro-batch of T tokens per rank costs a layer, forward:
     elementwise       norms, rotation, activation, residual sums         at an efficiency of HBM
     tensor parallel   2 gathers and 2 reductions of 2 T h bytes          at an efficiency of NVLink
 
-and twice that backward, once more forward where it is recomputed. The last stage adds the logits and the loss. A
+and twice that backward, once more forward where it is recomputed, and once more in the frozen reference of
+forgetting.kl. The last stage adds the logits and the loss. A
 pipeline takes m rounds of its slowest stage and 1 / v of each of the others (Narayanan et al. 2021, arXiv:2104.04473).
 Gradients are reduced in fp32 over data-parallel ranks, and the weights gathered; overlapped, one part of several stays
 exposed.
@@ -29,6 +30,7 @@ _ITEM = 2  # bytes of an activation in bf16
 # Nine of ten predictions for sources that were not fitted lie within this share: benchmarks/planner_accuracy.py.
 UNCERTAINTY = 0.15
 _SCORE_BYTES = 10  # read and written for each score by masked softmax and dropout
+_DIVERGENCE_BYTES = 160  # read and written for each logit by forgetting/vocab_parallel_kl.py, counted by operation
 _KERNEL_SECONDS = 4e-6  # to start one of the small kernels
 _MESSAGE_SECONDS = 15e-6  # to start a transfer between nodes
 
@@ -191,17 +193,19 @@ def _layer(shape: Shape, layout: Layout, hardware: Hardware) -> _Work:
         sent = 2 * _ITEM * tokens * g / t * (layout.cp - 1)
         context = max(0.0, sent / _link(layout, layout.cp * t, hardware) - attention)
     forward = {"none": 3.0, "selective": 3.0, "full": 4.0}[layout.recompute]
+    other = 1.0 if layout.reference else 0.0
     in_mlp = 3 * f * h / shape.layer_weights if layout.recomputes("mlp") else 0.0
     weight_gradients = 0.0 if layout.lora_rank is None else 1.0  # that a frozen weight does without
     adapters = 2 * tokens * _adapter_weights(shape, layout) / _product_rate(layout, hardware)
     return _Work(
-        products=products * (forward - weight_gradients + in_mlp) + adapters * (forward + in_mlp),
-        attention=attention * (forward + 0.5),  # the backward pass computes the scores again: 2.5 products for 2
-        elementwise=elementwise * forward,
+        products=products * (forward - weight_gradients + in_mlp + other) + adapters * (forward + in_mlp),
+        # the backward pass computes the scores again: 2.5 products for 2
+        attention=attention * (forward + 0.5 + other),
+        elementwise=elementwise * (forward + other),
         tensor_parallel=tensor
-        * (2.0 if forward == 3.0 else 3.0)
+        * ((2.0 if forward == 3.0 else 3.0) + other)
         * (1.0 - (hardware.efficiency["overlap"] if layout.overlap_tensor_parallel else 0.0)),
-        context_parallel=context * 2,
+        context_parallel=context * (2 + other),
     )
 
 
@@ -209,8 +213,12 @@ def _head(shape: Shape, layout: Layout, hardware: Hardware) -> _Work:
     tokens, t = _tokens(layout), layout.tp
     rows = shape.vocab_size / t
     moved = tokens * rows * 22  # logits in bf16, as fp32, exponentials, probabilities, their gradient
+    passes = 3
+    if layout.reference:
+        moved += tokens * rows * _DIVERGENCE_BYTES
+        passes = 4
     return _Work(
-        products=(3 if layout.lora_rank is None else 2)
+        products=(passes if layout.lora_rank is None else passes - 1)
         * 2
         * tokens
         * shape.head_weights

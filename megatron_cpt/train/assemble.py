@@ -14,6 +14,7 @@ from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.validation import ValidationSet
+from megatron_cpt.forgetting.kl import kl_terms
 from megatron_cpt.launch.preflight import CheckedRun, branch_point
 from megatron_cpt.launch.start import PreparedRun
 from megatron_cpt.runs.folder import RunFolder, count_attempts
@@ -56,6 +57,9 @@ def train_run(
     read_base = chosen is None or not trainable.saves_every_weight
     _say("building the model" + (f", with the weights of {config.model.init_from}" if read_base else ""))
     state = build_train_state(config, job.arch, origin=job.origin, trainable=trainable, read_base=read_base)
+    if config.forgetting.active_kl is not None:
+        _say(f"loading the frozen reference {config.model.init_from}")
+    terms = kl_terms(config, job.arch, job.origin, list(batches.streams))
     clock.lap("model")
     if chosen is not None:
         _say(f"loading {chosen[0]}")
@@ -89,6 +93,7 @@ def train_run(
         Control(folder.root, runtime.device, minutes and 60 * minutes),
         watchdog,
         report,
+        terms,
     )
     try:
         return train(context, position)

@@ -29,8 +29,9 @@ from megatron_cpt.config.trainable import Trainable, trainable_of
 from megatron_cpt.launch.origin import Origin, resolve_origin
 from megatron_cpt.model.build import DTYPES, build_model
 from megatron_cpt.model.gpu_options import optimizer_settings
-from megatron_cpt.model.load_hf import global_name, load_hf_weights, random_weights
-from megatron_cpt.model.load_megatron import load_megatron_weights, unset_weights
+from megatron_cpt.model.load_hf import global_name
+from megatron_cpt.model.load_megatron import unset_weights
+from megatron_cpt.model.load_origin import load_from_origin
 from megatron_cpt.model.spec import LayerModules
 from megatron_cpt.peft.adapters import adapted_layer, let_gradients_begin, set_first_values
 from megatron_cpt.runtime.adamw import select_adam
@@ -87,7 +88,7 @@ def build_train_state(
     chunks = build_model(config, arch, modules, adapted_layer(lora, arch) if lora.on else None)
     trainable = trainable or trainable_of(config, arch)
     if read_base:
-        _set_from_origin(chunks, origin or resolve_origin(config.model.init_from), arch, config.seed, trainable)
+        load_from_origin(chunks, origin or resolve_origin(config.model.init_from), arch, config.seed, trainable.in_base)
         if lora.on:
             set_first_values(chunks, arch, config.seed)
     else:
@@ -115,17 +116,6 @@ def build_train_state(
     optimizer = get_megatron_optimizer(optimizer_config(config), ddp, use_gloo_process_groups=has_gloo_groups())
     _connect(model_config, ddp, optimizer, config)
     return TrainState(config, arch, trainable, model_config, ddp, optimizer, adam)
-
-
-def _set_from_origin(
-    chunks: list[GPTModel], origin: Origin, arch: Architecture, seed: int, trainable: Trainable
-) -> None:
-    if origin.kind == "random":
-        random_weights(chunks, arch, seed, trainable.in_base)
-    elif origin.kind == "torch_dist":
-        load_megatron_weights(chunks, origin.weights, trainable.in_base)
-    else:
-        load_hf_weights(chunks, origin.weights, arch, trainable.in_base)
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:

@@ -134,9 +134,11 @@ def _forward_step(
         {name: axis for term in terms for name, axis in term.sequence_axes.items()},
     )
     documents = document_starts(batch["document_ids"]) if "document_ids" in batch else None
-    output = model(batch["tokens"], batch["position_ids"], documents, labels=None if terms else batch["labels"])
-    if terms:
+    if terms:  # logits stay in the dtype of the model: a copy of all of them in fp32 is the largest tensor of the step
+        options = {"fp32_output": False} if bare.config.bf16 else {}
+        output = model(batch["tokens"], batch["position_ids"], documents, **options)
         return output, partial(_loss_of_logits, bare, batch, num_sources, terms)
+    output = model(batch["tokens"], batch["position_ids"], documents, labels=batch["labels"])
     return output, partial(_loss, batch, num_sources, ())
 
 

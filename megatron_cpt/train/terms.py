@@ -43,7 +43,7 @@ class LossTerm(Protocol):
         `logits_sbv` [s, b, padded vocabulary / TP] and `batch` are those of this rank: its part of the sequence under
         context parallelism, its rows of the vocabulary under tensor parallelism. Every tensor-parallel rank returns
         the same value. Padding rows of the vocabulary are included. The logits are a
-        transposed view, and must not be overwritten.
+        transposed view in the dtype of the model, and must not be overwritten.
         """
         ...
 

@@ -28,6 +28,8 @@ class TrainRow:
     documents: bool = False  # whether the samples carry document ids
     term_weight: float = 0.0  # of a second cross entropy, a loss term; 0: without it
     l2: float = 0.0  # strength of an L2 penalty
+    kl: dict[str, Any] | None = None  # forgetting.kl; the sources are named "0" and "1"
+    kl_reference: str = "reference"  # a model
     bucket_elements: int | None = None
 
 
@@ -44,6 +46,8 @@ DROPOUT = {"model.dropout": 0.1}
 DOCUMENTS = {"model.document_attention": True}
 SELECTIVE = {"recompute.granularity": "selective", "recompute.modules": ["core_attn", "mlp"]}
 NO_DECAY = {"optimizer.weight_decay": 0.0}
+FORWARD_KL = {"weight": 1.5}
+REVERSE_KL = {"weight": 2.0, "direction": "reverse", "temperature": 2.0, "sources": ("1",)}
 OVERLAP = parallel(overlap_grad_reduce=True, overlap_param_gather=True)
 
 # fmt: off
@@ -78,6 +82,13 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("term", 1, NO_DECAY, term_weight=0.5),
     TrainRow("l2", 1, NO_DECAY, l2=0.05),
     TrainRow("term_without_weight", 1, term_weight=1e-30),
+    # KL to another, frozen model; `test_kl.py` compares the first two with transformers
+    TrainRow("kl", 1, NO_DECAY, kl=FORWARD_KL),
+    TrainRow("kl_reverse", 1, NO_DECAY, kl=REVERSE_KL),
+    TrainRow("kl_tied", 1, NO_DECAY, model="base_tied", kl=FORWARD_KL, kl_reference="reference_tied"),
+    TrainRow("kl_odd_vocab", 1, NO_DECAY, model="odd_vocab", kl=FORWARD_KL, kl_reference="reference_odd_vocab"),
+    TrainRow("kl_to_itself", 1, NO_DECAY, baseline="kl_to_itself", kl=FORWARD_KL, kl_reference="base"),
+    TrainRow("kl_without_weight", 1, kl={"weight": 1e-30}),
     # two ranks
     TrainRow("tp2", 2, parallel(tp=2, sequence_parallel=False)),
     TrainRow("tp2_sp", 2, parallel(tp=2)),
@@ -118,6 +129,22 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("l2_cp2", 2, parallel(cp=2) | NO_DECAY, baseline="l2", l2=0.05),
     TrainRow("l2_dp2", 2, NO_DECAY, baseline="l2", l2=0.05),
     TrainRow("l2_dp2_plain_optimizer", 2, PLAIN_OPTIMIZER | NO_DECAY, baseline="l2", l2=0.05),
+    *(
+        TrainRow(f"{name}_{layout}", 2, overrides | NO_DECAY, baseline=name, kl=kl)
+        for name, kl in (("kl", FORWARD_KL), ("kl_reverse", REVERSE_KL))
+        for layout, overrides in (
+            ("tp2", parallel(tp=2)), ("pp2", parallel(pp=2)), ("cp2", parallel(cp=2)), ("dp2", {}),
+            ("pp2_vpp2", parallel(pp=2, vpp=2) | SINGLES),
+        )
+    ),
+    TrainRow(
+        "kl_tied_pp2", 2, parallel(pp=2) | NO_DECAY, model="base_tied", baseline="kl_tied", kl=FORWARD_KL,
+        kl_reference="reference_tied",
+    ),
+    TrainRow(
+        "kl_odd_vocab_tp2", 2, parallel(tp=2) | NO_DECAY, model="odd_vocab", baseline="kl_odd_vocab", kl=FORWARD_KL,
+        kl_reference="reference_odd_vocab",
+    ),
     # three ranks: SmolLM2's nine heads
     TrainRow("nine_heads_tp3", 3, parallel(tp=3, sequence_parallel=False), model="nine_heads"),
     # four ranks
@@ -130,6 +157,8 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("cp2_tp2_sp", 4, parallel(cp=2, tp=2)),
     TrainRow("dp2_tp2_overlap", 4, parallel(tp=2) | OVERLAP, bucket_elements=5000),
     TrainRow("dp2_pp2_vpp2_overlap", 4, parallel(pp=2, vpp=2) | OVERLAP | SINGLES, bucket_elements=5000),
+    TrainRow("kl_tp2_pp2", 4, parallel(tp=2, pp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL),
+    TrainRow("kl_tp2_cp2", 4, parallel(tp=2, cp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL),
     # eight ranks: everything at once
     TrainRow("dp2_tp2_pp2", 8, parallel(tp=2, pp=2) | SINGLES),
     # negative controls
@@ -146,6 +175,18 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
         baseline="term", term_weight=0.5, sabotage="term_tensors_cut_in_halves",
     ),
     TrainRow("sabotage_l2", 2, NO_DECAY, baseline="l2", l2=0.05, sabotage="penalty_of_every_data_parallel_rank"),
+    TrainRow("sabotage_kl", 2, parallel(tp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL, sabotage="kl_of_own_rows"),
+    TrainRow(
+        "sabotage_kl_order", 2, parallel(pp=2) | NO_DECAY,
+        baseline="kl", kl=FORWARD_KL, sabotage="reference_of_another_micro_batch",
+    ),
+    TrainRow(
+        "sabotage_kl_sources", 2, NO_DECAY, baseline="kl_reverse", kl=REVERSE_KL, sabotage="kl_of_every_source",
+    ),
+    TrainRow(
+        "sabotage_kl_padding", 2, parallel(tp=2) | NO_DECAY, model="odd_vocab",
+        baseline="kl_odd_vocab", kl=FORWARD_KL, kl_reference="reference_odd_vocab", sabotage="kl_of_padding",
+    ),
     TrainRow(
         "sabotage_documents", 1, baseline="base_documents", sabotage="whole_sequence_attention",
     ),

@@ -12,8 +12,9 @@ from unittest import mock
 import torch
 from megatron.core import parallel_state
 
-from megatron_cpt.model import attention, build, load_hf, spec
-from megatron_cpt.train import state, step
+from megatron_cpt.forgetting import kl, reference, vocab_parallel_kl
+from megatron_cpt.model import attention, build, load_hf, load_origin, spec
+from megatron_cpt.train import step
 
 
 def unmasked_padding() -> Any:
@@ -101,6 +102,32 @@ def penalty_of_every_data_parallel_rank() -> Any:
     return mock.patch.object(step, "_add_penalties", add)
 
 
+def kl_of_own_rows() -> Any:
+    """Each tensor-parallel rank normalises over its own rows of the vocabulary."""
+    return mock.patch.object(vocab_parallel_kl, "_reduced", lambda values, operation, group: values)
+
+
+def reference_of_another_micro_batch() -> Any:
+    """The reference's hidden states come in the reverse order of the micro batches."""
+    right = reference.FrozenReference.hidden_states
+    return mock.patch.object(
+        reference.FrozenReference, "hidden_states", lambda self, batches: right(self, batches)[::-1]
+    )
+
+
+def kl_of_every_source() -> Any:
+    """Tokens of a source that the term leaves out count all the same."""
+    return mock.patch.object(kl.KlToBase, "_mask", lambda self, batch: batch["loss_mask"])
+
+
+def kl_of_padding() -> Any:
+    """Padding rows of the vocabulary take part in the divergence."""
+    right = kl.vocab_parallel_kl
+    return mock.patch.object(
+        kl, "vocab_parallel_kl", lambda own, other, **options: right(own, other, **options | {"real_rows": 10**6})
+    )
+
+
 def whole_sequence_attention() -> Any:
     """Packed documents attend to each other. The row leaves the option out; nothing is left to patch."""
     return contextlib.nullcontext()
@@ -141,7 +168,7 @@ def _other_architecture(**changes: Any) -> Any:
 
 @contextlib.contextmanager
 def _after_loading(change: Any) -> Iterator[None]:
-    original = state.load_hf_weights
+    original = load_origin.load_hf_weights
 
     def load(chunks: Any, model_dir: Any, arch: Any, in_base: Any) -> None:
         original(chunks, model_dir, arch, in_base)
@@ -150,7 +177,7 @@ def _after_loading(change: Any) -> Iterator[None]:
                 for name, parameter in chunk.named_parameters():
                     change(name, parameter, arch)
 
-    with mock.patch.object(state, "load_hf_weights", load):
+    with mock.patch.object(load_origin, "load_hf_weights", load):
         yield
 
 
@@ -178,6 +205,10 @@ SABOTAGES = {
         keys_in_rank_order,
         term_tensors_cut_in_halves,
         penalty_of_every_data_parallel_rank,
+        kl_of_own_rows,
+        reference_of_another_micro_batch,
+        kl_of_every_source,
+        kl_of_padding,
         whole_sequence_attention,
         another_seed,
         qkv_not_interleaved,

@@ -63,6 +63,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"hidden_size": 36, "intermediate_size": 66, "num_attention_heads": 9, "num_key_value_heads": 3},
     ),
+    # what the base models are held near: other weights of the same shapes
+    "reference": ("qwen2", _NARROW),
+    "reference_odd_vocab": ("llama", {"vocab_size": 515}),
+    "reference_tied": ("qwen3", {**_NARROW, "head_dim": 16, "tie_word_embeddings": True}),
 }
 
 

@@ -27,13 +27,18 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron_cpt.architecture.families import read_architecture  # noqa: E402
 from megatron_cpt.config.derive import derive  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
+from megatron_cpt.config.sections.forgetting import KlConfig  # noqa: E402
 from megatron_cpt.data.micro_batch import MicroBatch  # noqa: E402
 from megatron_cpt.errors import CheckpointError  # noqa: E402
+from megatron_cpt.forgetting.kl import KlToBase  # noqa: E402
+from megatron_cpt.forgetting.reference import load_reference  # noqa: E402
+from megatron_cpt.launch.origin import Origin  # noqa: E402
 from megatron_cpt.model.build import build_model  # noqa: E402
 from megatron_cpt.model.load_hf import load_hf_weights  # noqa: E402
 from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402
 from megatron_cpt.train.state import build_train_state  # noqa: E402
 from megatron_cpt.train.step import train_step  # noqa: E402
+from megatron_cpt.train.terms import LossTerm  # noqa: E402
 from tests.parity.digest import Recorder  # noqa: E402
 from tests.parity.rows import BASE_PRECISION, LOGITS_ROWS, STEPS, TRAIN_ROWS, LogitsRow, TrainRow  # noqa: E402
 from tests.parity.sabotage import SABOTAGES  # noqa: E402
@@ -97,6 +102,13 @@ def batches(config: Any, vocab_size: int, documents: bool) -> Iterator[MicroBatc
             yield cast(MicroBatch, {key: torch.stack([one[key] for one in samples]) for key in keys})
 
 
+def terms_of(row: TrainRow, config: Any, arch: Any, models_dir: Path) -> tuple[LossTerm, ...]:
+    if row.kl is not None:
+        reference = load_reference(config, arch, Origin("hf", models_dir / row.kl_reference))
+        return (KlToBase(KlConfig(**row.kl), reference, ["0", "1"], arch.vocab_size),)
+    return (SecondCrossEntropy(row.term_weight),) if row.term_weight else ()
+
+
 def run_train(row: TrainRow, models_dir: Path) -> dict[str, Any]:
     config = config_of(row, models_dir)
     arch = read_architecture(models_dir / row.model)
@@ -107,7 +119,7 @@ def run_train(row: TrainRow, models_dir: Path) -> dict[str, Any]:
         state.penalties = (L2Penalty(row.l2),) if row.l2 else ()
         recorder = Recorder(state)
         data = batches(config, arch.vocab_size, row.documents)
-        terms = (SecondCrossEntropy(row.term_weight),) if row.term_weight else ()
+        terms = terms_of(row, config, arch, models_dir)
         results = [
             train_step(state, list(islice(data, derived.gradient_accumulation_steps)), num_sources=2, terms=terms)
             for _ in range(STEPS)

@@ -79,8 +79,8 @@ def test_the_ranks_of_a_layout_fit_together(name: str, facts: dict[str, Any]) ->
 def of_rank(number: int, change: Change) -> Callable[..., BuiltRank]:
     """`note_rank` whose result for one rank is changed."""
 
-    def note(state: TrainState, place: Place, asked: Any) -> BuiltRank:
-        noted = note_rank(state, place, asked)
+    def note(state: TrainState, place: Place, asked: Any, terms: Any) -> BuiltRank:
+        noted = note_rank(state, place, asked, terms)
         return change(noted) if place.rank == number else noted
 
     return note
@@ -181,10 +181,10 @@ def test_a_model_that_is_another_on_every_rank_is_not_that_of_config_json(monkey
 def test_stages_that_exchange_other_shapes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second stage runs shorter sequences: it expects less than the first one sends."""
 
-    def shorter(state: TrainState, config: RunConfig, micro_batches: int, *, on_gpu: bool) -> Any:
+    def shorter(state: TrainState, config: RunConfig, micro_batches: int, *, on_gpu: bool, terms: Any) -> Any:
         if not state.chunks[0].module.module.pre_process:
             config = config.model_copy(update={"batch": config.batch.model_copy(update={"seq_length": 32})})
-        return run_step(state, config, micro_batches, on_gpu=on_gpu)
+        return run_step(state, config, micro_batches, on_gpu=on_gpu, terms=terms)
 
     monkeypatch.setattr(every_rank, "run_step", shorter)
     faults = messages(result({"pp": 2}))

@@ -13,7 +13,7 @@ from megatron_cpt.config.derive import derive
 from megatron_cpt.config.load import load_config
 from megatron_cpt.dry_run.fake_world import as_rank, prepare_process
 from megatron_cpt.dry_run.kernels import modules_of_a_gpu
-from megatron_cpt.dry_run.rank import build_rank, static_bytes
+from megatron_cpt.dry_run.rank import build_rank, build_terms, static_bytes
 from megatron_cpt.dry_run.schedule import enough_micro_batches, run_step
 from megatron_cpt.planner.layout import Layout
 from megatron_cpt.planner.memory import memory_of_stages
@@ -42,6 +42,10 @@ LAYOUTS = [
     "lora.rank=64 recompute.granularity=full",
     "lora.rank=16 lora.targets=[q_proj,v_proj] parallel.sequence_parallel=false",
     "lora.rank=64 lora.dropout=0.1 recompute.granularity=selective recompute.modules=[mlp]",
+    "forgetting.kl.weight=0.5",
+    "forgetting.kl.weight=0.5 parallel.tp=8 parallel.pp=1",
+    "forgetting.kl.weight=0.5 parallel.tp=2 parallel.pp=16 batch.micro_batch_size=2",
+    "forgetting.kl.weight=0.5 precision.dtype=fp32 parallel.nodes=8 parallel.cp=2",
 ]
 
 
@@ -57,8 +61,9 @@ def deviations(overrides: str) -> list[float]:
     for stage in sorted({0, pp - 1}):
         with as_rank(config, stage * derived.world_size // pp):
             state = build_rank(config, arch, modules_of_a_gpu(config))
-            static = static_bytes(state, config.optimizer).total
-            live = run_step(state, config, micro_batches, on_gpu=True).peak
+            terms = build_terms(config, arch, modules_of_a_gpu(config))
+            static = static_bytes(state, config.optimizer, terms).total
+            live = run_step(state, config, micro_batches, on_gpu=True, terms=terms).peak
         assert predicted[stage].static == pytest.approx(static, rel=0.001)
         found.append((predicted[stage].static + predicted[stage].live) / (static + live) - 1)
     return found
