@@ -151,6 +151,7 @@ def test_all_cross_field_problems_are_reported_together_with_legal_values() -> N
         (["parallel.overlap_param_gather=true"], "overlap_grad_reduce"),
         (["budget.rounding=exact", "train_tokens=1_638_401"], "1,638,400 or 1,671,168"),
         (["seq_length=262144", "train_tokens=1B"], "131,072 positions"),
+        (["forgetting.kl.sources=[replay]"], "no source of data.train has this name"),
     ],
 )
 def test_each_cross_field_rule(overrides: list[str], part: str) -> None:
