@@ -75,6 +75,8 @@ def _text(found: RunStatus) -> str:
     if found.iteration:
         rows.append(("loss", _shown(found.loss)))
     rows += [(f"loss on {name}", _shown(loss)) for name, loss in found.validation_loss.items()]
+    if found.gate is not None:
+        rows.append(("forgetting gate", _gate_text(found.gate)))
     if found.activity == "training" and found.tokens_per_second is not None and found.eta_seconds is not None:
         left = format_seconds(found.eta_seconds)
         rows.append(("rate", f"{found.tokens_per_second:,.0f} tokens/s, {left} left"))
@@ -91,6 +93,16 @@ def _text(found: RunStatus) -> str:
         rows.append(("last error", found.last_error))
     lines = [f"{found.job_name} in {found.run_dir}", *(f"  {name:<17} {value}" for name, value in rows)]
     return "\n".join(lines)
+
+
+def _gate_text(gate: dict[str, Any]) -> str:
+    rises = ", ".join(f"{name} {_percent(rise)}" for name, rise in gate["perplexity_increases"].items())
+    lowered = "" if gate["rate_factor"] == 1 else f"; learning rate x {gate['rate_factor']:g}"
+    return f"{'within' if gate['within'] else 'beyond'} {gate['limit']:.1%}: perplexity of {rises}{lowered}"
+
+
+def _percent(share: float | str) -> str:
+    return f"{share:+.1%}" if isinstance(share, float) else f"is {share}"  # NaN and infinity are text in a row
 
 
 def slurm_lines(view: SlurmView) -> list[str]:

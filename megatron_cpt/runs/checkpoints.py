@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def remove_partials(root: Path) -> int:
 
 
 def read_best(root: Path) -> dict[str, Any] | None:
-    """{"iteration", "name", "value"} of the best checkpoint by a validation set, None without one."""
+    """{"iteration", "name", "value"} of the best checkpoint and the sum of losses it is best by, None without one."""
     try:
         best = json.loads((root / BEST).read_text())
     except (OSError, ValueError):
@@ -157,16 +158,38 @@ def read_best(root: Path) -> dict[str, Any] | None:
     return best if known else None
 
 
-def update_best(root: Path, name: str, marker: Marker) -> bool:
-    """Record `marker` as the best by validation set `name` if its loss is the lowest so far."""
-    value = marker.validation.get(name)
-    best = read_best(root)
-    comparable = best is not None and best["name"] == name and checkpoint_path(root, best["iteration"]).is_dir()
-    if value is None or (comparable and best is not None and best["value"] <= value):
+def score(weights: Mapping[str, float], validation: Mapping[str, float]) -> float | None:
+    """Return the sum of the losses of the named sets with their weights, None where one was not measured."""
+    if not all(name in validation for name in weights):
+        return None
+    return sum(weight * validation[name] for name, weight in weights.items())
+
+
+def would_be_best(root: Path, weights: Mapping[str, float], validation: Mapping[str, float]) -> bool:
+    """Whether a checkpoint with these losses would be the best so far: the lowest score, a number."""
+    value, best = score(weights, validation), read_best(root)
+    if value is None or not math.isfinite(value):
+        return False
+    if best is None or best["name"] != _named(weights) or not checkpoint_path(root, best["iteration"]).is_dir():
+        return True
+    return bool(value < best["value"])
+
+
+def update_best(root: Path, weights: Mapping[str, float], marker: Marker) -> bool:
+    """Record `marker` as the best if its score is the lowest so far. Return whether it is."""
+    name, value = _named(weights), score(weights, marker.validation)
+    if not would_be_best(root, weights, marker.validation):
         return False
     record = {"iteration": marker.iteration, "name": name, "value": value}
     write_atomically(root / BEST, (json.dumps(record) + "\n").encode())
     return True
+
+
+def _named(weights: Mapping[str, float]) -> str:
+    """How best.json calls what it compares: a set, or a sum such as '1 * domain + 0.5 * general'."""
+    if list(weights.values()) == [1.0]:
+        return next(iter(weights))
+    return " + ".join(f"{weight:g} * {name}" for name, weight in weights.items())
 
 
 def remove_checkpoint(path: Path) -> None:

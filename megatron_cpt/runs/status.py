@@ -35,6 +35,9 @@ class RunStatus:
     skipped_steps: int
     last_error: str | None
     last_row_seconds_ago: float | None
+    gate: (
+        dict[str, Any] | None
+    )  # forgetting.gate at the last validation: perplexity_increases, limit, within, rate_factor
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,7 +77,13 @@ def read_status(root: Path) -> RunStatus:
         skipped_steps=sum(bool(row["skipped"]) for row in steps),
         last_error=error,
         last_row_seconds_ago=round(max(0.0, time.time() - last_row["time"]), 1) if last_row else None,
+        gate=_gate(rows),
     )
+
+
+def _gate(rows: list[Row]) -> dict[str, Any] | None:
+    last = next((row for row in reversed(rows) if row.get("event") == "gate"), None)
+    return {key: last[key] for key in ("perplexity_increases", "limit", "within", "rate_factor")} if last else None
 
 
 def find_runs(root: Path) -> list[Path]:

@@ -40,9 +40,11 @@ from megatron_cpt.runs.checkpoints import (
     faults,
     format_bytes,
     leave_shard_hashes,
+    read_best,
     remove_partials,
     seal,
     update_best,
+    would_be_best,
 )
 from megatron_cpt.runs.folder import RunFolder, resolved_yaml
 from megatron_cpt.runs.lease import Lease
@@ -199,8 +201,9 @@ class CheckpointManager:
             format_count(marker.consumed_tokens),
         )
         try:
-            if self.config.checkpoint.best_by is not None:
-                update_best(self.root, self.config.checkpoint.best_by, marker)
+            weights = self.config.checkpoint.best_weights
+            if weights and marker.memory.get("gate", {}).get("within", True):
+                update_best(self.root, weights, marker)
             self._space.retain()
         except (OSError, CheckpointError) as error:
             logger.error("cannot tidy up %s: %s", self.root, error)
@@ -236,6 +239,20 @@ class CheckpointManager:
                 hint="restore one from a copy, or move the folder away to start from the beginning",
             )
         return chosen
+
+    def best(self) -> tuple[Path, Marker] | None:
+        """The sound checkpoint that best.json names, the same on all ranks; None without one."""
+        named = [read_best(self.root) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(named)
+        best = named[0]
+        return self._first_sound([c for c in self._candidates() if best and c[1].iteration == best["iteration"]])
+
+    def would_be_best(self, position: Position) -> bool:
+        """Whether a checkpoint of `position`, just validated, would be the best so far; the same on all ranks."""
+        weights = self.config.checkpoint.best_weights
+        answer = [dist.get_rank() == 0 and bool(weights) and would_be_best(self.root, weights, position.validation)]
+        dist.broadcast_object_list(answer)
+        return answer[0]
 
     def newest_before(self, iteration: int) -> tuple[Path, Marker] | None:
         """The newest sound checkpoint of `iteration` or before, the same on all ranks."""

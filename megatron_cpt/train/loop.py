@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -16,6 +17,7 @@ from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.validation import ValidationSet
 from megatron_cpt.launch.origin import Origin
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
+from megatron_cpt.runs.marker import Marker
 from megatron_cpt.train.checkpoint import CheckpointManager
 from megatron_cpt.train.checkpoint_errors import SaveFailed
 from megatron_cpt.train.clock import LapClock
@@ -67,7 +69,7 @@ def train(run: LoopContext, position: Position) -> int:
         micro_batches = list(run.batches.micro_batches(plan, micro, run.dp_rank, dp))
         clock.lap("data")
 
-        lr = learning_rate(phase, (before + plan.ledger.tokens) / 2)
+        lr = learning_rate(phase, (before + plan.ledger.tokens) / 2) * position.gate.rate_factor
         set_rates(state.optimizer, lr, config.optimizer.weight_decay)
         refuse, sources = partial(position.guard.verdict, failure), len(run.batches.streams)
         result = train_step(state, micro_batches, num_sources=sources, terms=run.terms, refuse=refuse)
@@ -94,9 +96,13 @@ def train(run: LoopContext, position: Position) -> int:
             text = f"stopping without saving: {request.reason}"
             run.report.event("killed", position, text, reason=request.reason)
             return DO_NOT_RESTART
+        best = False
         if last or (config.eval.every is not None and config.eval.every.due(**passed)):
-            position = evaluate(run, position)
-        save_due = config.checkpoint.save_every is not None and config.checkpoint.save_every.due(**passed)
+            admitted = pass_gate(run, evaluate(run, position))
+            if admitted is None:
+                return DO_NOT_RESTART
+            position, best = admitted
+        save_due = best or (config.checkpoint.save_every is not None and config.checkpoint.save_every.due(**passed))
         if last or save_due or request.save or request.stop:
             save(run, position, wait=last or request.stop)
         if request.stop and not last:
@@ -154,6 +160,49 @@ def roll_back(run: LoopContext, position: Position) -> Position | None:
     return position.remembering(guard=guard.rolled_back_to(earlier.guard))
 
 
+def pass_gate(run: LoopContext, position: Position) -> tuple[Position, bool] | None:
+    """Do what forgetting.gate says of the validation at `position`.
+
+    Return where the run goes on and whether a gate that may go back there wants it saved as the best so far. None when
+    the run must stop, saved and reported.
+    """
+    asked, gate = run.config.forgetting.gate, position.gate
+    if asked is None or asked.action == "warn":
+        return position, False
+    if gate.within:
+        return position, asked.action == "roll_back" and run.checkpoints.would_be_best(position)
+    why = "forgetting.gate.action is stop"
+    if asked.action == "roll_back":
+        with run.watchdog.during("save"):
+            finish_save(run, position, wait=True)
+            chosen = run.checkpoints.best() if gate.rollbacks < asked.max_rollbacks else None
+            if chosen is not None:
+                return _back_to_best(run, position, chosen), False
+        tired = gate.rollbacks >= asked.max_rollbacks
+        why = f"gone back {gate.rollbacks} times already" if tired else "there is no checkpoint within the limit"
+    save(run, position, wait=True)
+    reason = f"general text beyond forgetting.gate, {why}"
+    run.report.event("diverged", position, f"{reason}: stopping", reason=reason)
+    return None
+
+
+def _back_to_best(run: LoopContext, position: Position, chosen: tuple[Path, Marker]) -> Position:
+    """Load weights and optimizer of the best checkpoint; the data goes on, at a lower rate."""
+    asked = run.config.forgetting.gate
+    assert asked is not None
+    earlier = run.checkpoints.load(run.state, *chosen)
+    gate = position.gate.rolled_back(asked)
+    run.report.event(
+        "rolled_back",
+        position,
+        f"back to the weights of {chosen[0]}, the best within the limit; learning rate x {gate.rate_factor:g}",
+        checkpoint_iteration=earlier.iteration,
+        rate_factor=gate.rate_factor,
+    )
+    guard = replace(earlier.guard, rollbacks=position.guard.rollbacks)
+    return replace(position, validation=earlier.validation).remembering(guard=guard, gate=gate)
+
+
 def evaluate(run: LoopContext, position: Position) -> Position:
     """Measure the token-weighted loss of every validation set. Return the position with the losses."""
     micro, dp = run.config.batch.micro_batch_size, run.derived.data_parallel_size
@@ -167,7 +216,25 @@ def evaluate(run: LoopContext, position: Position) -> Position:
         assert tokens == held_out.predicted_tokens, (held_out.name, tokens, held_out.predicted_tokens)
         losses[held_out.name] = loss_sum / tokens
         run.report.validation(position, held_out.name, losses[held_out.name], tokens, time.perf_counter() - started)
-    return replace(position, validation=losses)
+    return _judged(run, replace(position, validation=losses))
+
+
+def _judged(run: LoopContext, position: Position) -> Position:
+    """Let forgetting.gate judge the validation at `position`, and report what it says."""
+    if (asked := run.config.forgetting.gate) is None:
+        return position
+    gate, judgement = position.gate.after(asked, position.validation)
+    text = "" if judgement.within else f"forgetting gate: {judgement.describe()}"
+    run.report.event(
+        "gate",
+        position,
+        text,
+        perplexity_increases=dict(judgement.increases),
+        limit=judgement.limit,
+        within=judgement.within,
+        rate_factor=gate.rate_factor,
+    )
+    return position.remembering(gate=gate)
 
 
 def set_rates(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self, cast
 from megatron_cpt.config.sections.failure import FailureConfig
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import CheckpointError
+from megatron_cpt.forgetting.gate import Gate
 from megatron_cpt.runs.marker import Marker
 from megatron_cpt.train.guard import Guard
 
@@ -23,7 +24,7 @@ class Component(Protocol):
 
 
 # By its name in a marker. A new component is one line; a checkpoint from before it starts it afresh.
-COMPONENTS: dict[str, type[Component]] = {"guard": Guard}
+COMPONENTS: dict[str, type[Component]] = {"guard": Guard, "gate": Gate}
 
 
 def _fresh() -> dict[str, Component]:
@@ -42,6 +43,10 @@ class Position:
     @property
     def guard(self) -> Guard:
         return cast(Guard, self.memory["guard"])
+
+    @property
+    def gate(self) -> Gate:
+        return cast(Gate, self.memory["gate"])
 
     def remembering(self, **components: Component) -> Position:
         """Return this position with other values of the named components."""

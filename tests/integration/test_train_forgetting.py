@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from megatron_cpt.runs.checkpoints import complete_checkpoints, read_best
+from megatron_cpt.runs.exit_codes import DO_NOT_RESTART
 from megatron_cpt.runs.metrics import read_metrics
+from megatron_cpt.runs.status import read_status
 from tests.configs import tiny_run
 from tests.rank_pool import RankPool
+from tests.synthetic_data import EOD, random_documents, write_dataset
 
 STEPS = 8
 KL = {"weight": 0.5, "direction": "reverse", "temperature": 2.0, "sources": ["general"]}
@@ -84,3 +90,93 @@ def test_a_base_that_is_gone_is_refused_before_anything_starts(pool: RankPool, i
     assert pool.run(config, ranks=2, log=log) == [2, 2]
     assert "forgetting.kl compares with the weights of model.init_from" in log.read_text()
     assert pool.run(config, "forgetting.kl=null", ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
+
+
+def gated(inputs: Path, folder: Path, run: str, **gate: Any) -> Path:
+    """A run on ascending numbers that forgets descending ones."""
+    downward = folder / "downward"
+    if not downward.with_name("downward.bin").exists():
+        write_dataset(downward, [np.append(ids[-2::-1], EOD) for ids in random_documents(20, 128, 5)])
+    return write_config(
+        inputs,
+        folder,
+        run,
+        {"gate": {"general": ["downward"], "max_general_perplexity_increase": "3 %", **gate}},
+        data={
+            "train": [{"name": "domain", "prefix": str(inputs / "domain")}],
+            "validation": {"downward": str(downward), "held_out": str(inputs / "held_out")},
+            "cache_dir": str(folder / "index_cache"),
+            "max_epochs": 9,
+        },
+        budget={"train_tokens": 512 * 12, "warmup_tokens": 0},
+        optimizer={"lr": 4e-3},
+        parallel={"gpus_per_node": 1},
+        eval={"every": "2 iters"},
+        checkpoint={"save_every": "3 iters", "best_by": {"downward": 1, "held_out": 0.5}},
+    )
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(run / "metrics.jsonl") if row.get("event") == name]
+
+
+def test_a_gate_that_warns_changes_nothing_and_says_how_much_was_forgotten(
+    pool: RankPool, inputs: Path, tmp_path: Path
+) -> None:
+    config = gated(inputs, tmp_path, "warned")
+    assert pool.run(config, ranks=1, log=tmp_path / "log") == [0], (tmp_path / "log").read_text()[-3000:]
+    assert pool.run(config, f"run_dir={tmp_path}/free", "forgetting.gate=null", ranks=1, log=tmp_path / "log") == [0]
+    assert rows(tmp_path / "warned") == rows(tmp_path / "free")
+    judged = events(tmp_path / "warned", "gate")
+    assert [row["iteration"] for row in judged] == [0, 2, 4, 6, 8, 10, 12]
+    losses = [row["loss"] for row in events(tmp_path / "warned", "validation") if row["name"] == "downward"]
+    rises = [row["perplexity_increases"]["downward"] for row in judged]
+    assert rises == pytest.approx([math.exp(loss - losses[0]) - 1 for loss in losses])
+    assert [row["within"] for row in judged] == [rise <= 0.03 for rise in rises]
+    assert rises[-1] > 0.03  # the rows above and below depend on it
+    status = read_status(tmp_path / "warned").gate
+    assert status is not None and status["perplexity_increases"] == {"downward": rises[-1]} and not status["within"]
+
+
+def test_a_gate_that_stops_saves_and_does_not_restart(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    config = gated(inputs, tmp_path, "run", action="stop")
+    assert pool.run(config, ranks=1, log=tmp_path / "log") == [DO_NOT_RESTART]
+    last = events(tmp_path / "run", "gate")[-1]
+    assert not last["within"]
+    assert events(tmp_path / "run", "diverged")[0]["iteration"] == last["iteration"] < 12
+    path, marker = complete_checkpoints(tmp_path / "run" / "checkpoints")[0]
+    assert marker.iteration == last["iteration"]
+    best = read_best(path.parent)
+    assert best is None or best["iteration"] < last["iteration"]
+    assert read_status(tmp_path / "run").state == "diverged"
+
+
+def test_a_gate_that_rolls_back_goes_on_from_the_best_at_a_lower_rate_and_resumes_alike(
+    pool: RankPool, inputs: Path, tmp_path: Path
+) -> None:
+    options = {"action": "roll_back", "max_general_perplexity_increase": "4 %", "rate_factor": 0.25}
+    config, log = gated(inputs, tmp_path, "run", **options), tmp_path / "log"
+    assert pool.run(config, ranks=1, log=log) == [0], log.read_text()[-3000:]
+    run = tmp_path / "run"
+    judged = {row["iteration"]: row for row in events(run, "gate")}
+    back = events(run, "rolled_back")
+    assert back and not judged[back[0]["iteration"]]["within"]
+    at, to = back[0]["iteration"], back[0]["checkpoint_iteration"]
+    assert judged[to]["within"] and to < at
+    rates = {row["iteration"]: row["lr"] for row in read_metrics(run / "metrics.jsonl") if "event" not in row}
+    assert (rates[at], rates[at + 1]) == (4e-3, 1e-3)
+    assert rows(run)[12]  # the data went on to the end of the budget
+    # cut off behind the return and started again, it decides and trains as the whole run did
+    cut = gated(inputs, tmp_path, "cut", **options)
+    assert pool.run(cut, f"budget.train_tokens={512 * (at + 2)}", ranks=1, log=log) == [0]
+    assert pool.run(cut, ranks=1, log=log) == [0], log.read_text()[-3000:]
+    assert rows(tmp_path / "cut") == rows(run)
+    memory = complete_checkpoints(tmp_path / "cut" / "checkpoints")[0][1].memory["gate"]
+    assert memory["rate_factor"] == 0.25 ** memory["rollbacks"] < 1
+
+
+def test_a_gate_that_has_nowhere_to_go_back_to_stops(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    config = gated(inputs, tmp_path, "run", action="roll_back", max_general_perplexity_increase=0.0)
+    assert pool.run(config, ranks=1, log=tmp_path / "log") == [DO_NOT_RESTART], (tmp_path / "log").read_text()[-3000:]
+    (stopped,) = events(tmp_path / "run", "diverged")
+    assert "no checkpoint within the limit" in stopped["reason"] or "gone back" in stopped["reason"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -29,9 +30,10 @@ class CheckpointConfig(Section):
     keep_every: Positive | None = Field(
         None, description="Also keep, for good, the first checkpoint at or after each multiple of this many tokens."
     )
-    best_by: str | None = Field(
+    best_by: str | dict[str, float] | None = Field(
         None,
-        description="Also keep the checkpoint with the lowest loss on this validation set (checkpoints/best.json).",
+        description="Also keep the checkpoint with the lowest loss on this validation set, or with the lowest sum of "
+        "losses with weights, such as {domain: 1, general: 1} (checkpoints/best.json).",
     )
     async_save: bool = Field(True, description="Write in the background while training goes on.")
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = Field(
@@ -42,10 +44,18 @@ class CheckpointConfig(Section):
 
     def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
         known = list(run[DataConfig].validation)
-        if self.best_by is not None and self.best_by not in known:
-            yield Problem(
-                "checkpoint.best_by",
-                self.best_by,
-                "is not a validation set",
-                f"one of {known}" if known else "name held-out sets under data.validation",
-            )
+        for name, weight in self.best_weights.items():
+            if name not in known:
+                hint = f"one of {known}" if known else "name held-out sets under data.validation"
+                yield Problem("checkpoint.best_by", name, "is not a validation set", hint)
+            if not (math.isfinite(weight) and weight > 0):
+                yield Problem(f"checkpoint.best_by.{name}", weight, "is no weight", "a number above 0")
+        if self.best_by == {}:
+            yield Problem("checkpoint.best_by", self.best_by, "names no validation set", "null, or {NAME: 1}")
+
+    @property
+    def best_weights(self) -> dict[str, float]:
+        """Weight of each validation set whose losses say which checkpoint is best; empty when none is kept."""
+        if self.best_by is None:
+            return {}
+        return {self.best_by: 1.0} if isinstance(self.best_by, str) else dict(self.best_by)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.problems import Problem, near_match
 from megatron_cpt.config.section import Section, Sections
+from megatron_cpt.config.sections.checkpoint import CheckpointConfig
 from megatron_cpt.config.sections.data import DataConfig
+from megatron_cpt.config.sections.evaluation import EvalConfig
 
 
 class KlConfig(Section):
@@ -32,10 +34,51 @@ class KlConfig(Section):
     )
 
 
+def _share(value: Any) -> Any:
+    """'3 %' -> 0.03; a bare number is a share already, and must look like one."""
+    if isinstance(value, str):
+        number = value.strip()
+        if number.endswith("%"):
+            return float(number.removesuffix("%")) / 100
+        value = float(number)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 1:
+        raise ValueError(f"{value:g} may be meant as per cent or as a factor; write {value:g} % or {value / 100:g}")
+    return value
+
+
+Share = Annotated[
+    float,
+    BeforeValidator(_share),
+    WithJsonSchema({"type": ["number", "string"], "pattern": r"^\s*\d+(\.\d+)?\s*%\s*$", "examples": ["3 %", 0.03]}),
+]
+
+
+class GateConfig(Section):
+    """How much worse the run may become on general text. Judged at each validation, against the first of each set."""
+
+    general: tuple[str, ...] = Field(min_length=1, description="Names of data.validation that are general text.")
+    max_general_perplexity_increase: Share = Field(
+        0.03, ge=0, description="Largest rise of the perplexity of any general set, such as `3 %` or 0.03."
+    )
+    action: Literal["warn", "stop", "roll_back"] = Field(
+        "warn",
+        description="Beyond it: say so; save and stop with the do-not-restart exit code; or go back to the best "
+        "checkpoint (checkpoint.best_by) and go on with the next data at a lower rate.",
+    )
+    rate_factor: float = Field(0.5, gt=0, lt=1, description="roll_back: what the learning rate is multiplied by.")
+    max_rollbacks: int = Field(3, ge=0, description="roll_back: after so many the run stops as `stop` does.")
+
+    @property
+    def limit(self) -> float:
+        """The largest rise, as a share."""
+        return self.max_general_perplexity_increase
+
+
 class ForgettingConfig(Section):
     """Terms against forgetting; none of them is on by default."""
 
     kl: KlConfig | None = Field(None, description="Divergence from the frozen model of model.init_from.")
+    gate: GateConfig | None = Field(None, description="A limit to what general text may lose.")
 
     @property
     def active_kl(self) -> KlConfig | None:
@@ -43,10 +86,25 @@ class ForgettingConfig(Section):
         return self.kl if self.kl is not None and self.kl.weight > 0 else None
 
     def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
-        if self.kl is None or self.kl.sources is None:
+        yield from self._unknown_sources([source.name for source in run[DataConfig].train])
+        if self.gate is None:
             return
-        names = [source.name for source in run[DataConfig].train]
-        for wanted in self.kl.sources:
+        known = list(run[DataConfig].validation)
+        for wanted in self.gate.general:
+            if wanted not in known:
+                hint = f"one of {known}" if known else "name held-out sets under data.validation"
+                yield Problem("forgetting.gate.general", wanted, "is not a validation set", hint)
+        if run[EvalConfig].every is None:
+            rule = "judges at each validation, and without eval.every there is none between the first and the last step"
+            yield Problem("forgetting.gate", None, rule, "set eval.every, such as eval.every: 100 iters")
+        if self.gate.action == "roll_back" and run[CheckpointConfig].best_by is None:
+            named = ", ".join(f"{name}: 1" for name in known)
+            rule = "goes back to the best checkpoint, and checkpoint.best_by does not say which that is"
+            hint = f"say which losses to add up, such as checkpoint.best_by: {{{named}}}"
+            yield Problem("forgetting.gate.action", self.gate.action, rule, hint)
+
+    def _unknown_sources(self, names: list[str]) -> Iterator[Problem]:
+        for wanted in (self.kl.sources if self.kl is not None else None) or ():
             if wanted not in names:
                 like = near_match(wanted, names)
                 listed = f"the sources are {', '.join(names)}" if names else "data.train is empty"

@@ -180,7 +180,7 @@ def test_the_best_is_the_lowest_loss_of_one_set(tmp_path: Path) -> None:
     for iteration, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
         write(tmp_path, iteration, validation={"domain": loss, "general": -loss})
     markers = {marker.iteration: marker for _, marker in complete_checkpoints(tmp_path)}
-    assert [update_best(tmp_path, "domain", markers[n]) for n in (1, 2, 3)] == [True, True, False]
+    assert [update_best(tmp_path, {"domain": 1.0}, markers[n]) for n in (1, 2, 3)] == [True, True, False]
     assert read_best(tmp_path) == {"iteration": 2, "name": "domain", "value": 2.0}
-    assert update_best(tmp_path, "general", markers[1])  # another set: another contest
-    assert not update_best(tmp_path, "unknown", markers[1])
+    assert update_best(tmp_path, {"general": 1.0}, markers[1])  # another set: another contest
+    assert not update_best(tmp_path, {"unknown": 1.0}, markers[1])
