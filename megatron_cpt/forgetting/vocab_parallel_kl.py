@@ -6,7 +6,9 @@ divergence's own sum. With p the model's probabilities, q the reference's, both 
     forward  KL(q || p) = sum q (log q - log p)     gradient by the model's logits / T:  p - q
     reverse  KL(p || q) = sum p (log p - log q)     gradient by the model's logits / T:  p (log p - log q - D)
 
-The result is multiplied by T^2, so that its gradient has the same size at every temperature (Hinton et al. 2015,
+As p and q sum to 1, sum p (log p - log q) is computed as sum of p (log p - log q) - p + q: no term is negative, so two
+models that are near each other do not lose their small divergence in the rounding of the logarithms. The result is
+multiplied by T^2, so that its gradient has the same size at every temperature (Hinton et al. 2015,
 arXiv:1503.02531, section 2.1). The reference has no gradient.
 """
 
@@ -94,9 +96,9 @@ def _divergence(own: Tensor, other: Tensor, reverse: bool, group: dist.ProcessGr
     ratio = other.neg_().add_(own.sub_(logs[0].unsqueeze(1)))  # log p - log q
     p = own.exp_()
     if reverse:
-        divergence = _reduced((p * ratio).sum(dim=1), dist.ReduceOp.SUM, group)
+        divergence = _reduced((p * ratio).sub_(p).add_(q).sum(dim=1), dist.ReduceOp.SUM, group)
         return divergence, p.mul_(ratio.sub_(divergence.unsqueeze(1)))
-    divergence = _reduced((q * ratio).sum(dim=1), dist.ReduceOp.SUM, group).neg_()
+    divergence = _reduced((q * ratio).add_(q).sub_(p).sum(dim=1), dist.ReduceOp.SUM, group).neg_()
     return divergence, p.sub_(q)
 
 

@@ -88,7 +88,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("kl_tied", 1, NO_DECAY, model="base_tied", kl=FORWARD_KL, kl_reference="reference_tied"),
     TrainRow("kl_odd_vocab", 1, NO_DECAY, model="odd_vocab", kl=FORWARD_KL, kl_reference="reference_odd_vocab"),
     TrainRow("kl_to_itself", 1, NO_DECAY, baseline="kl_to_itself", kl=FORWARD_KL, kl_reference="base"),
-    TrainRow("kl_without_weight", 1, kl={"weight": 1e-30}),
+    TrainRow("kl_without_weight", 1, kl={"weight": 1e-30}, kl_reference="base"),
     # two ranks
     TrainRow("tp2", 2, parallel(tp=2, sequence_parallel=False)),
     TrainRow("tp2_sp", 2, parallel(tp=2)),
