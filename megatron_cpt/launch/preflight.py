@@ -114,7 +114,7 @@ def check_reference(run: CheckedRun) -> None:
             hint="bring the base model back, or set model.init_from to where it is now; forgetting.kl: null goes on "
             "without it",
         )
-    check_weights(run.origin, run.arch)
+    check_weights(run.origin, run.arch, run.model_dir)
 
 
 def branch_point(config: RunConfig) -> tuple[Path, Marker] | None:

@@ -172,7 +172,7 @@ def _stage(arch: Architecture, layout: Layout, stage: int) -> StageMemory:
         transient=int(transient),
         overhead=int(overhead),
         host=host,
-        reference=_item(layout) * parameters if layout.reference else 0,
+        reference=_item(layout) * (parameters - adapters) if layout.reference else 0,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_cpt.runs.checkpoints import list_checkpoints
 from megatron_cpt.runs.folder import RunFolder, count_attempts, read_resolved
-from megatron_cpt.runs.metrics import finite, latest_rows, read_rows
+from megatron_cpt.runs.metrics import Row, finite, latest_rows, read_rows
 from megatron_cpt.runs.state import activity, last_error, run_state
 from megatron_cpt.runs.views import checkpoint_json
 
@@ -35,9 +35,7 @@ class RunStatus:
     skipped_steps: int
     last_error: str | None
     last_row_seconds_ago: float | None
-    gate: (
-        dict[str, Any] | None
-    )  # forgetting.gate at the last validation: perplexity_increases, limit, within, rate_factor
+    gate: dict[str, Any] | None  # of forgetting.gate, last: perplexity_increases, limit, within, rate_factor
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

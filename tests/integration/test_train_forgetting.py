@@ -180,3 +180,12 @@ def test_a_gate_that_has_nowhere_to_go_back_to_stops(pool: RankPool, inputs: Pat
     assert pool.run(config, ranks=1, log=tmp_path / "log") == [DO_NOT_RESTART], (tmp_path / "log").read_text()[-3000:]
     (stopped,) = events(tmp_path / "run", "diverged")
     assert "no checkpoint within the limit" in stopped["reason"] or "gone back" in stopped["reason"]
+
+
+def test_adapters_are_held_near_the_base_without_them(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    config = write_config(inputs, tmp_path, "run", {"kl": {"weight": 1.0}}, lora={"rank": 4})
+    assert pool.run(config, "model.dropout=0", ranks=2, log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()[
+        -3000:
+    ]
+    terms = [terms["kl"] for _, _, terms in rows(tmp_path / "run").values()]
+    assert abs(terms[0]) < 1e-6 < terms[-1]  # the adapters add nothing at first

@@ -178,7 +178,7 @@ def test_exact_rounding_holds_with_a_batch_ramp_too() -> None:
 def test_every_section_is_asked_for_its_rules() -> None:
     config = config_of()
     keys = [name for name in RunConfig.model_fields if isinstance(getattr(config, name), Section)]
-    assert len(keys) == 14
+    assert len(keys) == 15
     assert [type(section) for section in config.sections] == [type(getattr(config, key)) for key in keys]
 
 

@@ -43,6 +43,7 @@ LAYOUTS = [
     "lora.rank=16 lora.targets=[q_proj,v_proj] parallel.sequence_parallel=false",
     "lora.rank=64 lora.dropout=0.1 recompute.granularity=selective recompute.modules=[mlp]",
     "forgetting.kl.weight=0.5",
+    "forgetting.kl.weight=0.5 lora.rank=64",
     "forgetting.kl.weight=0.5 parallel.tp=8 parallel.pp=1",
     "forgetting.kl.weight=0.5 parallel.tp=2 parallel.pp=16 batch.micro_batch_size=2",
     "forgetting.kl.weight=0.5 precision.dtype=fp32 parallel.nodes=8 parallel.cp=2",
