@@ -72,7 +72,17 @@ def fingerprint(file: Path) -> str:
 def _read(file: Path) -> tuple[dict[str, Any], StatedTokens]:
     raw, stated = interface.read_json(file), read_stated_tokens(file.parent)
     _vocabulary(raw, file)
+    _join_merges(raw["model"])
     return with_numbered_tokens(raw, stated), stated
+
+
+def _join_merges(model: dict[str, Any]) -> None:
+    """Spell merges "a b", as older files do: fastokens reads them in four fifths of the time of ["a", "b"]."""
+    merges = model.get("merges") or []
+    if all(type(merge) is list and len(merge) == 2 for merge in merges):
+        joined = list(map(" ".join, merges))
+        if sum(merge.count(" ") for merge in joined) == len(joined):  # no piece holds a space of its own
+            model["merges"] = joined
 
 
 def _encoded(raw: dict[str, Any], stated: StatedTokens, split_special: bool) -> dict[str, Any]:

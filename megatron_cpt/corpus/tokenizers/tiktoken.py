@@ -10,7 +10,7 @@ import base64
 import hashlib
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from megatron_cpt.errors import DataError
 
 log = logging.getLogger(__name__)
 
+_COPY = "copy it again"
+_IDS_END = 1 << 31  # ids are int32
+_FORMS = (None, "NFC", "NFD", "NFKC", "NFKD")
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 KNOWN: dict[str, dict[str, Any]] = {
@@ -48,8 +51,8 @@ def load(
 ) -> CorpusTokenizer:
     """Read a ranks file and choose the encoder by the self-check on `sample`."""
     settings = _settings(file)
-    ranks = _ranks(file)
     special: dict[str, int] = settings["special_tokens"]
+    ranks = _ranks(file, special)
     vocabulary = {token.decode("utf-8", "replace"): rank for token, rank in ranks.items()} | special
     eod, eod_id = interface.resolve_eod(vocabulary, special, eod_token, None, file)
     normalize = settings.get("normalize")
@@ -85,10 +88,19 @@ def _normalized(text: str, form: Any) -> str:
 def _settings(file: Path) -> dict[str, Any]:
     beside = file.with_suffix(".json")
     if beside.is_file():
-        settings = interface.read_json(beside)
+        settings = {"normalize": None} | interface.read_json(beside)
         if not isinstance(settings.get("pattern"), str) or not isinstance(settings.get("special_tokens"), dict):
             raise DataError(f"{beside} needs pattern and special_tokens", hint="see docs/corpus.md")
-        return {"normalize": None} | settings
+        if settings["normalize"] not in _FORMS:
+            raise DataError(
+                f"{beside}: normalize {settings['normalize']!r}", hint='give "NFC", "NFD", "NFKC", "NFKD" or null'
+            )
+        ids = list(settings["special_tokens"].values())
+        if any(type(index) is not int or not 0 <= index < _IDS_END for index in ids) or len(set(ids)) < len(ids):
+            raise DataError(
+                f"{beside}: special_tokens needs an id of its own for each token", hint="see docs/corpus.md"
+            )
+        return settings
     if file.stem in KNOWN:
         return KNOWN[file.stem]
     raise DataError(
@@ -97,12 +109,39 @@ def _settings(file: Path) -> dict[str, Any]:
     )
 
 
-def _ranks(file: Path) -> dict[bytes, int]:
-    try:
-        pairs = (line.split() for line in file.read_bytes().splitlines() if line)
-        return {base64.b64decode(token): int(rank) for token, rank in pairs}
-    except ValueError as error:
-        raise DataError(f"{file} is not a tiktoken ranks file: {error}", hint="copy it again") from error
+def _ranks(file: Path, special: Mapping[str, int]) -> dict[bytes, int]:
+    """Read the lines of a whole ranks file: every id is a token's, a special one's included, and only one's."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            encoded, rank = line.split()
+            token, index = base64.b64decode(encoded, validate=True), int(rank)
+        except ValueError as error:
+            raise DataError(f"{file}:{number} is no line of tiktoken ranks: {error}", hint=_COPY) from error
+        if token in ranks:
+            raise DataError(f"{file}:{number} repeats the token {token!r}", hint=_COPY)
+        ranks[token] = index
+    if reason := _damage(ranks, special):
+        raise DataError(f"{file} is not a whole tiktoken ranks file: {reason}", hint=_COPY)
+    return ranks
+
+
+def _damage(ranks: Mapping[bytes, int], special: Mapping[str, int]) -> str | None:
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        return f"the byte {missing[0]:#04x} is no token"
+    used = set(ranks.values())
+    if len(used) < len(ranks):
+        return "two tokens have one rank"
+    if outside := [rank for rank in used if not 0 <= rank < _IDS_END]:
+        return f"the rank {outside[0]} is no id"
+    filled = sorted(used | set(special.values()))
+    if gaps := [place for place, index in enumerate(filled) if index != place and place < max(used)]:
+        return f"the rank {gaps[0]} is missing"
+    if taken := [token for token, index in special.items() if index in used]:
+        return f"the special token {taken[0]!r} has the rank {special[taken[0]]} of another token"
+    return None
 
 
 def _reference(
@@ -110,9 +149,14 @@ def _reference(
 ) -> tuple[EncodeBatch, Any]:
     import tiktoken
 
-    encoding = tiktoken.Encoding(
-        file.stem, pat_str=settings["pattern"], mergeable_ranks=ranks, special_tokens=settings["special_tokens"]
-    )
+    try:
+        encoding = tiktoken.Encoding(
+            file.stem, pat_str=settings["pattern"], mergeable_ranks=ranks, special_tokens=settings["special_tokens"]
+        )
+    except ValueError as error:
+        raise DataError(
+            f"{file}: the split pattern is no expression: {error}", hint=f"correct it in {file.stem}.json"
+        ) from error
 
     def encode_batch(texts: Sequence[str]) -> tuple[Ids, Lengths]:
         if split_special:
