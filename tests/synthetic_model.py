@@ -30,12 +30,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
+def write_model(folder: Path, seed: int = 0, vocab_size: int = VOCAB) -> Path:
     """config.json and model.safetensors, fp32; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     head = HIDDEN // HEADS
-    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
+    shapes = {"model.embed_tokens.weight": (vocab_size, HIDDEN), "lm_head.weight": (vocab_size, HIDDEN)}
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
         for name, rows in (("q", HEADS * head), ("k", KV_HEADS * head), ("v", KV_HEADS * head)):
@@ -50,5 +50,5 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     ]
     tensors |= {name: np.ones(HIDDEN, np.float32) for name in [*norms, "model.norm.weight"]}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": vocab_size}))
     return folder
