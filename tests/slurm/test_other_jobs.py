@@ -1,4 +1,4 @@
-"""A corpus as an array with its joining job, and a conversion: the bytes of one undisturbed process, also when killed."""
+"""A corpus as an array with its joining job, and a conversion: killed, they end with the bytes of one process."""
 
 from __future__ import annotations
 
