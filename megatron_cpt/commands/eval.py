@@ -14,6 +14,7 @@ from megatron_cpt.errors import DataError
 
 if TYPE_CHECKING:
     from checkpoint_convert.checkpoint import IndexedCheckpoint
+    from megatron_cpt.eval.perplexity import Perplexity
     from megatron_cpt.eval.settings import EvalSettings
 
 logger = logging.getLogger(__name__)
@@ -108,35 +109,40 @@ def perplexity(
             )
         ranges = predicted_ranges(stream, used.max_tokens, per_document=per_document)
         size = text_bytes(stream, ranges, found.side_dir)
-        results.append(
-            {
-                "model": str(model),
-                "data": stream.name,
-                "loss": result.loss,
-                "perplexity": result.perplexity,
-                "bits_per_byte": None if size is None else result.bits_per_byte(size),
-                "tokens": result.tokens,
-                "text_bytes": size,
-                "documents": result.documents,
-                "seq_length": result.seq_length,
-                "stride": result.stride,
-                "per_document": per_document,
-                "document_attention": used.document_attention,
-            }
-        )
+        row = {"model": str(model), "data": stream.name, **_measured(result, size)}
+        results.append(row | {"per_document": per_document, "document_attention": used.document_attention})
     if as_json:
         click.echo(json.dumps(results[0] if len(results) == 1 else {"model": str(model), "results": results}))
         return
     for row in results:
-        bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f} bits per byte, "
-        cut = f"blocks of {row['seq_length']}"
-        if row["stride"] < row["seq_length"]:
-            cut = f"windows of {row['seq_length']} with a stride of {row['stride']}"
-        click.echo(
-            f"{row['data']}: perplexity {row['perplexity']:.4f}, loss {row['loss']:.6f} nats per token, {bits}"
-            f"{row['tokens']:,} tokens of {row['documents']:,} documents in {cut}"
-            f"{', each document by itself' if per_document else ''}"
-        )
+        click.echo(_line(row))
+
+
+def _measured(result: Perplexity, size: int | None) -> dict[str, Any]:
+    """The outcome as JSON; `size` is the text's bytes, None where they are not known."""
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": None if size is None else result.bits_per_byte(size),
+        "tokens": result.tokens,
+        "text_bytes": size,
+        "documents": result.documents,
+        "seq_length": result.seq_length,
+        "stride": result.stride,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    """The outcome for a person."""
+    bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f} bits per byte, "
+    cut = f"blocks of {row['seq_length']}"
+    if row["stride"] < row["seq_length"]:
+        cut = f"windows of {row['seq_length']} with a stride of {row['stride']}"
+    return (
+        f"{row['data']}: perplexity {row['perplexity']:.4f}, loss {row['loss']:.6f} nats per token, {bits}"
+        f"{row['tokens']:,} tokens of {row['documents']:,} documents in {cut}"
+        f"{', each document by itself' if row['per_document'] else ''}"
+    )
 
 
 def _settings(

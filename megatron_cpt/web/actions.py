@@ -15,7 +15,6 @@ from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.runs.state import is_running
 from megatron_cpt.web.forms import run_form
 from megatron_cpt.web.jobs import Job, Jobs
-from megatron_cpt.web.library import Library
 from megatron_cpt.web.prepare import (
     Allowed,
     Prepared,
@@ -24,6 +23,7 @@ from megatron_cpt.web.prepare import (
     prepare_perplexity,
     prepare_run,
 )
+from megatron_cpt.web.run_list import RunList
 from megatron_cpt.web.values import entered_of
 
 Body = Mapping[str, Any]
@@ -36,9 +36,9 @@ class Refused(UserError):
 class Actions:
     """Everything that changes something. Paths come from ids that were looked up, or are below allowed folders."""
 
-    def __init__(self, root: Path, library: Library, jobs: Jobs, allowed: Allowed) -> None:
+    def __init__(self, root: Path, known_runs: RunList, jobs: Jobs, allowed: Allowed) -> None:
         self.root = root
-        self.library = library
+        self.known_runs = known_runs
         self.jobs = jobs
         self.allowed = allowed
 
@@ -82,8 +82,8 @@ class Actions:
         """A job and what it printed behind `offset`."""
         job = self._job(job_id)
         text, after = self.jobs.log(job, offset)
-        run = self.library.id_of(Path(job.target)) if job.kind == "train" and job.target is not None else None
-        known = run is not None and self.library.path(run) is not None
+        run = self.known_runs.id_of(Path(job.target)) if job.kind == "train" and job.target is not None else None
+        known = run is not None and self.known_runs.path(run) is not None
         return job.to_json() | {"text": text, "offset": after, "run": run if known else None}
 
     def stop_job(self, job_id: str, body: Body) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Actions:
         if kind == "preprocess":
             return prepare_corpus(entered, self.allowed)
         texts = {name: str(value) for name, value in entered.items()}
-        run = self.library.path(texts.get("run", ""))
+        run = self.known_runs.path(texts.get("run", ""))
         if run is None:
             raise Refused("there is no such run (any more)")
         if kind == "convert":

@@ -23,8 +23,8 @@ from megatron_cpt.web.actions import Actions
 from megatron_cpt.web.forms import corpus_form, run_form
 from megatron_cpt.web.guard import Guard, parse_body
 from megatron_cpt.web.jobs import Jobs
-from megatron_cpt.web.library import Library
 from megatron_cpt.web.prepare import Allowed
+from megatron_cpt.web.run_list import RunList
 from megatron_cpt.web.series import CurveStore
 from megatron_cpt.web.views import RunViews
 
@@ -37,13 +37,13 @@ class Site:
 
     root: Path
     allowed: Allowed
-    library: Library = field(init=False)
+    known_runs: RunList = field(init=False)
     jobs: Jobs = field(init=False)
     curves: CurveStore = field(default_factory=CurveStore)
 
     def __post_init__(self) -> None:
         self.root = self.root.resolve()
-        self.library = Library(self.root)
+        self.known_runs = RunList(self.root)
         self.jobs = Jobs(self.root)
 
 
@@ -56,9 +56,12 @@ def make_app(site: Site, *, token: str, port: int, hosts: tuple[str, ...] = ("12
         port: on which it will listen.
         hosts: names by which it may be called.
     """
-    views, actions = RunViews(site.library, site.curves), Actions(site.root, site.library, site.jobs, site.allowed)
+    views, actions = (
+        RunViews(site.known_runs, site.curves),
+        Actions(site.root, site.known_runs, site.jobs, site.allowed),
+    )
     page = _Pages(site)
-    one = _OneRun(site.library)
+    one = _OneRun(site.known_runs)
     routes = [
         Route("/", page.shows("runs.html.jinja", "Runs")),
         Route("/runs/{run}", page.run),
@@ -115,8 +118,8 @@ class _Pages:
         return show
 
     async def run(self, request: Request) -> Response:
-        path = await run_in_threadpool(_OneRun(self.site.library), request)
-        name = self.site.library.name_of(path)
+        path = await run_in_threadpool(_OneRun(self.site.known_runs), request)
+        name = self.site.known_runs.name_of(path)
         return self.render("run.html.jinja", name, run=request.path_params["run"], name=name)
 
     async def job(self, request: Request) -> Response:
@@ -129,11 +132,11 @@ class _Pages:
 class _OneRun:
     """Finds the folder of the run that a request names by its id."""
 
-    def __init__(self, library: Library) -> None:
-        self.library = library
+    def __init__(self, known_runs: RunList) -> None:
+        self.known_runs = known_runs
 
     def __call__(self, request: Request) -> Path:
-        path = self.library.path(_named(request, "run"))
+        path = self.known_runs.path(_named(request, "run"))
         if path is None:
             raise HTTPException(404, "there is no such run (any more)")
         return path

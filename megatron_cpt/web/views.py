@@ -18,29 +18,29 @@ from megatron_cpt.runs.views import checkpoints_json
 from megatron_cpt.slurm.queue import slurm_view
 from megatron_cpt.web.forms import run_form
 from megatron_cpt.web.jobs import read_log
-from megatron_cpt.web.library import Library, ListedRun
+from megatron_cpt.web.run_list import ListedRun, RunList
 from megatron_cpt.web.series import CurveStore
 from megatron_cpt.web.values import entered_of
 
 
 class RunViews:
-    """Answers about the runs of a library."""
+    """Answers about the runs of a list."""
 
-    def __init__(self, library: Library, curves: CurveStore) -> None:
-        self.library = library
+    def __init__(self, known_runs: RunList, curves: CurveStore) -> None:
+        self.known_runs = known_runs
         self.store = curves
 
     def listed(self) -> list[dict[str, Any]]:
         """All runs in a line each."""
-        return [_line(run) for run in self.library.listed()]
+        return [_line(run) for run in self.known_runs.listed()]
 
     def status(self, path: Path) -> dict[str, Any]:
         """One run: its line, its checkpoints, the switches that are set, its logs, and Slurm's view of it."""
         folder = RunFolder(path)
-        run_id = self.library.id_of(path)
-        listed = next((run for run in self.library.listed() if run.id == run_id), None)
+        run_id = self.known_runs.id_of(path)
+        listed = next((run for run in self.known_runs.listed() if run.id == run_id), None)
         if listed is None:  # found by its id a moment ago
-            listed = ListedRun(run_id, self.library.name_of(path), None, "the folder has vanished")
+            listed = ListedRun(run_id, self.known_runs.name_of(path), None, "the folder has vanished")
         view, holder = slurm_view(folder), read_lease(folder.lease)
         try:
             checkpoints, problem = checkpoints_json(folder), listed.problem
@@ -78,7 +78,7 @@ class RunViews:
     def config(self, path: Path, asked: Mapping[str, str]) -> dict[str, Any]:
         """The config in force, and how it differs from another run's."""
         config = read_resolved(RunFolder(path))
-        other = self.library.path(asked.get("against", ""))
+        other = self.known_runs.path(asked.get("against", ""))
         changes = (
             []
             if other is None

@@ -28,7 +28,7 @@ class ListedRun:
     problem: str | None
 
 
-class Library:
+class RunList:
     """Finds the runs below `root`; symbolic links are not followed, so that no run can lead out of it."""
 
     def __init__(self, root: Path) -> None:
