@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_cpt.errors import UserError
+
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
@@ -35,6 +37,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         flush_to_disk(file)
     partial.replace(path)
     sync(path.parent)
+
+
+def write_output(path: Path, data: bytes, hint: str) -> None:
+    """Write a file that the user named, with the folders above it.
+
+    Raises:
+        UserError: it cannot be written; `hint` says what to do.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}", hint=hint) from error
 
 
 def sync(path: Path) -> None:

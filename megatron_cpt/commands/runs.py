@@ -12,8 +12,10 @@ import click
 
 from megatron_cpt.budget import format_count
 from megatron_cpt.errors import CheckpointError, CptError
-from megatron_cpt.runs.comparison import ComparedRun, compare_runs
+from megatron_cpt.report.figures import write_curves
+from megatron_cpt.runs.comparison import ComparedRun, compared_run
 from megatron_cpt.runs.folder import RunFolder, config_changes, read_resolved, resolved_dict
+from megatron_cpt.runs.metrics import read_metrics
 from megatron_cpt.runs.status import find_runs
 
 
@@ -48,7 +50,7 @@ def list_command(root: Path, as_json: bool) -> None:
     rows: list[dict[str, Any]] = []
     for path in find_runs(root):
         try:
-            (run,) = compare_runs([path])
+            run = compared_run(path, read_metrics(RunFolder(path).metrics))
         except CptError as error:  # it hides no other
             rows.append({"name": path.name, "run_dir": str(path), "state": "unreadable", "problem": error.message})
             continue
@@ -69,11 +71,10 @@ def list_command(root: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON list on stdout, nothing else.")
 def compare_command(roots: tuple[Path, ...], picture: Path | None, as_json: bool) -> None:
     """Show runs side by side: tokens, speed, and the losses before and after on every validation set."""
-    found = compare_runs(list(roots))
+    rows = [read_metrics(RunFolder(root).metrics) for root in roots]
+    found = [compared_run(root, its_rows) for root, its_rows in zip(roots, rows, strict=True)]
     if picture is not None:
-        from megatron_cpt.report.figures import draw_runs
-
-        draw_runs(list(roots), picture)
+        write_curves([(root.name, its_rows) for root, its_rows in zip(roots, rows, strict=True)], picture)
     if as_json:
         click.echo(json.dumps([run.to_json() for run in found], indent=1))
         return

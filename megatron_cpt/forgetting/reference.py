@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_cpt.architecture.facts import Architecture
@@ -24,6 +23,7 @@ from megatron_cpt.launch.origin import Origin
 from megatron_cpt.model.attention import document_starts
 from megatron_cpt.model.build import DTYPES, build_model
 from megatron_cpt.model.load_origin import load_from_origin
+from megatron_cpt.model.pipeline import run_pipeline
 from megatron_cpt.model.spec import LayerModules
 
 
@@ -47,18 +47,8 @@ class FrozenReference:
             return []
         while len(self.chunks) > 1 and len(todo) % parallel_state.get_pipeline_model_parallel_world_size():
             todo.append(todo[-1])  # the interleaved schedule works in rounds of PP
-        samples, length = todo[0]["tokens"].shape
-        iterators = [iter(todo) for _ in self.chunks]
         with _without_output_layer(self.chunks):
-            outputs: list[Tensor] = get_forward_backward_func()(
-                forward_step_func=_forward_step,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=len(todo),
-                seq_length=length,
-                micro_batch_size=samples,
-                forward_only=True,
-            )
+            outputs = run_pipeline(self.chunks, todo, _forward_step, forward_only=True)
         return outputs[: len(micro_batches)]
 
     @torch.no_grad()

@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from megatron_cpt.durable import write_atomically
-from megatron_cpt.errors import ConfigError, UserError
+from megatron_cpt.durable import write_output
+from megatron_cpt.errors import ConfigError
 from megatron_cpt.planner.memory import GIB
 from megatron_cpt.planner.plan import TIGHT, Plan
 from megatron_cpt.planner.throughput import Shape, stage_seconds
@@ -50,13 +50,7 @@ def write_picture(plan: Plan, course: Course, page: str, path: Path) -> None:
     else:
         svg = _saved(figure, format="svg").decode()
         content = _html(plan, page, svg[svg.index("<svg") :]).encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}", hint="name a file in a folder that can"
-        ) from error
+    write_output(path, content, hint="name a file in a folder that can be written")
 
 
 def _figure(plan: Plan, course: Course) -> Any:

@@ -213,17 +213,12 @@ def _head(shape: Shape, layout: Layout, hardware: Hardware) -> _Work:
     tokens, t = _tokens(layout), layout.tp
     rows = shape.vocab_size / t
     moved = tokens * rows * 22  # logits in bf16, as fp32, exponentials, probabilities, their gradient
-    passes = 3
+    passes = 3 if layout.lora_rank is None else 2  # a frozen weight does without its gradient
     if layout.reference:
         moved += tokens * rows * _DIVERGENCE_BYTES
-        passes = 4
+        passes += 1
     return _Work(
-        products=(passes if layout.lora_rank is None else passes - 1)
-        * 2
-        * tokens
-        * shape.head_weights
-        / t
-        / _product_rate(layout, hardware),
+        products=passes * 2 * tokens * shape.head_weights / t / _product_rate(layout, hardware),
         elementwise=moved / (hardware.efficiency["hbm"] * hardware.hbm_bytes_per_s),
         tensor_parallel=2 * _collective(_ITEM * tokens * shape.hidden_size, t, hardware.nvlink_bytes_per_s, hardware),
     )

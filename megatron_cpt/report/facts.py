@@ -12,9 +12,9 @@ from megatron_cpt.budget import format_count
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.console import format_seconds
 from megatron_cpt.runs.checkpoints import list_checkpoints
-from megatron_cpt.runs.comparison import ComparedRun, ValidationChange, compare_runs
+from megatron_cpt.runs.comparison import ComparedRun, ValidationChange, compared_run
 from megatron_cpt.runs.folder import RunFolder, read_resolved, resolved_yaml
-from megatron_cpt.runs.metrics import Row, finite, read_metrics
+from megatron_cpt.runs.metrics import Row, finite, read_metrics, read_rows
 from megatron_cpt.runs.status import RunStatus, read_status
 from megatron_cpt.runs.views import checkpoints_json
 
@@ -46,6 +46,7 @@ class RunFacts:
     """One run, as a report shows it."""
 
     status: RunStatus
+    rows: tuple[Row, ...]  # of its metrics, those that count
     compared: ComparedRun
     config: RunConfig
     config_yaml: str
@@ -72,12 +73,13 @@ def read_facts(root: Path) -> RunFacts:
         ConfigError: its resolved.yaml is not a config of this version.
     """
     folder, status = RunFolder(root), read_status(root)
-    config, (compared,) = read_resolved(folder), compare_runs([root])
-    rows = read_metrics(folder.metrics)
+    config, rows = read_resolved(folder), read_metrics(folder.metrics)
+    compared = compared_run(root, rows)
     steps = [row for row in rows if "event" not in row]
     world_size = config.parallel.world_size
     return RunFacts(
         status=status,
+        rows=tuple(rows),
         compared=compared,
         config=config,
         config_yaml=resolved_yaml(config),
@@ -88,7 +90,7 @@ def read_facts(root: Path) -> RunFacts:
         source_tokens=_source_tokens(folder),
         incidents=tuple(_incidents(rows)),
         checkpoints=tuple(checkpoints_json(folder)),
-        history=tuple(_json_lines(folder.history)),
+        history=tuple(read_rows(folder.history)[0]),
         identity=_json(root / "identity.json"),
     )
 
@@ -155,18 +157,6 @@ def _incidents(rows: list[Row]) -> list[Incident]:
         if event is not None and event not in _QUIET:
             text = next((str(row[key]) for key in ("reason", "text", "error") if row.get(key)), "")
             found.append(Incident(str(event), *place, text[:500]))
-    return found
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
     return found
 
 

@@ -7,37 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.durable import write_atomically
-from megatron_cpt.errors import ConfigError, UserError
+from megatron_cpt.durable import write_output
+from megatron_cpt.errors import ConfigError
 from megatron_cpt.runs.comparison import validation_rows
-from megatron_cpt.runs.folder import RunFolder
-from megatron_cpt.runs.metrics import Row, finite, read_metrics
+from megatron_cpt.runs.metrics import Row, finite
+
+NamedRows = tuple[str, Sequence[Row]]  # what a run is called, and its rows that count
 
 _COLOURS = ("#2f6fb3", "#c26a3d", "#2e8b57", "#8a5ab5", "#b33a3a", "#6f6f2a", "#138a96", "#a8457f")
 _MOST_POINTS = 2_000  # of a line
 
 
-def draw_runs(roots: Sequence[Path], path: Path) -> None:
-    """Draw the curves of the runs in `roots` into one file, PNG or SVG by its ending.
+def write_curves(runs: Sequence[NamedRows], path: Path) -> None:
+    """Draw the curves of `runs` into one file, PNG or SVG by its ending.
 
     Raises:
         ConfigError: another ending; matplotlib is not installed.
         UserError: the file cannot be written.
     """
-    if path.suffix not in (".png", ".svg"):
+    form = path.suffix[1:]
+    if form not in ("png", "svg"):
         raise ConfigError(f"{path}: a picture is a file that ends in .png or .svg", hint="--picture compared.png")
-    content = curves(roots, path.suffix[1:])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}", hint="name a file in a folder that can"
-        ) from error
+    write_output(path, curves(runs, (form,))[form], hint="name a file in a folder that can be written")
 
 
-def curves(roots: Sequence[Path], form: str) -> bytes:
-    """Return the picture of the runs' curves as `png` or `svg`.
+def curves(runs: Sequence[NamedRows], forms: Sequence[str]) -> dict[str, bytes]:
+    """Return the picture of the curves of `runs` in each of `forms`: png, svg.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -49,32 +44,41 @@ def curves(roots: Sequence[Path], form: str) -> bytes:
         raise ConfigError("a picture needs matplotlib", hint="pip install 'megatron-cpt[plots]'") from error
     with mpl.rc_context({"svg.hashsalt": "megatron-cpt", "font.size": 9}):
         figure = Figure(figsize=(11, 7), layout="constrained")
-        (loss, validation), (rate, speed) = figure.subplots(2, 2)
-        for index, root in enumerate(roots):
-            rows = read_metrics(RunFolder(root).metrics)
-            steps = [row for row in rows if "event" not in row]
-            colour, name = _COLOURS[index % len(_COLOURS)], root.name
-            _line(loss, steps, "loss", colour, name)
-            _line(rate, steps, "lr", colour, name)
-            _line(speed, steps, "tokens_per_second", colour, name)
-            for place, (kind, measured) in enumerate(validation_rows(rows).items()):
-                style = ("-", "--", ":", "-.")[place % 4]
-                _line(validation, measured, "loss", colour, f"{name}: {kind}" if len(roots) > 1 else kind, style, "o")
-        titles = ("training loss", "validation loss", "learning rate", "tokens per second")
-        for axes, title in zip((loss, validation, rate, speed), titles, strict=True):
-            axes.set_title(title, loc="left")
-            axes.set_xlabel("tokens")
-            axes.grid(visible=True, alpha=0.3)
-        if validation.lines:
-            validation.legend(fontsize=8)
-        if len(roots) > 1:
-            loss.legend(fontsize=8)
-        file = io.BytesIO()
-        figure.savefig(file, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
-        return file.getvalue()
+        _draw(figure, runs)
+        return {form: _saved(figure, form) for form in forms}
 
 
-def _line(axes: Any, rows: list[Row], key: str, colour: str, label: str, style: str = "-", marker: str = "") -> None:
+def _draw(figure: Any, runs: Sequence[NamedRows]) -> None:
+    (loss, validation), (rate, speed) = figure.subplots(2, 2)
+    for index, (name, rows) in enumerate(runs):
+        steps = [row for row in rows if "event" not in row]
+        colour = _COLOURS[index % len(_COLOURS)]
+        _line(loss, steps, "loss", colour, name)
+        _line(rate, steps, "lr", colour, name)
+        _line(speed, steps, "tokens_per_second", colour, name)
+        for place, (kind, measured) in enumerate(validation_rows(rows).items()):
+            style = ("-", "--", ":", "-.")[place % 4]
+            _line(validation, measured, "loss", colour, f"{name}: {kind}" if len(runs) > 1 else kind, style, "o")
+    titles = ("training loss", "validation loss", "learning rate", "tokens per second")
+    for axes, title in zip((loss, validation, rate, speed), titles, strict=True):
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("tokens")
+        axes.grid(visible=True, alpha=0.3)
+    if validation.lines:
+        validation.legend(fontsize=8)
+    if len(runs) > 1:
+        loss.legend(fontsize=8)
+
+
+def _saved(figure: Any, form: str) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)
+    return file.getvalue()
+
+
+def _line(
+    axes: Any, rows: Sequence[Row], key: str, colour: str, label: str, style: str = "-", marker: str = ""
+) -> None:
     points = [(row["consumed_tokens"], value) for row in rows if (value := finite(row.get(key))) is not None]
     if points:
         step = max(1, len(points) // _MOST_POINTS)

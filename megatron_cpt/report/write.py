@@ -10,8 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from megatron_cpt import __version__
 from megatron_cpt.budget import format_count
-from megatron_cpt.durable import write_atomically
-from megatron_cpt.errors import UserError
+from megatron_cpt.durable import write_output
 from megatron_cpt.report.facts import RunFacts, read_facts
 from megatron_cpt.report.figures import curves
 from megatron_cpt.runs.checkpoints import format_bytes
@@ -26,21 +25,16 @@ def write_report(roots: Sequence[Path], prefix: Path) -> list[Path]:
         UserError: a file cannot be written.
     """
     runs = [read_facts(root) for root in roots]
-    svg = curves(roots, "svg").decode()
+    pictures = curves([(run.name, run.rows) for run in runs], ("svg", "png"))
+    svg = pictures["svg"].decode()
     paths = [prefix.with_name(prefix.name + ending) for ending in (".html", ".md", ".png")]
     contents = [
         _rendered("report.html.jinja", runs, svg=svg[svg.index("<svg") :]).encode(),
         _rendered("report.md.jinja", runs, picture=paths[2].name).encode(),
-        curves(roots, "png"),
+        pictures["png"],
     ]
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(paths, contents, strict=True):
-            write_atomically(path, content)
-    except OSError as error:
-        raise UserError(
-            f"the report {prefix}.html cannot be written: {error.strerror}", hint="--output names another place"
-        ) from error
+    for path, content in zip(paths, contents, strict=True):
+        write_output(path, content, hint="--output names another place")
     return paths
 
 

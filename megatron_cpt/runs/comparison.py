@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.runs.folder import RunFolder
-from megatron_cpt.runs.metrics import Row, finite, read_metrics
+from megatron_cpt.runs.metrics import Row, finite
 from megatron_cpt.runs.summary import read_summary
 
 
@@ -40,17 +40,7 @@ class ComparedRun:
         return asdict(self)
 
 
-def compare_runs(roots: list[Path]) -> list[ComparedRun]:
-    """Return the runs in the folders `roots`, in their order.
-
-    Raises:
-        CheckpointError: one is not a run folder.
-        ConfigError: its resolved.yaml is not a config of this version.
-    """
-    return [_compared(root) for root in roots]
-
-
-def validation_rows(rows: list[Row]) -> dict[str, list[Row]]:
+def validation_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the measurements of each validation set, in order of tokens."""
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -59,9 +49,14 @@ def validation_rows(rows: list[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _compared(root: Path) -> ComparedRun:
+def compared_run(root: Path, rows: Sequence[Row]) -> ComparedRun:
+    """Return what the run in `root` has reached; `rows` are those of its metrics that count.
+
+    Raises:
+        CheckpointError: it is not a run folder.
+        ConfigError: its resolved.yaml is not a config of this version.
+    """
     summary = read_summary(root)
-    rows = read_metrics(RunFolder(root).metrics)
     steps = [row for row in rows if "event" not in row]
     rates = [rate for row in steps if (rate := finite(row.get("tokens_per_second"))) is not None]
     return ComparedRun(

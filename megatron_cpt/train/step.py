@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_cpt.data.micro_batch import MicroBatch, on_this_rank
 from megatron_cpt.model.attention import document_starts
 from megatron_cpt.model.owned_parameters import owned_parameters
+from megatron_cpt.model.pipeline import run_pipeline
 from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
 from megatron_cpt.train.step_sums import StepResult, StepSums
 from megatron_cpt.train.terms import LossTerm
@@ -102,18 +102,8 @@ def run_schedule(
     sums = StepSums.zeros(len(terms), num_sources, state.device)
     packed = sums.pack()
     if micro_batches:
-        samples, length = micro_batches[0]["tokens"].shape
-        iterators = [iter(micro_batches) for _ in state.chunks]
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, num_sources=num_sources, terms=terms),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=state.chunks if len(state.chunks) > 1 else state.chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=length,
-            micro_batch_size=samples,
-            forward_only=forward_only,
-        )
-        for report in reports:  # empty except on the last pipeline stage
+        forward_step = partial(_forward_step, num_sources=num_sources, terms=terms)
+        for report in run_pipeline(state.chunks, micro_batches, forward_step, forward_only=forward_only):
             packed += report
     dist.all_reduce(packed, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     pipeline = parallel_state.get_pipeline_model_parallel_group()

@@ -57,6 +57,10 @@ class RunList:
         self._search()
         return [self._listed(run_id, path) for run_id, path in self._paths.items()]
 
+    def one(self, path: Path) -> ListedRun:
+        """Return the run in the folder `path` below the root."""
+        return self._listed(self.id_of(path), path)
+
     def _find(self, run_id: str, *, again: bool = False) -> Path | None:
         self._search(again=again)
         return self._paths.get(run_id)

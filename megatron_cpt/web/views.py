@@ -37,10 +37,7 @@ class RunViews:
     def status(self, path: Path) -> dict[str, Any]:
         """One run: its line, its checkpoints, the switches that are set, its logs, and Slurm's view of it."""
         folder = RunFolder(path)
-        run_id = self.known_runs.id_of(path)
-        listed = next((run for run in self.known_runs.listed() if run.id == run_id), None)
-        if listed is None:  # found by its id a moment ago
-            listed = ListedRun(run_id, self.known_runs.name_of(path), None, "the folder has vanished")
+        listed = self.known_runs.one(path)
         view, holder = slurm_view(folder), read_lease(folder.lease)
         try:
             checkpoints, problem = checkpoints_json(folder), listed.problem

@@ -27,3 +27,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, documents, seed in (("data", 200, 1), ("domain", 120, 1), ("general", 120, 2), ("held_out", 20, 3)):
         write_dataset(folder / name, random_documents(documents, 128, seed))
     return folder
+
+
+def linked(inputs: Path, folder: Path) -> Path:
+    """Return `folder` with the inputs in it, and room for the runs, configs and logs of a file's tests."""
+    for path in inputs.iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder

@@ -16,6 +16,7 @@ import yaml
 from megatron_cpt.errors import CheckpointError, CptError
 from megatron_cpt.launch.origin import resolve_origin
 from megatron_cpt.runs.checkpoints import complete_checkpoints
+from tests.integration.conftest import linked
 from tests.integration.test_train_resume import STEPS, rows, write_config
 from tests.rank_pool import RankPool
 
@@ -24,10 +25,7 @@ LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 
 @pytest.fixture(scope="module")
 def work(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lora")
-    for path in inputs.iterdir():
-        (folder / path.name).symlink_to(path)
-    return folder
+    return linked(inputs, tmp_path_factory.mktemp("lora"))
 
 
 def lora_config(work: Path, run: str, layout: dict[str, int], **lora: Any) -> Path:

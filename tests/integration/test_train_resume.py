@@ -21,6 +21,7 @@ import yaml
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults
 from megatron_cpt.runs.metrics import read_metrics
 from tests.configs import tiny_run
+from tests.integration.conftest import linked
 from tests.rank_pool import RankPool
 
 LAYOUTS = {"PP2": {"pp": 2}, "TP2": {"tp": 2}, "DP2": {}}
@@ -31,10 +32,7 @@ Row = tuple[float, float, float]
 @pytest.fixture(scope="module")
 def work(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The inputs' folder for runs, configs and logs of these tests."""
-    folder = tmp_path_factory.mktemp("resume")
-    for path in inputs.iterdir():
-        (folder / path.name).symlink_to(path)
-    return folder
+    return linked(inputs, tmp_path_factory.mktemp("resume"))
 
 
 def write_config(work: Path, run: str, layout: dict[str, int], **changes: object) -> Path:

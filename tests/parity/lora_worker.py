@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from megatron_cpt.train.state import TrainState, build_train_state, gathered_par
 from megatron_cpt.train.step import train_step  # noqa: E402
 from tests.parity.lora_rows import BF16_ROWS, LORA_ROWS, LORA_STEPS, LoraRow, sabotaged, values  # noqa: E402
 from tests.parity.rows import TrainRow  # noqa: E402
-from tests.parity.shared_groups import shared_groups  # noqa: E402
+from tests.parity.shared_groups import run_worker  # noqa: E402
 from tests.parity.worker import batches, config_of  # noqa: E402
 
 
@@ -86,10 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with shared_groups():
-            main()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        raise
+    run_worker(main)

@@ -8,8 +8,10 @@ that groups which a layout keeps apart stay apart.
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,3 +48,14 @@ def shared_groups() -> Iterator[None]:
         yield
     finally:
         dist.new_group, distributed._forget_parallel_groups = new_group, forget
+
+
+def run_worker(main: Callable[[], None]) -> None:
+    """Run a worker's `main` with shared groups; its traceback is out before other ranks wait for this one."""
+    try:
+        with shared_groups():
+            main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        raise

@@ -9,7 +9,6 @@ import contextlib
 import json
 import shutil
 import sys
-import traceback
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -42,7 +41,7 @@ from megatron_cpt.train.terms import LossTerm  # noqa: E402
 from tests.parity.digest import Recorder  # noqa: E402
 from tests.parity.rows import BASE_PRECISION, LOGITS_ROWS, STEPS, TRAIN_ROWS, LogitsRow, TrainRow  # noqa: E402
 from tests.parity.sabotage import SABOTAGES  # noqa: E402
-from tests.parity.shared_groups import shared_groups  # noqa: E402
+from tests.parity.shared_groups import run_worker  # noqa: E402
 from tests.parity.terms import L2Penalty, SecondCrossEntropy  # noqa: E402
 from tests.parity.tiny_models import MODELS, hf_model  # noqa: E402
 
@@ -209,10 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with shared_groups():
-            main()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        raise
+    run_worker(main)

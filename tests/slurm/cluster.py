@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from tests.apt import install
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2", "util-linux")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
@@ -85,17 +86,7 @@ def why_not() -> str | None:
     """Why no cluster can be brought up here; None when one can."""
     if os.geteuid() != 0:
         return "a Slurm cluster in namespaces needs root"
-    if all(map(shutil.which, PROGRAMS)):
-        return None
-    if shutil.which("apt-get") is None:
-        return "Slurm is not installed, and this is no Debian: there is no apt-get"
-    apt = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "-qq"]
-    environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run([*apt, "update"], env=environ, capture_output=True, check=False)
-    install = [*apt, "install", "-y", "--no-install-recommends", *PACKAGES]
-    done = subprocess.run(install, env=environ, capture_output=True, text=True, check=False)
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"apt-get could not install {', '.join(missing)}: {done.stderr[-500:]}" if missing else None
+    return install(PACKAGES, PROGRAMS)
 
 
 class Cluster:

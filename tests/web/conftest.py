@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.apt import install
 
 REQUIRED = "MEGATRON_CPT_REQUIRE_BROWSER"  # set in CI: there these tests must not be skipped
 PICTURES = Path(os.environ.get("MEGATRON_CPT_PICTURES", "/tmp/megatron-cpt-web-pictures"))
@@ -20,12 +21,7 @@ def chromium() -> str | None:
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if (found := shutil.which(name)) is not None:
             return found
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return None
-    environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    apt = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "-qq"]
-    for command in ([*apt, "update"], [*apt, "install", "-y", "--no-install-recommends", "chromium"]):
-        subprocess.run(command, env=environ, capture_output=True, check=False)
+    install(["chromium"], ["chromium"])
     return shutil.which("chromium")
 
 

@@ -68,6 +68,14 @@ def fill_run(page: Page, name: str, train_tokens: str) -> None:
     page.locator('.field[data-path="model.check_start"] select').select_option("false")
 
 
+def start_run(page: Page, server: Server, name: str, train_tokens: str) -> None:
+    """Fill in the form of a new run, and start it."""
+    page.goto(f"http://127.0.0.1:{server.port}/new")
+    page.locator("body[data-ready]").wait_for()
+    fill_run(page, name, train_tokens)
+    page.locator("#start").click()
+
+
 def unfold(page: Page, key: str) -> None:
     """Open the part of the form that holds a key."""
     page.locator("details", has=page.locator(f'.field[data-path="{key}"]')).locator("summary").click()
@@ -130,10 +138,7 @@ def test_a_run_outlives_the_server_and_is_stopped_and_continued(
 ) -> None:
     server = Server(folder)
     page = open_page(browser, server, opened)
-    page.goto(f"http://127.0.0.1:{server.port}/new")
-    page.locator("body[data-ready]").wait_for()
-    fill_run(page, "long", "5M")
-    page.locator("#start").click()
+    start_run(page, server, "long", "5M")
     page.wait_for_url("**/jobs/*")
     page.get_by_role("link", name="Watch the run").click(timeout=MINUTE)
     shown = page.locator("#cards .card", has_text="iteration").locator("b")
@@ -142,10 +147,7 @@ def test_a_run_outlives_the_server_and_is_stopped_and_continued(
     expect(shown).not_to_have_text(seen, timeout=MINUTE)  # without a reload
 
     other = open_page(browser, server, opened)  # a second person starts the same run
-    other.goto(f"http://127.0.0.1:{server.port}/new")
-    other.locator("body[data-ready]").wait_for()
-    fill_run(other, "long", "5M")
-    other.locator("#start").click()
+    start_run(other, server, "long", "5M")
     expect(other.locator("#message, #problems").filter(has_text="running").first).to_be_visible(timeout=MINUTE)
     refused = opened[-1].wrong
     assert len(refused) <= 1 and all("409" in text for text in refused), refused  # chromium's own word for the answer
