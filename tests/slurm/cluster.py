@@ -86,7 +86,13 @@ def why_not() -> str | None:
     """Why no cluster can be brought up here; None when one can."""
     if os.geteuid() != 0:
         return "a Slurm cluster in namespaces needs root"
-    return install(PACKAGES, PROGRAMS)
+    if (reason := install(PACKAGES, PROGRAMS)) is not None:
+        return reason
+    tried = subprocess.run(
+        ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"],
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    return f"namespaces are not allowed here: {tried.stderr.strip()}" if tried.returncode else None
 
 
 class Cluster:
@@ -155,6 +161,10 @@ class Cluster:
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         until(lambda: self.job_state(job) in over, f"job {job} has ended", seconds, lambda: self._words_on(job))
         return int(self.job_field(job, "ExitCode").split(":")[0])
+
+    def job_named(self, name: str) -> str:
+        """The id of the newest job of this name."""
+        return self.ask("squeue", "-h", "--states=all", f"--name={name}", "--sort=-i", "-o", "%i").split()[0]
 
     def nodes_of(self, job: str) -> list[str]:
         return self.ask("scontrol", "show", "hostnames", self.job_field(job, "NodeList")).split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from tests.synthetic_model import write_model
 
 REPO = Path(__file__).resolve().parents[2]
 NODES = 34  # 32 for a job, and two to spare
-STEPS = 100
+STEPS = 60
 TOKENS_PER_STEP = 512
 REQUIRED = "MEGATRON_CPT_REQUIRE_SLURM"  # set in CI: there these tests must not be skipped
 
@@ -67,12 +68,16 @@ class Job:
         self.run = RunFolder(folder / "run")
         self.job = ""
 
-    def submit(self, *options: str) -> list[str]:
-        """Call `megatron-cpt submit` on the login node. Return the ids of the jobs."""
+    def submit_command(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """`megatron-cpt submit` on the login node."""
         site = ["--cluster-env", str(self.inputs / "cluster.env"), "--json", *options]
-        done = self.cluster.call(
+        return self.cluster.call(
             sys.executable, "-m", "megatron_cpt", "submit", str(self.config), *site, cwd=self.folder
         )
+
+    def submit(self, *options: str) -> list[str]:
+        """Submit the run. Return the ids of the jobs."""
+        done = self.submit_command(*options)
         assert done.returncode == 0, done.stderr
         jobs: list[str] = json.loads(done.stdout)["jobs"]
         self.job = jobs[0]
@@ -84,12 +89,13 @@ class Job:
         self.job = self.cluster.ask("sbatch", "--parsable", *options, script, *arguments)
         return self.job
 
-    def wait_for_step(self, iteration: int, attempt: int = 1) -> None:
-        def reached() -> bool:
-            rows = read_rows(self.run.metrics)[0]
-            return any(row.get("start") == attempt and "loss" in row and row["iteration"] >= iteration for row in rows)
+    def has_reached(self, iteration: int, attempt: int = 1) -> bool:
+        rows = read_rows(self.run.metrics)[0]
+        return any(row.get("start") == attempt and "loss" in row and row["iteration"] >= iteration for row in rows)
 
-        until(reached, f"step {iteration} of attempt {attempt}", 120, self.describe)
+    def wait_for_step(self, iteration: int, attempt: int = 1) -> None:
+        what = f"step {iteration} of attempt {attempt}"
+        until(lambda: self.has_reached(iteration, attempt), what, 180, self.describe)
 
     def ended(self, job: str | None = None, seconds: float = 240) -> int:
         return self.cluster.exit_code(job or self.job, seconds)

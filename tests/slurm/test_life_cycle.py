@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from megatron_cpt.runs.checkpoints import complete_checkpoints
 from megatron_cpt.runs.rank_errors import read_rank_errors
 from tests.slurm.cluster import Cluster, until
-from tests.slurm.conftest import Job
+from tests.slurm.conftest import Job, clean_up
 
 MANY = "budget.train_tokens=5M"  # a run that does not end within a test
 
@@ -42,16 +43,60 @@ def test_a_killed_rank_starts_the_job_again(job: Job, undisturbed: dict[int, flo
     assert job.journal("ended")[0]["action"] == "requeue"
 
 
-@pytest.mark.parametrize("number", [0, 1])  # the node of the batch script and of rank 0, and another one
-def test_a_node_without_power_is_replaced_by_a_spare_one(job: Job, undisturbed: dict[int, float], number: int) -> None:
-    job.submit()
-    job.wait_for_step(15)
-    lost = job.cluster.nodes_of(job.job)[number]
-    job.cluster.power_off(lost)
+@dataclass
+class Loss:
+    """A run that loses one of its nodes as soon as it has saved a checkpoint."""
+
+    job: Job
+    number: int  # 0: the node of the batch script and of rank 0
+    cut_off: bool  # else its power is switched off
+    node: str = ""
+
+    def strike(self) -> None:
+        self.node = self.job.cluster.nodes_of(self.job.job)[self.number]
+        assert self.job.ranks(self.node)
+        (self.job.cluster.partition if self.cut_off else self.job.cluster.power_off)(self.node)
+
+    def mend(self) -> None:
+        if self.node:
+            (self.job.cluster.heal if self.cut_off else self.job.cluster.boot)(self.node)
+
+
+@pytest.fixture(scope="module")
+def losses_of_nodes(cluster: Cluster, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loss]:
+    """Three runs that each lose a node, at the same time: Slurm needs most of a minute to notice and to start again."""
+    cases = {
+        name: Loss(Job(cluster, inputs, tmp_path_factory.mktemp("loss")), number, cut_off)
+        for name, number, cut_off in (("first", 0, False), ("other", 1, False), ("cut off", 0, True))
+    }
+
+    def all_struck() -> bool:
+        for case in cases.values():
+            if not case.node and case.job.has_reached(15):
+                case.strike()
+        return all(case.node for case in cases.values())
+
+    cut = cases["cut off"]
     try:
-        assert job.ended() == 0, job.describe()
+        for case in cases.values():
+            case.job.submit()
+        until(all_struck, "every run has lost a node", 240, cut.job.describe)
+        until(lambda: len(cut.job.journal("began")) == 2, "the job has started on other nodes", 180, cut.job.describe)
+        until(lambda: cut.job.ranks(cut.node) == [], "the ranks that are cut off have ended", 90, cut.job.describe)
+        for case in cases.values():
+            assert case.job.ended() == 0, case.job.describe()
     finally:
-        job.cluster.boot(lost)
+        for case in cases.values():
+            case.mend()
+        clean_up(cluster)
+    return cases
+
+
+@pytest.mark.parametrize("which", ["first", "other"])
+def test_a_node_without_power_is_replaced_by_a_spare_one(
+    losses_of_nodes: dict[str, Loss], undisturbed: dict[int, float], which: str
+) -> None:
+    job, lost = losses_of_nodes[which].job, losses_of_nodes[which].node
     assert job.losses() == undisturbed
     starts = job.status()["slurm"]["restarts"]
     assert len(starts) >= 2 and lost in starts[0]["nodes"] and lost not in starts[-1]["nodes"]
@@ -59,22 +104,12 @@ def test_a_node_without_power_is_replaced_by_a_spare_one(job: Job, undisturbed: 
 
 
 def test_a_node_that_is_cut_off_loses_the_run_to_other_nodes_and_stops_without_touching_it(
-    job: Job, undisturbed: dict[int, float]
+    losses_of_nodes: dict[str, Loss], undisturbed: dict[int, float]
 ) -> None:
     """It still sees the storage, so its rank 0 keeps the lease alive until the job starts again."""
-    job.submit()
-    job.wait_for_step(15)
-    lost = job.cluster.nodes_of(job.job)[0]
-    assert job.ranks(lost)
-    job.cluster.partition(lost)
-    try:
-        until(lambda: len(job.journal("began")) == 2, "the job has started on other nodes", 120, job.describe)
-        until(lambda: job.ranks(lost) == [], "the ranks that are cut off have ended", 60, job.describe)
-        told = read_rank_errors(job.run.logs / f"job-{job.job}-0")
-        assert any("was taken over by process" in error.message for error in told), told
-    finally:
-        job.cluster.heal(lost)
-    assert job.ended() == 0, job.describe()
+    job = losses_of_nodes["cut off"].job
+    told = read_rank_errors(job.run.logs / f"job-{job.job}-0")
+    assert any("was taken over by process" in error.message for error in told), told
     assert job.losses() == undisturbed
     assert [event["restart"] for event in job.journal("ended")] == [1]
     assert job.status()["last_error"] is None and not list(job.run.logs.glob("failure_rank_*.json"))
@@ -194,13 +229,22 @@ def test_a_chain_continues_with_its_next_job_when_the_time_of_one_is_over(
     assert [event["job"] for event in job.journal("began")] == [first, second]
 
 
-def test_restarts_have_a_limit(job: Job) -> None:
-    job.submit("--max-restarts", "1", MANY)
-    for attempt in (1, 2):
-        job.wait_for_step(12 * attempt, attempt)
-        os.kill(job.ranks(job.cluster.nodes_of(job.job)[1])[0], signal.SIGKILL)
-    assert job.ended() == 76, job.describe()
-    assert job.causes()[-1].startswith("started again 1 times, the limit")
+def test_restarts_have_a_limit_and_fewer_are_made_without_progress(
+    job: Job, cluster: Cluster, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two runs at once, whose ranks are killed again and again; one saves between, the other never does."""
+    limited, stuck = job, Job(cluster, inputs, tmp_path_factory.mktemp("stuck"))
+    limited.submit("--max-restarts", "1", MANY)
+    stuck.submit("checkpoint.save_every=null", MANY)
+    for attempt in (1, 2, 3):
+        for run, step in ((limited, 12 * attempt), (stuck, 2)):
+            if attempt < 3 or run is stuck:
+                run.wait_for_step(step, attempt)
+                os.kill(run.ranks(cluster.nodes_of(run.job)[1])[0], signal.SIGKILL)
+    assert (limited.ended(), stuck.ended()) == (76, 76), limited.describe() + stuck.describe()
+    assert limited.causes()[-1].startswith("started again 1 times, the limit")
+    assert stuck.causes()[-1].startswith("3 starts in a row completed no checkpoint")
+    assert [event["action"] for event in stuck.journal("ended")] == ["requeue", "requeue", "leave"]
 
 
 def test_switch_files_save_stop_and_keep_from_starting(job: Job) -> None:

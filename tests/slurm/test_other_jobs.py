@@ -39,12 +39,12 @@ def submit(cluster: Cluster, inputs: Path, tmp_path: Path) -> Iterator[Callable[
     clean_up(cluster)
 
 
-def write_corpus(folder: Path, name: str) -> Path:
-    """A corpus.yaml whose dataset is folder/NAME, over text that every caller shares."""
+def write_corpus(folder: Path, name: str, lines: int = 20_000) -> Path:
+    """A corpus.yaml whose dataset is folder/NAME, over text that every caller shares: 4 files of so many lines."""
     files = [str(folder / f"text{number}.jsonl") for number in range(4)]
     for number, file in enumerate(files):
         if not Path(file).exists():
-            write_jsonl(Path(file), [f"{TEXTS[i % len(TEXTS)]} {number} {i}" * 3 for i in range(20_000)])
+            write_jsonl(Path(file), [f"{TEXTS[i % len(TEXTS)]} {number} {i}" * 3 for i in range(lines)])
     raw = {
         "output_prefix": str(folder / name),
         "tokenizer": str(build_tokenizer(folder / "tokenizer")),
