@@ -43,19 +43,15 @@ class CheckedRun:
         return RunFolder(Path(self.config.folder))
 
 
-def check_run(config: RunConfig, named: str, *, environment_is_here: bool = True) -> CheckedRun:
+def check_run(config: RunConfig, named: str) -> CheckedRun:
     """Check everything that can be wrong before a process group exists. `named` says in errors where `config` is from.
-
-    `environment_is_here`: False where the run has an environment of its own, such as a container: then this one's
-    packages do not matter.
 
     Raises:
         UserError: this environment, Megatron-Core, the config, the model's files or a dataset.
     """
-    if environment_is_here:
-        refuse_broken_environment()
-        check_engine()
-        refuse_missing_trackers(config)
+    refuse_broken_environment()
+    check_engine()
+    refuse_missing_trackers(config)
     origin, folder = resolve_origin(config.model.init_from), model_dir(config)
     refuse_instruct_model(config, folder)
     arch = read_architecture(folder)

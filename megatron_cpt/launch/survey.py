@@ -52,6 +52,7 @@ class Finding:
     hint: str | None
     only_here: bool  # it is absent on this machine, which says nothing of the one that trains
     exit_code: int = UserError.exit_code  # with which a start ends for it
+    of_packages: bool = False  # of this Python's, which do not matter to a run in a container
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,13 @@ class Survey:
     validation_tokens: dict[str, int | None]  # read at each validation of a set; None while it is not here
     findings: tuple[Finding, ...]
 
-    def blocking(self, *, strict: bool) -> list[Finding]:
-        """Return what stops a start: what is wrong anywhere, and with `strict` what is missing on this machine."""
-        return [finding for finding in self.findings if strict or not finding.only_here]
+    def blocking(self, *, strict: bool, packages_are_here: bool = True) -> list[Finding]:
+        """Return what stops a start: what is wrong anywhere, and with `strict` what is missing on this machine.
+
+        `packages_are_here`: False where the run has packages of its own, in a container.
+        """
+        found = [finding for finding in self.findings if strict or not finding.only_here]
+        return [finding for finding in found if packages_are_here or not finding.of_packages]
 
 
 @dataclass
@@ -86,12 +91,12 @@ class _Findings:
     found: list[Finding] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def of(self, *, only_here: bool = False) -> Iterator[None]:
+    def of(self, *, only_here: bool = False, of_packages: bool = False) -> Iterator[None]:
         """Keep what the code inside refuses."""
         try:
             yield
         except CptError as error:
-            self.found.append(Finding(error.message, error.hint, only_here, error.exit_code))
+            self.found.append(Finding(error.message, error.hint, only_here, error.exit_code, of_packages))
 
 
 def survey(config: RunConfig, named: str) -> Survey:
@@ -147,10 +152,10 @@ def _combined(findings: list[Finding], named: str) -> UserError:
 
 
 def _look_at_machine(config: RunConfig, findings: _Findings) -> None:
-    with findings.of(only_here=True):
+    with findings.of(only_here=True, of_packages=True):
         refuse_broken_environment()
         check_engine()
-    with findings.of(only_here=True):
+    with findings.of(only_here=True, of_packages=True):
         refuse_missing_trackers(config)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.slurm.site import Site
 
-_SECONDS = 60  # a controller that is busy answers late; one that is dead, never
+SECONDS = 60  # a controller that is busy answers late; one that is dead, never
 
 
 def check_client(site: Site) -> None:
@@ -56,8 +56,8 @@ def _sbatch(arguments: Sequence[str], site: Site, text: str | None = None) -> st
         ) from error
 
 
-def call(command: Sequence[str], site: Site, text: str | None = None) -> str:
-    """Return what one of Slurm's commands prints.
+def call(command: Sequence[str], site: Site, text: str | None = None, seconds: int = SECONDS) -> str:
+    """Return what one of Slurm's commands prints; `text` is its input, `seconds` how long it may take.
 
     Raises:
         LaunchError: it is not there, fails, or does not answer.
@@ -69,14 +69,18 @@ def call(command: Sequence[str], site: Site, text: str | None = None) -> str:
             text=True,
             capture_output=True,
             check=False,
-            timeout=_SECONDS,
+            timeout=seconds,
             env=dict(site.environment) or None,
         )
     except FileNotFoundError as error:
         raise LaunchError(f"{command[0]} is not on this machine", hint="work on a login node of the cluster") from error
+    except OSError as error:
+        raise LaunchError(
+            f"{command[0]} cannot be called: {error.strerror}", hint=f"`which {command[0]}` says which one it is"
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
-            f"{command[0]} did not answer within {_SECONDS} seconds", hint="is the Slurm controller up? `scontrol ping`"
+            f"{command[0]} did not answer within {seconds} seconds", hint="is the Slurm controller up? `scontrol ping`"
         ) from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_cpt.errors import LaunchError
 from megatron_cpt.runs.folder import RunFolder
+from megatron_cpt.slurm.client import call
 from megatron_cpt.slurm.journal import Event, read_journal, restarts
 from megatron_cpt.slurm.preflight import excluded_nodes
+from megatron_cpt.slurm.site import Site
 
 _SECONDS = 10  # status must answer, whatever the controller does
 _WAITING = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
@@ -45,40 +47,52 @@ class SlurmView:
 
 
 def slurm_view(folder: RunFolder) -> SlurmView | None:
-    """What Slurm and the run's journal say; None for a run that was never submitted to Slurm."""
+    """What Slurm and the run's journal say; None for a run that Slurm has nothing to do with."""
     events = read_journal(folder)
-    if not events:
+    if not events and not script_path(folder).is_file():
         return None
-    jobs, problem = _ask(_job_ids(events))
+    jobs, problem = _jobs_of(folder, events)
     return SlurmView(jobs, restarts(events), excluded_nodes(folder), problem)
 
 
 def waiting_jobs(folder: RunFolder) -> list[str]:
     """Ids of the run's jobs that are queued or running."""
-    jobs, _ = _ask(_job_ids(read_journal(folder)))
+    jobs, _ = _jobs_of(folder, read_journal(folder))
     return [job.job for job in jobs]
 
 
-def _job_ids(events: list[Event]) -> list[str]:
-    return list(dict.fromkeys(str(event["job"]) for event in events if event.get("job")))[-50:]
+def script_path(folder: RunFolder) -> Path:
+    """The batch script that `megatron-cpt submit` leaves in the run folder."""
+    return folder.root / "submit.sbatch"
 
 
-def _ask(jobs: list[str]) -> tuple[list[QueuedJob], str | None]:
-    if not jobs:
-        return [], None
-    if shutil.which("squeue") is None:
-        return [], "squeue is not on this machine"
+def _jobs_of(folder: RunFolder, events: list[Event]) -> tuple[list[QueuedJob], str | None]:
+    """The run's jobs that are queued or running, and why Slurm could not be asked.
+
+    A job of the journal is known by its id, whoever submitted it; one that was submitted by hand, and has not begun, by
+    its script, among the jobs of this user.
+    """
+    known = list(dict.fromkeys(str(event["job"]) for event in events if event.get("job")))[-50:]
+    script = script_path(folder).absolute()
+    found: dict[str, QueuedJob] = {}
     try:
-        done = subprocess.run(
-            ["squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%S|%L", f"--jobs={','.join(jobs)}"],
-            text=True,
-            capture_output=True,
-            check=False,
-            timeout=_SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [], f"squeue: {error}"
-    if done.returncode and "Invalid job id" not in done.stderr:  # the only job is long forgotten
-        return [], f"squeue: {done.stderr.strip().splitlines()[-1:] or done.returncode}"
-    rows = (line.split("|") for line in done.stdout.splitlines())
-    return [QueuedJob(*row) for row in rows if len(row) == 6 and row[1] in _WAITING], None
+        if known:
+            found |= {job.job: job for job, _ in _ask(f"--jobs={','.join(known)}")}
+        if script.is_file():
+            found |= {job.job: job for job, command in _ask("--me") if Path(command) == script}
+    except LaunchError as error:
+        return [], error.message if "squeue" in error.message else f"squeue: {error.message}"
+    return list(found.values()), None
+
+
+def _ask(which: str) -> list[tuple[QueuedJob, str]]:
+    """The jobs of squeue's option `which` that are queued or running, each with the path of its script."""
+    command = ["squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%S|%L|%o", which]
+    try:
+        lines = call(command, Site(), seconds=_SECONDS).splitlines()
+    except LaunchError as error:
+        if "Invalid job id" in error.message:  # the only job is long forgotten
+            return []
+        raise
+    rows = [line.split("|", 6) for line in lines]
+    return [(QueuedJob(*row[:6]), row[6]) for row in rows if len(row) == 7 and row[1] in _WAITING]

@@ -11,22 +11,15 @@ import megatron_cpt
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.corpus.schema import Corpus
-from megatron_cpt.data.datasets import plan_sources
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import CheckpointError, LaunchError
-from megatron_cpt.launch.preflight import CheckedRun, check_run, standing_ledger
-from megatron_cpt.runs.folder import (
-    RunFolder,
-    changes_since_last_attempt,
-    create_run_folder,
-    refused_changes,
-    resolved_yaml,
-)
+from megatron_cpt.launch.survey import raise_findings, survey
+from megatron_cpt.runs.folder import RunFolder, create_run_folder, resolved_yaml
 from megatron_cpt.runs.metrics import read_rows
 from megatron_cpt.slurm.client import check_client, check_script, submit_script
 from megatron_cpt.slurm.journal import record
 from megatron_cpt.slurm.preflight import excluded_nodes
-from megatron_cpt.slurm.queue import waiting_jobs
+from megatron_cpt.slurm.queue import script_path, waiting_jobs
 from megatron_cpt.slurm.script import (
     MOST_RESTARTS,
     ArrayJob,
@@ -88,7 +81,7 @@ def submit(submission: Submission, site: Site) -> list[str]:
 def training(
     config: RunConfig, named: str, site: Site, *, chain: int = 1, max_restarts: int = MOST_RESTARTS
 ) -> Submission:
-    """Check the run of `config` and make its submission; nothing is written.
+    """Check the run of `config` as its start and `plan --strict` do, and make its submission; nothing is written.
 
     Args:
         config: the run.
@@ -98,13 +91,14 @@ def training(
         max_restarts: how often a job starts itself again.
 
     Raises:
-        UserError: the config, the model, the data, the run folder, or a time limit shorter than one save.
+        UserError: all that would stop the run, at once; a job of it that is queued; a time limit shorter than one save.
     """
-    run = check_run(config, named, environment_is_here=site.container_image is None)
-    plan_sources(config, run.datasets, standing_ledger(run))
-    folder = _startable(run)
+    found = survey(config, named)
+    raise_findings(found.blocking(strict=True, packages_are_here=site.container_image is None), named)
+    folder = RunFolder(Path(config.folder))
+    _refuse_a_second_job(folder)
     one_save = save_seconds(
-        trainable_of(config, run.arch).checkpoint_bytes(), config.parallel.nodes, read_rows(folder.metrics)[0]
+        trainable_of(config, found.arch).checkpoint_bytes(), config.parallel.nodes, read_rows(folder.metrics)[0]
     )
     limit, notice = _limit(site), notice_seconds(one_save)
     check_time_limit(limit, notice, "the time limit")
@@ -118,7 +112,7 @@ def training(
         notice,
         max_restarts,
     )
-    script = root / "submit.sbatch"
+    script = script_path(folder).absolute()
     place = Place(
         str(script), literal(str(root / "logs" / "slurm-")) + "%j.log", str(Path.cwd()), tuple(excluded_nodes(folder))
     )
@@ -137,24 +131,13 @@ def training(
     return Submission(root, ((script, text, ()), *successors), prepare, note)
 
 
-def _startable(run: CheckedRun) -> RunFolder:
-    """The run's folder; CheckpointError or LaunchError when a job in it would stop at once."""
-    folder = run.folder
-    if folder.kill_switch.exists():
-        raise LaunchError(f"{folder.kill_switch} is there", hint="remove it to let this run start")
-    refused = refused_changes(changes_since_last_attempt(folder, run.config))
-    if refused:
-        raise CheckpointError(
-            f"{folder.root} holds another run; it differs in " + "; ".join(map(str, refused)),
-            hint="choose a new run_dir",
-        )
+def _refuse_a_second_job(folder: RunFolder) -> None:
     waiting = waiting_jobs(folder)
     if waiting:
         raise LaunchError(
             f"{folder.root} has a job in the queue: {', '.join(waiting)}",
             hint=f"it continues by itself; to submit it anew: scancel {' '.join(waiting)}",
         )
-    return folder
 
 
 def preprocessing(corpus: Corpus, path: Path, site: Site, *, tasks: int, cpus_per_task: int) -> Submission:

@@ -267,6 +267,12 @@ def test_a_queued_run_says_what_it_waits_for(job: Job) -> None:
     (waiting,) = [entry for entry in job.status()["slurm"]["jobs"] if entry["job"] == second]
     assert (waiting["state"], waiting["reason"]) == ("PENDING", "Dependency")
     job.cluster.ask("scancel", second, job.job)
+    until(lambda: job.status()["slurm"]["jobs"] == [], "both jobs are gone", 60, job.describe)
+    by_hand = job.cluster.call("sbatch", "--parsable", "--hold", "submit.sbatch", cwd=job.run.root).stdout.strip()
+    (waiting,) = job.status()["slurm"]["jobs"]
+    assert (waiting["job"], waiting["reason"], job.status()["state"]) == (by_hand, "JobHeldUser", "queued")
+    refused = job.submit_command()
+    assert refused.returncode == 2 and f"has a job in the queue: {by_hand}" in refused.stderr
 
 
 def test_a_cancelled_job_does_not_come_back(job: Job, cluster: Cluster) -> None:

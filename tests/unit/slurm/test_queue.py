@@ -12,19 +12,23 @@ from megatron_cpt.commands.status import slurm_lines
 from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.slurm.journal import record
 from megatron_cpt.slurm.preflight import exclude
-from megatron_cpt.slurm.queue import slurm_view
+from megatron_cpt.slurm.queue import slurm_view, waiting_jobs
 
-ROWS = """12|PENDING|Resources||2026-01-01T00:00:00|1:00:00
-11|RUNNING|None|node[1-2]|2026-01-01T00:00:00|10:00
-10|COMPLETED|None|node1|2026-01-01T00:00:00|INVALID"""
+ROWS = """12|PENDING|Resources||2026-01-01T00:00:00|1:00:00|/old/submit.sbatch
+11|RUNNING|None|node[1-2]|2026-01-01T00:00:00|10:00|/old/submit.sbatch
+10|COMPLETED|None|node1|2026-01-01T00:00:00|INVALID|/old/submit.sbatch"""
+
+
+def write_squeue(folder: Path, text: str) -> None:
+    path = folder / "squeue"
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """A run with two starts; its jobs are 10 to 12."""
-    squeue = tmp_path / "squeue"
-    squeue.write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/call\ncat <<E\n{ROWS}\nE\n')
-    squeue.chmod(squeue.stat().st_mode | stat.S_IXUSR)
+    write_squeue(tmp_path, f'echo "$*" > {tmp_path}/call\ncat <<E\n{ROWS}\nE\n')
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     found = RunFolder(tmp_path)
     for job in ("10", "11", "12"):
@@ -68,16 +72,47 @@ def test_a_run_that_was_never_submitted_has_no_view(tmp_path: Path) -> None:
     assert slurm_view(RunFolder(tmp_path)) is None
 
 
+def test_a_job_that_was_submitted_by_hand_is_known_by_its_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "runs" / "a | b")
+    run.root.mkdir(parents=True)
+    (run.root / "submit.sbatch").touch()
+    (tmp_path / "other.sbatch").touch()
+    row = "{}|PENDING|Priority||N/A|1:00:00|{}"
+    rows = [row.format(7, run.root / "submit.sbatch"), row.format(8, tmp_path / "other.sbatch"), row.format(9, "")]
+    write_squeue(tmp_path, "cat <<E\n" + "\n".join(rows) + "\nE")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    view = slurm_view(run)
+    assert view is not None and view.waits and [job.job for job in view.jobs] == ["7"]
+    assert waiting_jobs(run) == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1", "squeue: Unable to contact"),
+        ("exit 1", "squeue: exit code 1"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
+    ],
+)
+def test_what_squeue_says_is_one_sentence(folder: RunFolder, text: str, problem: str | None) -> None:
+    write_squeue(folder.root, text)
+    view = slurm_view(folder)
+    assert view is not None and (view.jobs, view.problem) == ([], problem)
+
+
+def test_a_squeue_that_does_not_answer_is_said_so(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_squeue(folder.root, "exec sleep 60")
+    monkeypatch.setattr("megatron_cpt.slurm.queue._SECONDS", 0.2)
+    view = slurm_view(folder)
+    assert view is not None and view.problem == "squeue did not answer within 0.2 seconds"
+
+
 def test_without_slurm_the_journal_is_shown_all_the_same(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     view = slurm_view(folder)
     assert view is not None and view.problem == "squeue is not on this machine" and len(view.restarts) == 3
-
-
-def test_a_controller_that_fails_is_a_line_of_the_status(folder: RunFolder) -> None:
-    (folder.root / "squeue").write_text("#!/bin/bash\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
-    view = slurm_view(folder)
-    assert view is not None and "Unable to contact" in (view.problem or "")
 
 
 def test_status_of_a_folder_that_is_no_run_stays_one_clear_error(tmp_path: Path) -> None:

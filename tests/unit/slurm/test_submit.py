@@ -60,7 +60,11 @@ class Login:
         return write_tiny_run(self.folder, **(shared | sections))
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environ = {**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(REPO)}
+        environ = {
+            **os.environ,
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "PYTHONPATH": f"{REPO}:{self.folder}",
+        }
         return subprocess.run(
             [sys.executable, "-m", "megatron_cpt", "submit", *arguments],
             cwd=self.folder, env=environ, text=True, capture_output=True, check=False,
@@ -119,7 +123,7 @@ def test_excluded_nodes_of_a_run_stay_excluded_when_it_is_submitted_anew(login: 
 
 def test_a_run_that_is_in_the_queue_is_not_submitted_twice(login: Login) -> None:
     assert login.submit(str(login.config())).returncode == 0
-    (login.folder / "queue").write_text("101|RUNNING|None|node1|now|1:00\n")
+    (login.folder / "queue").write_text("101|RUNNING|None|node1|now|1:00|submit.sbatch\n")
     done = login.submit(str(login.config()))
     assert done.returncode == 2 and "has a job in the queue: 101" in done.stderr
     assert len(login.calls) == 1
@@ -136,7 +140,9 @@ def test_a_run_that_is_in_the_queue_is_not_submitted_twice(login: Login) -> None
         (["--time", "2"], "the time limit is 0-00:02:00, shorter than a start and one save"),
         (["--time", "soon"], "'soon' is not a time limit"),
         (["--cluster-env", "other.env"], "other.env does not exist"),
-        (["run_dir=/proc/run"], "cannot write"),
+        (["run_dir=config.yaml/run"], "cannot write"),
+        (["run_dir=/proc/run"], "0 are free in /proc"),
+        (["model.init_from=/nowhere/model"], "/nowhere/model"),
         (["job_name=a\"b"], "job"),
         (["--no-such-option"], "no such option: --no-such-option"),
     ],
@@ -146,6 +152,29 @@ def test_after_an_error_nothing_is_in_the_queue(login: Login, arguments: list[st
     assert done.returncode == 2, done.stdout + done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
     assert login.calls == [] and not login.run.root.exists()
+
+
+def test_all_that_would_stop_the_run_is_said_at_once(login: Login) -> None:
+    """As `plan --strict` says it: here a dataset that is not there, and the kill switch."""
+    login.run.root.mkdir()
+    (login.run.root / "KILL").touch()
+    done = login.submit(str(login.config()), "data.train.0.prefix=/nowhere/x")
+    assert done.returncode == 76 and "2 things would stop this run" in done.stderr
+    assert "/nowhere/x" in done.stderr and "KILL is there" in done.stderr and login.calls == []
+
+
+def test_the_packages_of_this_machine_matter_unless_the_run_has_its_own(login: Login) -> None:
+    """The batch script names a container: what Python has here says nothing of it."""
+    login.add("srun", "echo '  --container-image=...  '")
+    (login.folder / "c.env").write_text("CONTAINER_IMAGE=nvcr.io#nvidia/pytorch\n")
+    wants = (str(login.config()), "log.tensorboard=true", "--dry-run")
+    (login.folder / "sitecustomize.py").write_text(
+        "import importlib.util as util\nfind = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'tensorboard' else find(name, *more)\n"
+    )
+    done = login.submit(*wants)
+    assert done.returncode == 2 and "needs the package tensorboard" in done.stderr, done.stderr
+    assert login.submit(*wants, "--cluster-env", "c.env").returncode == 0
 
 
 def test_a_container_needs_a_srun_that_knows_containers(login: Login) -> None:
