@@ -163,8 +163,8 @@ class Cluster:
         return int(self.job_field(job, "ExitCode").split(":")[0])
 
     def job_named(self, name: str) -> str:
-        """The id of the newest job of this name."""
-        return self.ask("squeue", "-h", "--states=all", f"--name={name}", "--sort=-i", "-o", "%i").split()[0]
+        """The id of the newest job of this name; of an array without its tasks."""
+        return self.ask("squeue", "-h", "--states=all", f"--name={name}", "--sort=-i", "-o", "%F").split()[0]
 
     def nodes_of(self, job: str) -> list[str]:
         return self.ask("scontrol", "show", "hostnames", self.job_field(job, "NodeList")).split()

@@ -65,7 +65,7 @@ def test_one_sbatch_of_the_shipped_script_makes_a_corpus_and_joins_it(job: Job, 
     logs = lambda: "\n".join(path.read_text() for path in where.glob("*.log"))  # noqa: E731
     assert job.cluster.exit_code(f"{array}_0") == 0, logs()
     join = job.cluster.job_named("preprocess-join")
-    assert job.cluster.exit_code(join) == 0, logs()
+    assert job.cluster.exit_code(f"{join}_0") == 0, logs()
     assert read_manifest(tmp_path / "shipped").document_count > 100
 
 
