@@ -78,7 +78,8 @@ def test_a_job_of_32_nodes_is_accepted_and_one_of_more_than_the_cluster_has_is_n
     assert "--nodes=32" in script.read_text()
     tried = job.cluster.call("sbatch", "--test-only", str(script))
     assert tried.returncode == 0 and "to start at" in tried.stderr and "node[1-32]" in tried.stderr, tried.stderr
-    more = job.submit_command(f"parallel.nodes={job.cluster.count + 1}", "parallel.pp=1")
+    nodes = job.cluster.count + 1
+    more = job.submit_command(f"parallel.nodes={nodes}", "parallel.pp=1", f"batch.global_batch_size={nodes}")
     assert more.returncode == 2 and "Slurm does not accept the job: " in more.stderr, more.stderr
 
 
