@@ -19,10 +19,11 @@ from typing import Literal
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families.family import Config
+from megatron_cpt.config.sections.lora import LoraConfig
 from megatron_cpt.errors import CheckpointError, ConversionError
 
-Format = Literal["hf", "torch_dist", "legacy"]
-FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "legacy")
+Format = Literal["hf", "torch_dist", "legacy", "peft"]  # peft: low-rank adapters alone
+FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "legacy")  # of whole models
 
 ITEM_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -134,6 +135,7 @@ class IndexedCheckpoint:
     weights: Weights
     iteration: int | None = None
     run_config: Path | None = None  # resolved.yaml of the run that trained it
+    lora: LoraConfig | None = None  # settings of the adapters that `weights` are, by peft's names; None: a whole model
     unknown_fields: tuple[str, ...] = ()  # `name = value` of what Megatron stored and `megatron_fields` does not know
 
     @property

@@ -27,8 +27,9 @@ from checkpoint_convert.checkpoint import (
     clear_os_errors,
     gammas_less_one,
 )
-from checkpoint_convert.hf import plan_hf, read_hf
+from checkpoint_convert.hf import plan_hf, read_hf, read_safetensors
 from checkpoint_convert.legacy import read_legacy
+from checkpoint_convert.peft import ADAPTER_WEIGHTS, plan_peft
 from checkpoint_convert.receipt import (
     RECEIPT,
     check_against_receipt,
@@ -76,7 +77,7 @@ class Options:
 
         Legacy files hold what Megatron-LM's model has, which pads always; torch_dist loads under any padding.
         """
-        if self.to == "hf":
+        if self.to in ("hf", "peft"):
             return arch.vocab_size
         if self.to == "torch_dist":
             return arch.padded_vocab_size(self.tp)
@@ -95,6 +96,9 @@ def plan(source: IndexedCheckpoint, folder: Path, options: Options) -> Target:
 def _plan(source: IndexedCheckpoint, folder: Path, options: Options) -> Target:
     dtypes = {name: options.dtype or tensor.dtype for name, tensor in source.weights.tensors.items()}
     iteration = source.iteration or 1  # Megatron-LM refuses iteration 0
+    _check_kind(source, options)
+    if options.to == "peft":
+        return plan_peft(folder, source, dtypes)
     if options.to == "hf":
         if options.tp > 1 or options.pp > 1 or options.vpp:
             raise ConversionError("a Hugging Face folder has no --tp, --pp or --vpp", hint="leave them out")
@@ -124,6 +128,21 @@ def _plan(source: IndexedCheckpoint, folder: Path, options: Options) -> Target:
         local_names=options.local_names,
         gammas_less_one=options.gammas_less_one,
     )
+
+
+def _check_kind(source: IndexedCheckpoint, options: Options) -> None:
+    """Adapters become peft's folder, and nothing else does."""
+    if source.lora is None and options.to == "peft":
+        raise ConversionError(
+            f"{source.path} holds a whole model, and peft's folder holds adapters", hint="--to hf writes the model"
+        )
+    if source.lora is not None and options.to != "peft":
+        raise ConversionError(
+            f"{source.path} holds adapters of rank {source.lora.rank} alone, which are no model",
+            hint="--to peft writes them for peft, vLLM and others, beside the base model",
+        )
+    if options.to == "peft" and (options.tp > 1 or options.pp > 1 or options.vpp or options.gammas_less_one):
+        raise ConversionError("peft's folder has no --tp, --pp, --vpp or --apply-layernorm-1p", hint="leave them out")
 
 
 def _warn_of_grid(arch: Architecture, tp: int) -> None:
@@ -269,16 +288,23 @@ def _write_small_files(source: IndexedCheckpoint, target: Target, options: Optio
     for path, data in target.small_files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+    if options.to == "peft":
+        _write_card(source, target.folder)
+        return sorted([*(path.name for path in target.small_files), "README.md"])
     folder = side_folder(target.folder, options.to)
     written = options.dtype or source.arch.dtype
     names = write_side_files(source, folder, written)
     if options.to == "hf":
-        card = model_card(source, f"megatron-cpt {megatron_cpt.__version__}")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        _write_card(source, folder)
         names.append("README.md")
     if not has_tokenizer(names):
         log.warning("no tokenizer in %s: the output has none either", source.side_dir)
     return names
+
+
+def _write_card(source: IndexedCheckpoint, folder: Path) -> None:
+    card = model_card(source, f"megatron-cpt {megatron_cpt.__version__}")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def side_folder(folder: Path, to: Format) -> Path:
@@ -290,7 +316,10 @@ def _check_readable(arch: Architecture, target: Target, options: Options) -> Non
     folder = target.folder
     if options.to == "legacy":
         (folder,) = folder.glob("iter_*")
-    weights = read_weights(options.to, folder, arch)
+    if options.to == "peft":
+        weights = Weights(read_safetensors(folder / ADAPTER_WEIGHTS))
+    else:
+        weights = read_weights(options.to, folder, arch)
     found: dict[str, set[Extent]] = {name: set(tensor.extents) for name, tensor in weights.tensors.items()}
     for copy in weights.copies:
         found[copy.name] |= set(copy.extents)
@@ -325,7 +354,7 @@ def _receipt(
     weights, arch = source.weights, source.arch
     padded = options.padded_vocab_size(arch)
     seconds = time.time() - started
-    layout = {"tp": options.tp, "pp": options.pp, "vpp": options.vpp} if options.to != "hf" else {}
+    layout = {"tp": options.tp, "pp": options.pp, "vpp": options.vpp} if options.to not in ("hf", "peft") else {}
     return {
         "tool": "megatron-cpt",
         "version": megatron_cpt.__version__,
@@ -347,6 +376,7 @@ def _receipt(
             "fingerprint": fingerprint([(target.tensors[n], r.target_sha256) for n, r in records.items()]),
         },
         "family": arch.family,
+        "adapters": None if source.lora is None else source.lora.model_dump(mode="json"),
         "parameters": arch.num_parameters,
         "tie_word_embeddings": arch.tie_word_embeddings,
         "tied_or_replicated_copies_compared": len(weights.copies),

@@ -184,24 +184,27 @@ def plan_hf(folder: Path, arch: Architecture, dtypes: dict[str, str], max_shard_
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         path = folder / (SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            start, end = end, end + math.prod(shapes[name]) * ITEM_BYTES[dtypes[name]]
-            code = DTYPE_CODES[dtypes[name]]
-            header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [start, end]}
-            weight_map[name] = path.name
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        target.add_file(path, 8 + len(text) + end)
-        target.skeleton.append((path, 0, struct.pack("<Q", len(text)) + text))
-        for name in names:
-            offset = 8 + len(text) + header[name]["data_offsets"][0]
-            target.tensors[name] = _whole(name, shapes[name], dtypes[name], path, offset)
+        add_safetensors(target, path, {name: shapes[name] for name in names}, dtypes)
+        weight_map |= dict.fromkeys(names, path.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in target.tensors.values())}, "weight_map": weight_map}
         target.small_files[folder / SAFETENSORS_INDEX] = (json.dumps(index, indent=2) + "\n").encode()
     return target
+
+
+def add_safetensors(target: Target, path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]) -> None:
+    """Plan one file with these tensors, in their order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtypes[name]]
+        header[name] = {"dtype": DTYPE_CODES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    target.add_file(path, 8 + len(text) + end)
+    target.skeleton.append((path, 0, struct.pack("<Q", len(text)) + text))
+    for name, shape in shapes.items():
+        target.tensors[name] = _whole(name, shape, dtypes[name], path, 8 + len(text) + header[name]["data_offsets"][0])
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], limit: int) -> Iterator[list[str]]:

@@ -19,13 +19,13 @@ from checkpoint_convert.megatron_config import (
     unknown_fields,
 )
 from checkpoint_convert.stored_model import BRIDGE_CONFIG, HINT, StoredModel, read_stored_models
-from checkpoint_convert.torch_dist import read_torch_dist
+from checkpoint_convert.torch_dist import read_adapters, read_torch_dist
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import architecture_from_config, read_architecture, read_config
 from megatron_cpt.architecture.families.family import Config
 from megatron_cpt.architecture.tensors import hf_tensor_shapes
 from megatron_cpt.errors import ConversionError
-from megatron_cpt.runs.adapters import refuse_adapters
+from megatron_cpt.runs.adapters import adapters_of, refuse_adapters
 from megatron_cpt.runs.checkpoints import BEST, checkpoint_path, complete_checkpoints, list_checkpoints, read_best
 from megatron_cpt.runs.marker import MARKER
 
@@ -42,6 +42,7 @@ def open_checkpoint(
     best: bool = False,
     trust_pickle: bool = False,
     shapes_only: bool = False,
+    adapters: bool = False,
 ) -> IndexedCheckpoint:
     """Recognise and index a checkpoint. No weight is read.
 
@@ -49,12 +50,15 @@ def open_checkpoint(
     of our trainer (its latest, or with `best` the one that `checkpoints/best.json` names).
     hf_config: folder with config.json and tokenizer, for a Megatron checkpoint that does not carry them.
     shapes_only: a folder with config.json alone will do; its tensors have no extents.
+    adapters: a checkpoint that holds low-rank adapters alone will do; its tensors are theirs, by peft's names.
     """
     with clear_os_errors(f"cannot read {path}"):
-        return _open(path, hf_config, best, trust_pickle, shapes_only)
+        return _open(path, hf_config, best, trust_pickle, shapes_only, adapters)
 
 
-def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, shapes_only: bool) -> IndexedCheckpoint:
+def _open(
+    path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, shapes_only: bool, adapters: bool
+) -> IndexedCheckpoint:
     if not path.is_dir():
         raise ConversionError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
     folder, kind = _find_weights(path, best, shapes_only)
@@ -62,7 +66,8 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
     of_a_run = (folder.parent.parent / RUN_CONFIG).is_file() and folder.parent.name == "checkpoints"
     if of_a_run and not (folder / MARKER).is_file():
         raise ConversionError(f"{folder} was not saved to its end: it has no {MARKER}", hint="take another iteration")
-    if kind == "torch_dist":
+    lora = adapters_of(folder) if kind == "torch_dist" else None
+    if lora is not None and not adapters:
         refuse_adapters(folder)
     stored = [] if kind == "hf" else read_stored_models(folder)
     if kind == "hf":
@@ -71,7 +76,7 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
         side_dir, config = _config_of_megatron(folder, hf_config, stored)
         arch = architecture_from_config(config)
     refuse_other_models(stored, arch)
-    weights = _read(kind, folder, arch, trust_pickle, shapes_only)
+    weights = read_adapters(folder, arch, lora) if lora else _read(kind, folder, arch, trust_pickle, shapes_only)
     if stores_gammas_less_one(stored):
         weights = weights.with_gammas_less_one()
     check_facts(stored, arch, side_dir / CONFIG)
@@ -86,6 +91,7 @@ def _open(path: Path, hf_config: Path | None, best: bool, trust_pickle: bool, sh
         weights,
         int(found.group(1)) if found else None,
         next(iter(runs), None),
+        lora,
         unknown_fields(stored),
     )
 

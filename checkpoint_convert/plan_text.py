@@ -46,7 +46,7 @@ def plan_report(source: IndexedCheckpoint, target: Target, final: Path, options:
                 "slice_shape": list(slice_shape(tensor, arch, options.tp, padded, by_heads=options.to == "legacy")),
                 "dtype": target.tensors[tensor.hf[0]].dtype,
             }
-            for tensor in megatron_tensors(arch)
+            for tensor in (megatron_tensors(arch) if options.to != "peft" else ())
         ],
     }
 

@@ -113,7 +113,8 @@ def model_card(source: IndexedCheckpoint, tool: str) -> str:
     run = _run_config(source)
     base = str(run.get("model", {}).get("init_from", "")) if run else ""
     from_scratch = base == "random"
-    head = ["---", "library_name: transformers", f"tags: [{_tag(base) if run else ''}]"]
+    tags = ", ".join([_tag(base), *(["lora"] if source.lora else [])]) if run else ""
+    head = ["---", f"library_name: {'peft' if source.lora else 'transformers'}", f"tags: [{tags}]"]
     if base and not from_scratch and not base.startswith(("/", ".")):
         head.append(f"base_model: {json.dumps(base)}")
     title = run.get("job_name") or source.path.resolve().name
@@ -124,6 +125,8 @@ def model_card(source: IndexedCheckpoint, tool: str) -> str:
     iteration = "" if source.iteration is None else f" Weights of iteration {source.iteration:,}."
     training = "pre-training from random weights" if from_scratch else f"continued pre-training of `{base}`"
     lines += [f"Draft, written by {tool}: {training}.{iteration}", ""]
+    if source.lora:
+        lines += ["Low-rank adapters alone, without the base model's weights.", ""]
     lines += ["## Training", "", *_training_rows(run), "", "## Data", "", *_data_rows(run), ""]
     lines += [
         "## To be written by you",
@@ -146,7 +149,7 @@ def _run_config(source: IndexedCheckpoint) -> dict[str, Any]:
 
 def _training_rows(run: dict[str, Any]) -> list[str]:
     budget, batch = run.get("budget", {}), run.get("batch", {})
-    optimizer, schedule = run.get("optimizer", {}), run.get("schedule", {})
+    optimizer, schedule, lora = run.get("optimizer", {}), run.get("schedule", {}), run.get("lora", {})
     facts = {
         "token budget": budget.get("train_tokens"),
         "warm-up tokens": budget.get("warmup_tokens"),
@@ -156,6 +159,8 @@ def _training_rows(run: dict[str, Any]) -> list[str]:
         "final learning rate": optimizer.get("min_lr"),
         "schedule": schedule.get("kind"),
         "seed": run.get("seed"),
+        "LoRA rank": lora.get("rank"),
+        "LoRA alpha": lora.get("alpha") if lora.get("rank") else None,
     }
     rows = [f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value} |"
             for name, value in facts.items() if value is not None]  # fmt: skip

@@ -27,10 +27,13 @@ from checkpoint_convert.checkpoint import (
     check_cover,
     check_dtype,
     check_names,
+    check_shape,
 )
 from checkpoint_convert.dcp_index import ChunkStorageMetadata, Metadata, TensorStorageMetadata, read_index
 from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.linears import linears
 from megatron_cpt.architecture.tensors import LAYER_PREFIX, MegatronTensor, hf_shapes, megatron_tensors, row_spans
+from megatron_cpt.config.sections.lora import LoraConfig
 from megatron_cpt.errors import ConversionError
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -73,6 +76,36 @@ def read_torch_dist(path: Path, arch: Architecture) -> Weights:
     return Weights(tensors, (), dict(ignored), padding)
 
 
+def read_adapters(path: Path, arch: Architecture, lora: LoraConfig) -> Weights:
+    """Index the adapters of a checkpoint that holds them alone, by peft's names.
+
+    Raises:
+        MismatchError: missing or unknown keys, wrong shapes, holes.
+    """
+    metadata = read_index(path)
+    weights, ignored = _without_other_state(metadata)
+    owners = {tensor.name_in_layer.split(".")[-2]: tensor.name_in_layer for tensor in megatron_tensors(arch)}
+    tensors: dict[str, StoredTensor] = {}
+    keys: set[str] = set()
+    with _Locator(path, metadata) as locator:
+        for linear in (linears(arch)[name] for name in lora.targets):
+            owner = LAYER_PREFIX + owners[linear.fused].rpartition(".")[0]
+            for factor in ("A", "B"):
+                keys.add(key := f"{owner}.lora.{linear.name}.{factor}")
+                if key not in weights:
+                    continue  # named below, with all others
+                shape = (lora.rank or 0, linear.in_features) if factor == "A" else (linear.out_features, lora.rank or 0)
+                check_shape(key, tuple(weights[key].size), (arch.num_layers, *shape), path)
+                dtype = check_dtype(key, weights[key].properties.dtype, path)
+                for layer in range(arch.num_layers):
+                    name = linear.adapter_name(layer, factor)
+                    chunks = tuple(locator.chunks(key, weights[key], layer))
+                    tensors[name] = StoredTensor(name, shape, dtype, chunks)
+                    check_cover(tensors[name])
+    check_names(keys, weights, path)
+    return Weights(tensors, (), dict(ignored))
+
+
 def _key(tensor: MegatronTensor, stacked: bool) -> str:
     return LAYER_PREFIX + tensor.name_in_layer if stacked and tensor.layer is not None else tensor.megatron
 
@@ -85,7 +118,13 @@ def _sort_keys(metadata: Metadata, path: Path) -> tuple[dict[str, tuple[TensorSt
         found = f"{len(prefixes)} keys" if prefixes else "no key"
         raise MismatchError(f"{path}: {found} named *{EMBEDDING}", hint="is this a Megatron-Core GPT checkpoint?")
     (prefix,) = prefixes
-    weights: dict[str, tuple[TensorStorageMetadata, str]] = {}
+    weights, ignored = _without_other_state(metadata)
+    return {key.removeprefix(prefix): (entry, key) for key, entry in weights.items()}, ignored
+
+
+def _without_other_state(metadata: Metadata) -> tuple[dict[str, TensorStorageMetadata], Counter[str]]:
+    """The weights by their key, and what else there is, counted."""
+    weights: dict[str, TensorStorageMetadata] = {}
     ignored: Counter[str] = Counter()
     for key, entry in metadata.state_dict_metadata.items():
         reason = next((text for start, text in NOT_WEIGHTS.items() if key.startswith(start)), None)
@@ -95,7 +134,7 @@ def _sort_keys(metadata: Metadata, path: Path) -> tuple[dict[str, tuple[TensorSt
             reason = "entries that are not tensors"
         if reason is None:
             assert isinstance(entry, TensorStorageMetadata)
-            weights[key.removeprefix(prefix)] = (entry, key)
+            weights[key] = entry
         else:
             ignored[reason] += 1
     return weights, ignored

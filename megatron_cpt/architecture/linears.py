@@ -24,6 +24,10 @@ class Linear:
     out_features: int
     split: Split | None  # what tensor parallelism divides of the Megatron linear
 
+    def adapter_name(self, layer: int, factor: str) -> str:
+        """Return the name that peft gives to factor A or B of the adapter in `layer`, counted from 0."""
+        return f"base_model.model.model.layers.{layer}.{self.module}.lora_{factor}.weight"
+
 
 def linears(arch: Architecture) -> dict[str, Linear]:
     """Return the linears of a layer by name, in the order of the rows of the Megatron linears."""

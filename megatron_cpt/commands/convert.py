@@ -13,7 +13,7 @@ from megatron_cpt.commands.compare import compare
 from megatron_cpt.console import print_summary
 from megatron_cpt.errors import ConversionError
 
-FORMATS = ("hf", "torch_dist", "legacy")
+FORMATS = ("hf", "torch_dist", "legacy", "peft")
 _FOLDER = click.Path(path_type=Path)
 
 
@@ -79,7 +79,8 @@ def convert(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given
     """Convert SRC to DST: checkpoints of Hugging Face and Megatron, exactly, in little memory, on any machine.
 
     SRC: a Hugging Face folder, a Megatron checkpoint (torch_dist or legacy mp_rank_XX), a folder of iterations,
-    or a run folder. `megatron-cpt compare SRC DST` proves afterwards that both are the same model.
+    or a run folder; of a run with `lora`, --to peft writes the adapters.
+    `megatron-cpt compare SRC DST` proves afterwards that both are the same model.
     """
     from checkpoint_convert import convert as engine
     from checkpoint_convert.open import open_checkpoint
@@ -107,6 +108,7 @@ def convert(src: Path, dst: Path, to: str, as_json: bool, dry_run: bool, **given
         best=given["best"],
         trust_pickle=given["trust_pickle"],
         shapes_only=dry_run,
+        adapters=True,
     )
     if dry_run:
         report = plan_report(source, engine.plan(source, dst, options), dst, options)

@@ -30,7 +30,7 @@ class Adapter:
 
     def name(self, factor: str) -> str:
         """Return the name that peft gives to factor A or B."""
-        return f"base_model.model.model.layers.{self.layer}.{self.linear.module}.lora_{factor}.weight"
+        return self.linear.adapter_name(self.layer, factor)
 
 
 def adapted_layer(lora: LoraConfig, arch: Architecture) -> Callable[[ModuleSpec], None]:

@@ -27,5 +27,6 @@ def refuse_adapters(checkpoint: Path) -> None:
     if (lora := adapters_of(checkpoint)) is not None:
         raise CheckpointError(
             f"{checkpoint} holds adapters of rank {lora.rank} alone, and no weights of a model",
-            hint="name the model that the adapters were trained on; the run itself continues when it is started again",
+            hint="`megatron-cpt convert RUN OUT --to peft` writes them for peft, whose merge_and_unload makes a model; "
+            "the run itself continues when it is started again",
         )

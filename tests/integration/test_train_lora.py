@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,13 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from checkpoint_convert.checkpoint import Format
+from checkpoint_convert.convert import Options, convert
+from checkpoint_convert.open import open_checkpoint
 from megatron_cpt.errors import CheckpointError, CptError
 from megatron_cpt.launch.origin import resolve_origin
 from megatron_cpt.runs.checkpoints import complete_checkpoints
+from megatron_cpt.runs.metrics import read_metrics
 from tests.integration.conftest import linked
+from tests.integration.test_eval_of_a_run import evaluate
 from tests.integration.test_train_resume import STEPS, rows, write_config
 from tests.rank_pool import RankPool
 
@@ -77,6 +87,55 @@ def test_it_continues_under_another_layout(pool: RankPool, work: Path, whole: Pa
     assert ours.keys() == theirs.keys()
     for key, row in theirs.items():
         assert ours[key] == pytest.approx(row, rel=2e-5), key
+    ours_out, theirs_out = (load_file(exported(path) / "adapter_model.safetensors") for path in (moved, run))
+    assert ours_out.keys() == theirs_out.keys()
+    for name, tensor in theirs_out.items():
+        torch.testing.assert_close(ours_out[name], tensor, rtol=0, atol=2e-4)
+
+
+def exported(run: Path) -> Path:
+    out = run.parent / f"{run.name}_peft"
+    if not out.exists():
+        convert(open_checkpoint(run, adapters=True), out, Options(to="peft"))
+    return out
+
+
+def validation_loss(run: Path) -> float:
+    return float([row for row in read_metrics(run / "metrics.jsonl") if row.get("event") == "validation"][-1]["loss"])
+
+
+def test_peft_opens_what_was_trained(work: Path, whole: Path, tmp_path: Path) -> None:
+    """Merged by peft, the model has the loss that the run measured under TP2; the base and a wrong alpha have not."""
+    base = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, exported(whole))
+    lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert {name.replace(".default", "") for name in lora} == load_file(
+        exported(whole) / "adapter_model.safetensors"
+    ).keys()
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    found = evaluate(tmp_path / "merged", work / "held_out", "--seq-length", "64")
+    assert found["loss"] == pytest.approx(validation_loss(whole), abs=1e-6)
+    assert abs(evaluate(work / "model", work / "held_out", "--seq-length", "64")["loss"] - found["loss"]) > 1e-3
+
+
+def test_the_receipt_names_the_adapters(whole: Path) -> None:
+    receipt = json.loads((exported(whole) / "conversion.json").read_text())
+    assert (receipt["target"]["format"], receipt["adapters"]["rank"]) == ("peft", 4)
+    card = (exported(whole) / "README.md").read_text()
+    assert "library_name: peft" in card and "| LoRA rank | 4 |" in card
+
+
+@pytest.mark.parametrize("target", ["torch_dist", "legacy"])
+def test_adapters_become_no_megatron_checkpoint(whole: Path, target: Format, tmp_path: Path) -> None:
+    with pytest.raises(CptError, match="holds adapters of rank 4 alone"):
+        convert(open_checkpoint(whole, adapters=True), tmp_path / "out", Options(to=target))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_model_is_no_adapter(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(CptError, match="holds a whole model"):
+        convert(open_checkpoint(work / "model"), tmp_path / "out", Options(to="peft"))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +158,6 @@ def test_other_adapters_are_no_continuation(
 
 
 def test_another_base_is_no_continuation(pool: RankPool, work: Path, whole: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     other = work / "other_model"
     shutil.copytree(work / "model", other)
     weights = load_file(other / "model.safetensors")
@@ -115,8 +172,6 @@ def test_another_base_is_no_continuation(pool: RankPool, work: Path, whole: Path
 
 
 def test_adapters_are_no_model(whole: Path) -> None:
-    from checkpoint_convert.open import open_checkpoint
-
     with pytest.raises(CheckpointError, match="holds adapters of rank 4 alone"):
         resolve_origin(str(whole))
     with pytest.raises(CptError, match="holds adapters of rank 4 alone"):
