@@ -124,6 +124,24 @@ def gammas_less_one(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What is added to a weight: scale * B A, with A [rank, columns] and B [rows, rank]."""
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Adapters that are added to the weights on their way, by the names of the weights."""
+
+    path: Path  # the folder that holds the adapters
+    lora: LoraConfig
+    updates: dict[str, LowRank]
+
+
+@dataclass(frozen=True)
 class IndexedCheckpoint:
     """A checkpoint that was found, recognised and indexed; no weight has been read."""
 
@@ -136,6 +154,7 @@ class IndexedCheckpoint:
     iteration: int | None = None
     run_config: Path | None = None  # resolved.yaml of the run that trained it
     lora: LoraConfig | None = None  # settings of the adapters that `weights` are, by peft's names; None: a whole model
+    merge: Merge | None = None  # adapters to add to these weights
     unknown_fields: tuple[str, ...] = ()  # `name = value` of what Megatron stored and `megatron_fields` does not know
 
     @property

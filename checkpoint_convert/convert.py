@@ -139,7 +139,7 @@ def _check_kind(source: IndexedCheckpoint, options: Options) -> None:
     if source.lora is not None and options.to != "peft":
         raise ConversionError(
             f"{source.path} holds adapters of rank {source.lora.rank} alone, which are no model",
-            hint="--to peft writes them for peft, vLLM and others, beside the base model",
+            hint="--to peft writes them for peft, vLLM and others; `megatron-cpt merge-lora` adds them to their base",
         )
     if options.to == "peft" and (options.tp > 1 or options.pp > 1 or options.vpp or options.gammas_less_one):
         raise ConversionError("peft's folder has no --tp, --pp, --vpp or --apply-layernorm-1p", hint="leave them out")
@@ -209,7 +209,10 @@ def _plan_id(source: IndexedCheckpoint, target: Target, options: Options) -> str
     """Return a hash of the source files and the planned bytes: the same plan may continue a killed conversion."""
     digest = hashlib.sha256(megatron_cpt.__version__.encode())
     digest.update(repr({k: v for k, v in asdict(options).items() if k not in ("workers", "read_back")}).encode())
-    for path in sorted({e.path for t in source.weights.tensors.values() for e in t.extents}):
+    updates = () if source.merge is None else source.merge.updates.values()
+    digest.update(repr(updates).encode())
+    added = [factor for update in updates for factor in (update.a, update.b)]
+    for path in sorted({e.path for t in (*source.weights.tensors.values(), *added) for e in t.extents}):
         stat = path.stat()
         digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     for tensor in [*source.weights.tensors.values(), *target.tensors.values()]:
@@ -245,10 +248,11 @@ def _stream(
             log.info("continuing: %d of %d tensors are in place", len(proven), len(weights.tensors))
         partial.start_journal(proven)
         copier = Copier(sources, targets, progress.advance)
+        updates = {} if source.merge is None else source.merge.updates
         compare_copies(copier, weights.tensors, weights.copies)
 
         def one(name: str) -> TensorRecord:
-            record = copier.copy(weights.tensors[name], target.tensors[name])
+            record = copier.copy(weights.tensors[name], target.tensors[name], updates.get(name))
             partial.finished(record)
             return record
 
@@ -352,6 +356,7 @@ def _receipt(
     started: float,
 ) -> dict[str, Any]:
     weights, arch = source.weights, source.arch
+    lora = source.lora if source.merge is None else source.merge.lora
     padded = options.padded_vocab_size(arch)
     seconds = time.time() - started
     layout = {"tp": options.tp, "pp": options.pp, "vpp": options.vpp} if options.to not in ("hf", "peft") else {}
@@ -376,7 +381,8 @@ def _receipt(
             "fingerprint": fingerprint([(target.tensors[n], r.target_sha256) for n, r in records.items()]),
         },
         "family": arch.family,
-        "adapters": None if source.lora is None else source.lora.model_dump(mode="json"),
+        "adapters": None if lora is None else lora.model_dump(mode="json"),
+        "merged_from": None if source.merge is None else str(source.merge.path),
         "parameters": arch.num_parameters,
         "tie_word_embeddings": arch.tie_word_embeddings,
         "tied_or_replicated_copies_compared": len(weights.copies),

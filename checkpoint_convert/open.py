@@ -92,6 +92,7 @@ def _open(
         int(found.group(1)) if found else None,
         next(iter(runs), None),
         lora,
+        None,
         unknown_fields(stored),
     )
 

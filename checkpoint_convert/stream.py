@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_convert.checkpoint import ITEM_BYTES, MismatchError, StoredTensor
-from checkpoint_convert.rows import Bytes, Files, read_rows, write_rows
+from checkpoint_convert.checkpoint import ITEM_BYTES, LowRank, MismatchError, StoredTensor
+from checkpoint_convert.rows import Bytes, Files, read_rows, read_tensor, write_rows
 from megatron_cpt.errors import ConversionError
 
 BLOCK_BYTES = 2 * 2**20  # stays in the CPU's cache from read to write: a third of the system time of 16 MiB
@@ -47,6 +47,7 @@ class TensorRecord:
     nonfinite_rows: int
     shifted_by: int = 0  # added to every element, in fp32
     rounded_elements: int = 0  # of those, how many the target's dtype does not hold exactly
+    adapter_rank: int = 0  # of the adapter that was added, in fp32
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"shape": list(self.shape)}
@@ -88,16 +89,20 @@ class Copier:
             self._advance(block.size)
         return digest.hexdigest()
 
-    def copy(self, source: StoredTensor, target: StoredTensor) -> TensorRecord:
-        """Copy one tensor, cast when the dtypes differ."""
+    def copy(self, source: StoredTensor, target: StoredTensor, update: LowRank | None = None) -> TensorRecord:
+        """Copy one tensor, cast when the dtypes differ; with `update` added."""
         assert self._target is not None
         before, after = hashlib.sha256(), hashlib.sha256()
         shift = int(source.less_one) - int(target.less_one)
-        casts = source.dtype != target.dtype or shift != 0
+        casts = source.dtype != target.dtype or shift != 0 or update is not None
+        added = None if update is None else _Added(self._source, update)
         near_zero = nonfinite = rounded = 0
         for start, block in self.blocks(source):
             before.update(block.data)
-            written = cast(block, source.dtype, target.dtype, shift) if casts else block
+            if added is not None:
+                written = added.to(block, start, source.dtype, target.dtype)
+            else:
+                written = cast(block, source.dtype, target.dtype, shift) if casts else block
             if casts:
                 after.update(written.data)
             zero_rows, bad_rows = inspect_rows(written, target.dtype, vector=len(target.shape) == 1)
@@ -118,7 +123,33 @@ class Copier:
             nonfinite,
             shift,
             rounded,
+            0 if update is None else update.a.rows,
         )
+
+
+class _Added:
+    """The rows of a low-rank update, a block at a time; A is held whole, and of B the rows of the block."""
+
+    def __init__(self, files: Files, update: LowRank) -> None:
+        files.check(update.a)
+        files.check(update.b)
+        self._files, self._update = files, update
+        self._a = _floats(read_tensor(files, update.a), update.a.dtype)
+
+    def to(self, block: Bytes, start: int, dtype: str, to: str) -> Bytes:
+        """A weight's rows from `start` on, in `dtype`, and the update's: summed in fp32, rounded once, to `to`."""
+        import torch
+
+        b = _floats(read_tensor(self._files, self._update.b, start, start + len(block)), self._update.b.dtype)
+        values = _floats(block, dtype).addmm(b, self._a, alpha=self._update.scale)
+        written: Bytes = values.to(getattr(torch, to)).view(torch.uint8).numpy()
+        return written
+
+
+def _floats(block: Bytes, dtype: str) -> Any:
+    import torch
+
+    return torch.from_numpy(block).view(getattr(torch, dtype)).float()
 
 
 def cast(block: Bytes, dtype: str, to: str, shift: int = 0) -> Bytes:

@@ -57,6 +57,7 @@ COMMANDS: dict[str, Entry] = {
     "checkpoints": Entry("Run", f"{_COMMANDS}.checkpoints:checkpoints", "List, verify and prune a run's checkpoints."),
     "web": Entry("Run", f"{_COMMANDS}.web:web", "Show runs in a browser: watch, compare, start, stop, export."),
     "eval": Entry("Model", f"{_COMMANDS}.eval:eval_group", "Measure a model: perplexity on a dataset or text."),
+    "merge-lora": Entry("Model", f"{_COMMANDS}.merge_lora:merge_lora", "Add LoRA adapters to their base model."),
     "convert": Entry("Model", f"{_COMMANDS}.convert:convert", "Convert checkpoints between Hugging Face and Megatron."),
     "compare": Entry("Model", f"{_COMMANDS}.compare:compare", "Prove that two checkpoints are the same model."),
 }

@@ -27,6 +27,6 @@ def refuse_adapters(checkpoint: Path) -> None:
     if (lora := adapters_of(checkpoint)) is not None:
         raise CheckpointError(
             f"{checkpoint} holds adapters of rank {lora.rank} alone, and no weights of a model",
-            hint="`megatron-cpt convert RUN OUT --to peft` writes them for peft, whose merge_and_unload makes a model; "
-            "the run itself continues when it is started again",
+            hint="`megatron-cpt merge-lora RUN OUT` makes a model of them and their base, `megatron-cpt convert RUN "
+            "OUT --to peft` writes them for peft; the run itself continues when it is started again",
         )

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from checkpoint_convert.checkpoint import Format
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.open import open_checkpoint
+from megatron_cpt.commands.merge_lora import merge_lora
 from megatron_cpt.errors import CheckpointError, CptError
 from megatron_cpt.launch.origin import resolve_origin
 from megatron_cpt.runs.checkpoints import complete_checkpoints
@@ -117,6 +118,35 @@ def test_peft_opens_what_was_trained(work: Path, whole: Path, tmp_path: Path) ->
     found = evaluate(tmp_path / "merged", work / "held_out", "--seq-length", "64")
     assert found["loss"] == pytest.approx(validation_loss(whole), abs=1e-6)
     assert abs(evaluate(work / "model", work / "held_out", "--seq-length", "64")["loss"] - found["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("of", ["run", "peft"])
+def test_merged_it_is_the_model_that_peft_merges(work: Path, whole: Path, tmp_path: Path, of: str) -> None:
+    source = whole if of == "run" else exported(whole)
+    done = merge_lora.main([str(source), str(tmp_path / "ours"), "--json"], standalone_mode=False)
+    assert not done
+    base = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, exported(whole)).merge_and_unload()
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    tokens = torch.randint(0, ours.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-6)
+        plain = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+        assert (ours(tokens).logits - plain(tokens).logits).abs().max() > 1e-3  # negative control
+    receipt = json.loads((tmp_path / "ours" / "conversion.json").read_text())
+    assert sum(bool(tensor["adapter_rank"]) for tensor in receipt["tensors"]) == 7 * ours.config.num_hidden_layers
+
+
+def test_adapters_are_not_merged_into_another_base(work: Path, whole: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(work / "model", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CptError, match=r"is not the model that .* was trained on: weights \(sha256\)"):
+        merge_lora.main([str(whole), str(tmp_path / "out"), "--base-model", str(other)], standalone_mode=False)
+    with pytest.raises(CptError, match="holds a whole model"):
+        merge_lora.main([str(work / "model"), str(tmp_path / "out")], standalone_mode=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_receipt_names_the_adapters(whole: Path) -> None:
