@@ -18,6 +18,7 @@ from checkpoint_convert.megatron_config import (
     stores_gammas_less_one,
     unknown_fields,
 )
+from checkpoint_convert.peft import is_peft
 from checkpoint_convert.stored_model import BRIDGE_CONFIG, HINT, StoredModel, read_stored_models
 from checkpoint_convert.torch_dist import read_adapters, read_torch_dist
 from megatron_cpt.architecture.facts import Architecture
@@ -61,6 +62,8 @@ def _open(
 ) -> IndexedCheckpoint:
     if not path.is_dir():
         raise ConversionError(f"{path} is not a folder" if path.exists() else f"{path} does not exist")
+    if is_peft(path):
+        refuse_adapters(path)
     folder, kind = _find_weights(path, best, shapes_only)
     runs = [parent / RUN_CONFIG for parent in (folder, *folder.parents[:2]) if (parent / RUN_CONFIG).is_file()]
     of_a_run = (folder.parent.parent / RUN_CONFIG).is_file() and folder.parent.name == "checkpoints"

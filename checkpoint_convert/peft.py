@@ -26,8 +26,8 @@ from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.linears import linears
 from megatron_cpt.config.sections.lora import LoraConfig
 from megatron_cpt.errors import ConversionError
+from megatron_cpt.runs.adapters import PEFT_CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -68,7 +68,7 @@ class PeftFolder:
 
 
 def is_peft(path: Path) -> bool:
-    return (path / ADAPTER_CONFIG).is_file()
+    return (path / PEFT_CONFIG).is_file()
 
 
 def read_peft(path: Path) -> PeftFolder:
@@ -78,14 +78,14 @@ def read_peft(path: Path) -> PeftFolder:
         ConversionError: a file is missing or damaged, or the adapters are of a kind that is not known here.
     """
     try:
-        config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8"))
         odd = {key: config.get(key) for key, allowed in _NEUTRAL.items() if config.get(key) not in allowed}
     except (ValueError, AttributeError) as error:
-        raise ConversionError(f"{path / ADAPTER_CONFIG} is damaged: {error}", hint="copy the folder again") from error
+        raise ConversionError(f"{path / PEFT_CONFIG} is damaged: {error}", hint="copy the folder again") from error
     if odd:
         said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in odd.items())
         raise ConversionError(
-            f"{path / ADAPTER_CONFIG} has {said}: such adapters are not known here",
+            f"{path / PEFT_CONFIG} has {said}: such adapters are not known here",
             hint="only plain LoRA of one rank on the linears of all layers is; peft's merge_and_unload knows others",
         )
     if not (path / ADAPTER_WEIGHTS).is_file():
@@ -110,10 +110,10 @@ def read_peft(path: Path) -> PeftFolder:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConversionError(
-            f"{path}: {first['loc'][0]} = {first['input']!r}: {first['msg']}", hint=f"look at its {ADAPTER_CONFIG}"
+            f"{path}: {first['loc'][0]} = {first['input']!r}: {first['msg']}", hint=f"look at its {PEFT_CONFIG}"
         ) from error
     if not lora.on:
-        raise ConversionError(f"{path / ADAPTER_CONFIG} has no r", hint="copy the folder again")
+        raise ConversionError(f"{path / PEFT_CONFIG} has no r", hint="copy the folder again")
     return PeftFolder(path, lora, str(config.get("base_model_name_or_path") or ""), tensors)
 
 
@@ -145,7 +145,7 @@ def plan_peft(folder: Path, source: IndexedCheckpoint, dtypes: dict[str, str]) -
     shapes = {name: tensor.shape for name, tensor in source.weights.tensors.items()}
     add_safetensors(target, folder / ADAPTER_WEIGHTS, shapes, dtypes)
     config = adapter_config(source.lora, base_of(source))
-    target.small_files[folder / ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    target.small_files[folder / PEFT_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     return target
 
 

@@ -39,11 +39,11 @@ def resolve_origin(init_from: str) -> Origin:
     path = Path(init_from)
     if init_from == "random":
         return Origin("random", path)
+    refuse_adapters(path)
     if newest := complete_checkpoints(path / "checkpoints"):
         refuse_adapters(newest[0][0])
         return Origin("torch_dist", newest[0][0])
     if (path / ".metadata").is_file() and (path / "metadata.json").is_file():
-        refuse_adapters(path)
         return Origin("torch_dist", path)
     return Origin("hf" if path.exists() else "missing", path)
 
@@ -53,6 +53,7 @@ def side_files_dir(model: ModelConfig) -> Path:
 
     Raises:
         ConfigError: there is none; the message says where it was looked for.
+        CheckpointError: it holds adapters alone.
     """
     if model.architecture is not None:
         path = Path(model.architecture)
@@ -69,6 +70,7 @@ def side_files_dir(model: ModelConfig) -> Path:
             hint="set model.architecture to a directory that holds a Hugging Face config.json",
         )
     start = Path(model.init_from)
+    refuse_adapters(start)
     for candidate in _CANDIDATES:
         if (start / candidate / "config.json").is_file():
             return (start / candidate).resolve()

@@ -1,4 +1,4 @@
-"""Whether a checkpoint of a run holds adapters alone, as its own resolved.yaml says."""
+"""Whether a folder holds adapters alone: a checkpoint, as its own resolved.yaml says, or what peft wrote."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from megatron_cpt.config.sections.lora import LoraConfig
 from megatron_cpt.config.yaml_file import read_yaml
 from megatron_cpt.errors import CheckpointError, ConfigError
+
+PEFT_CONFIG = "adapter_config.json"
 
 
 def adapters_of(checkpoint: Path) -> LoraConfig | None:
@@ -23,7 +25,12 @@ def adapters_of(checkpoint: Path) -> LoraConfig | None:
 
 
 def refuse_adapters(checkpoint: Path) -> None:
-    """Raise CheckpointError when `checkpoint` holds adapters alone, which are no model."""
+    """Raise CheckpointError when `checkpoint` holds adapters alone, ours or peft's, which are no model."""
+    if (checkpoint / PEFT_CONFIG).is_file() and not (checkpoint / "config.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint} holds adapters of peft alone, and no weights of a model",
+            hint=f"`megatron-cpt merge-lora {checkpoint} OUT` makes a model of them and their base",
+        )
     if (lora := adapters_of(checkpoint)) is not None:
         raise CheckpointError(
             f"{checkpoint} holds adapters of rank {lora.rank} alone, and no weights of a model",

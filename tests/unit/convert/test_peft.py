@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.open import open_checkpoint
-from checkpoint_convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config, adapter_shapes, read_peft
+from checkpoint_convert.peft import ADAPTER_WEIGHTS, adapter_config, adapter_shapes, read_peft
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.commands.merge_lora import merge_lora
 from megatron_cpt.config.sections.lora import LoraConfig
-from megatron_cpt.errors import ConversionError
+from megatron_cpt.config.sections.model import ModelConfig
+from megatron_cpt.errors import CheckpointError, ConversionError
+from megatron_cpt.launch.origin import resolve_origin, side_files_dir
+from megatron_cpt.runs.adapters import PEFT_CONFIG
 from tests.synthetic_model import write_model
 
 LORA = LoraConfig(rank=4, alpha=8.0, rslora=True, targets=("q_proj", "down_proj"))
@@ -34,7 +37,7 @@ def arch(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
 
 @pytest.fixture
 def folder(arch: Architecture, tmp_path: Path) -> Path:
-    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(LORA, "base")))
+    (tmp_path / PEFT_CONFIG).write_text(json.dumps(adapter_config(LORA, "base")))
     save_file({n: torch.ones(shape) for n, shape in adapter_shapes(LORA, arch).items()}, tmp_path / ADAPTER_WEIGHTS)
     return tmp_path
 
@@ -61,8 +64,8 @@ def test_what_was_written_is_read(folder: Path, arch: Architecture) -> None:
     ],
 )
 def test_adapters_of_another_kind_are_refused(folder: Path, change: dict[str, Any], said: str) -> None:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config | change))
+    config = json.loads((folder / PEFT_CONFIG).read_text())
+    (folder / PEFT_CONFIG).write_text(json.dumps(config | change))
     with pytest.raises(ConversionError) as error:
         read_peft(folder)
     assert said in error.value.message
@@ -110,7 +113,7 @@ def test_damaged_folders_are_refused(folder: Path) -> None:
     (folder / ADAPTER_WEIGHTS).unlink()
     with pytest.raises(ConversionError, match=ADAPTER_WEIGHTS):
         read_peft(folder)
-    (folder / ADAPTER_CONFIG).write_text("[1")
+    (folder / PEFT_CONFIG).write_text("[1")
     with pytest.raises(ConversionError, match="is damaged"):
         read_peft(folder)
 
@@ -136,3 +139,43 @@ def test_bf16_weights_get_the_sum_rounded_once(folder: Path, tmp_path_factory: p
         error = (after[name].double() - exact).abs()
         assert (error <= exact.abs() * 2**-8 * 1.001 + 1e-7).all()  # half a unit in bf16's last place
         assert not torch.equal(after[name], weight)
+
+
+def test_it_is_no_model(folder: Path) -> None:
+    for opened in (open_checkpoint, lambda path: resolve_origin(str(path))):
+        with pytest.raises(CheckpointError, match="holds adapters of peft alone") as error:
+            opened(folder)
+        assert error.value.hint is not None and f"merge-lora {folder} OUT" in error.value.hint
+    with pytest.raises(CheckpointError, match="holds adapters of peft alone"):
+        side_files_dir(ModelConfig(init_from=str(folder)))
+
+
+def test_a_broken_merge_goes_on_with_its_own_adapters_only(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path_factory.mktemp("broken")
+    write_model(work / "base")
+
+    def merge(to: str) -> dict[str, Any]:
+        merge_lora.main([str(folder), str(work / to), "--base-model", str(work / "base")], standalone_mode=False)
+        return dict(json.loads((work / to / "conversion.json").read_text()))
+
+    def broken(to: str) -> None:
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+            patched.setattr("checkpoint_convert.convert._check_values", _killed)
+            merge(to)
+
+    broken("same")
+    receipt = merge("same")
+    assert receipt["resumed_tensors"] == len(receipt["tensors"])
+    broken("other")
+    save_file({n: t * 2 for n, t in load_file(folder / ADAPTER_WEIGHTS).items()}, folder / ADAPTER_WEIGHTS)
+    assert merge("other")["resumed_tensors"] == 0
+    merge("fresh")
+    same, other, fresh = (load_file(work / name / "model.safetensors") for name in ("same", "other", "fresh"))
+    assert all(torch.equal(other[name], fresh[name]) for name in fresh)
+    assert not all(torch.equal(same[name], fresh[name]) for name in fresh)
+
+
+def _killed(*_: object) -> None:
+    raise RuntimeError("killed")
