@@ -28,11 +28,11 @@ from checkpoint_convert import convert as convert_module
 from checkpoint_convert.convert import Options, convert
 from checkpoint_convert.open import open_checkpoint
 copy, done = stream.Copier.copy, []
-def slow(self, source, target):
+def slow(self, source, *rest):
     done.append(source.name)
     if len(done) > 10:
         time.sleep(60)
-    return copy(self, source, target)
+    return copy(self, source, *rest)
 stream.Copier.copy = slow
 convert(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), Options(to="torch_dist", tp=2, workers=1))
 """
