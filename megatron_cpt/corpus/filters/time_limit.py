@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import FrameType
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
@@ -68,10 +69,12 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _documents(batch: Batch) -> Iterator[Batch]:
     for index, (text, place) in enumerate(zip(batch.texts, batch.places, strict=True)):
-        yield Batch(batch.path, [text], [place], None if batch.metadata is None else [batch.metadata[index]])
+        metadata = None if batch.metadata is None else [batch.metadata[index]]
+        yield replace(batch, texts=[text], places=[place], metadata=metadata)
 
 
 def _joined(batch: Batch, parts: list[Batch]) -> Batch:
     metadata = None if batch.metadata is None else [entry for part in parts for entry in part.metadata or []]
     texts = [text for part in parts for text in part.texts]
-    return Batch(batch.path, texts, [place for part in parts for place in part.places], metadata)
+    places = [place for part in parts for place in part.places]
+    return replace(batch, texts=texts, places=places, metadata=metadata)

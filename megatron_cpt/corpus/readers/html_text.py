@@ -1,8 +1,7 @@
 """Text out of HTML: blocks become lines, table cells stay apart, `<pre>` keeps its layout, what nobody reads goes.
 
-Two extractors. `html_to_text` keeps everything but the page's chrome: scripts, navigation, and the header, footer and
-aside of the page (those of an article, a section or `<main>` are content). `article_text` keeps the main content that
-resiliparse finds (Bevendorff et al. 2018, Elastic ChatNoir).
+`html_to_text` keeps everything but the page's chrome: scripts, navigation, and the header, footer and aside of the page
+(those of an article, a section or `<main>` are content). html_article keeps less.
 
 Nothing is removed from the parsed tree: marks are put around its elements, and the text between the marks is laid out
 in one pass. So the time is linear in the page, however its elements are nested.
@@ -11,12 +10,14 @@ in one pass. So the time is linear in the page, however its elements are nested.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 
 from selectolax.lexbor import LexborHTMLParser
 
 from megatron_cpt.corpus.readers.html_nesting import limit_nesting
 
-# Marks are noncharacters of Unicode, which no page may contain. The first five stand in gaps between pieces of text.
+# Marks are noncharacters of Unicode, U+FDD0 to U+FDEF, which no page may contain; html_article uses others of them.
+# The first five stand in gaps between pieces of text.
 _MARK_CODES = range(0xFDD0, 0xFDDD)
 _CELL, _LINE, _ROW, _PARAGRAPH, _BR, _PRE, _END_PRE, _DROP, _END_DROP, _CHROME, _END_CHROME, _CONTENT, _END_CONTENT = (
     map(chr, _MARK_CODES)
@@ -36,14 +37,16 @@ _MARKS: dict[str, tuple[str | None, str]] = {
     "td, th": (None, _CELL),
     "pre, textarea": (_PRE, _END_PRE),
     "article, main, section, figure": (_CONTENT, _END_CONTENT),
-    "header, footer, aside": (_CHROME, _END_CHROME),  # of the page, unless within what is marked as content
     "script, style, noscript, template, iframe, svg, nav, [role=navigation], [role=search], a.headerlink": (
         _DROP,
         _END_DROP,
     ),
 }
+# Of the page, unless within what is marked as content.
+_CHROME_MARKS: dict[str, tuple[str | None, str]] = {"header, footer, aside": (_CHROME, _END_CHROME)}
 _SECTIONS = re.compile(f"([{_PRE}-{_END_CONTENT}])")
-_FORBIDDEN = re.compile(f"[{_CELL}-{_END_CONTENT}]|&#(?:[xX]0*[fF][dD][dD][0-9a-cA-C]|0*649(?:7[6-9]|8[0-8]))")
+_MARK = re.compile("[\ufdd0-\ufdef]+")
+_FORBIDDEN = re.compile("[\ufdd0-\ufdef]|&#(?:[xX]0*[fF][dD][dDeE][0-9a-fA-F]|0*(?:6497[6-9]|649[89][0-9]|6500[0-7]))")
 _GAP = re.compile(f"[ \n{_CELL}-{_BR}]*[\n{_CELL}-{_BR}][ \n{_CELL}-{_BR}]*")
 _GAP_IN_PRE = re.compile(f"[{_CELL}-{_BR}]+")
 _NEXT_ROW = re.compile(f"{_ROW}[ \n]*{_ROW}")
@@ -60,30 +63,34 @@ def html_to_text(html: str) -> str:
     `<textarea>` keep their lines and indentation. In a whole page a line end of the source is a space, as in a
     browser; in a fragment (no html, head or body tag) it stays a line end: text with a few tags in it means it so.
     """
-    tree = LexborHTMLParser(limit_nesting(_FORBIDDEN.sub(" ", html)))
+    tree = parse_page(html)
+    return laid_out(tree, html, _MARKS | _CHROME_MARKS)
+
+
+def parse_page(html: str) -> LexborHTMLParser:
+    """Parse HTML within limits that make it linear, without the characters that are marks here."""
+    return LexborHTMLParser(limit_nesting(_FORBIDDEN.sub(" ", html)))
+
+
+def laid_out(
+    tree: LexborHTMLParser,
+    html: str,
+    marks: Mapping[str, tuple[str | None, str]] = _MARKS,
+    select: Callable[[str], str] = str,
+) -> str:
+    """Return the text of a page that was parsed from `html`; `select` may take pieces out before it is laid out."""
     if tree.body is None:
         return ""
-    for selector, (before, after) in _MARKS.items():
+    for selector, (before, after) in marks.items():
         for node in tree.css(selector):
             if before is not None:
                 node.insert_before(before)
             node.insert_after(after)
     for node in tree.css("sup"):  # 2<sup>10</sup> is not 210; a number that is a link is a footnote's
-        if _NUMBER.fullmatch(node.text(deep=True).strip()) and node.css_first("a") is None:
+        if _NUMBER.fullmatch(_MARK.sub("", node.text(deep=True)).strip()) and node.css_first("a") is None:
             node.insert_before("^")
     spaces = _SPACES_AND_LINE_ENDS if _WHOLE_PAGE.search(html) else _SPACES
-    return _lay_out(tree.body.text(deep=True), spaces)
-
-
-def article_text(html: str) -> str:
-    """Return the main content of a page: without menus, teasers, comments and other boilerplate.
-
-    Which parts these are is guessed, so that tables and code can be lost with them.
-    """
-    from resiliparse.extract.html2text import extract_plain_text
-
-    text: str = extract_plain_text(limit_nesting(html), main_content=True, preserve_formatting=True, alt_texts=False)
-    return text.strip("\n")
+    return _lay_out(select(tree.body.text(deep=True)), spaces)
 
 
 def _lay_out(text: str, spaces: re.Pattern[str]) -> str:

@@ -36,8 +36,9 @@ def plan_units(corpus: Corpus) -> list[Unit]:
     unit_bytes = min(max(total_bytes // UNITS_WANTED, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     units: list[Unit] = []
     for source, files in found:
+        main_content = (source.clean or corpus.clean).html == "article"
         for cut in _cut(files, unit_bytes):
-            place = (cut.paths, cut.formats, cut.start, cut.stop, cut.size_bytes, cut.piece_bytes)
+            place = (cut.paths, cut.formats, cut.start, cut.stop, cut.size_bytes, main_content, cut.piece_bytes)
             units.append(Unit(len(units), source.name, source.text, source.metadata, *place))
     return units
 

@@ -32,6 +32,7 @@ class Unit:
     start: int
     stop: int | None
     size_bytes: int  # input bytes, for progress
+    main_content: bool = False  # of HTML pages, only what `article_text` finds
     piece_bytes: int = 0  # of a stream: decoded bytes of a piece, about
     piece: int | None = None  # of a piece: its number within the stream
     data: str = ""  # of a piece: the file that holds it, as lines or as an Arrow stream

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.readers.compression import open_input
 from megatron_cpt.corpus.readers.encoding import NotUtf8, decoded
+from megatron_cpt.corpus.readers.html_article import article_text
 from megatron_cpt.corpus.readers.html_text import html_to_text
 from megatron_cpt.corpus.readers.unit import Unit
 
 
 def read_whole_files(unit: Unit, tally: UnitTally, max_document_bytes: int) -> Iterator[Batch]:
     """One document per file. It has no keys, so whatever `metadata` asks for is null."""
+    is_html = unit.format == "html"
+    page_text = article_text if unit.main_content else html_to_text
     for path in unit.paths:
         tally.documents_read += 1
         with open_input(path) as file:
@@ -25,5 +28,5 @@ def read_whole_files(unit: Unit, tally: UnitTally, max_document_bytes: int) -> I
         except NotUtf8 as error:
             tally.reject(path, 1, "invalid_utf8", str(error))
             continue
-        text = html_to_text(text) if unit.format == "html" else text
-        yield Batch(path, [text], [1], [dict.fromkeys(unit.metadata)] if unit.metadata else None)
+        metadata = [dict.fromkeys(unit.metadata)] if unit.metadata else None
+        yield Batch(path, [page_text(text) if is_html else text], [1], metadata, from_pages=is_html)

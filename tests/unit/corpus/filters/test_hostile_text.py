@@ -55,6 +55,8 @@ HTML = {
     "crossed formatting": repeated("<b><i>x</b>y</i>"),
     "many links": repeated("<a href=x>"),
     "verbatim in verbatim": repeated("<pre>x"),
+    "a piece of text in each element": repeated("<i>x</i>"),
+    "marks of ours": repeated("\ufdd0\ufddd\ufde0<p>"),
 }  # fmt: skip
 SPACES = {
     "spaces": repeated(" ") + "x",

@@ -1,15 +1,20 @@
-"""HTML to text: what a reader sees stays, in its layout; the page's chrome goes."""
+"""HTML to text: what a reader sees stays, in its layout; the page's chrome goes; a page is parsed once."""
 
 from __future__ import annotations
 
-import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from selectolax.lexbor import LexborHTMLParser
 
+from megatron_cpt.corpus.readers.html_article import article_text
 from megatron_cpt.corpus.readers.html_nesting import MAX_DEPTH, limit_nesting
-from megatron_cpt.corpus.readers.html_text import article_text, html_to_text
+from megatron_cpt.corpus.readers.html_text import html_to_text
+from megatron_cpt.corpus.run.preprocess import preprocess
+from megatron_cpt.errors import DataError
+from tests.unit.corpus.conftest import write_jsonl
+from tests.unit.corpus.dedup.test_dedup import decoded
 
 SPHINX = """<!DOCTYPE html><html lang="en"><head><title>csv</title><style>p{}</style></head><body>
 <div class="related" role="navigation"><ul><li><a href="i.html">index</a></li></ul></div>
@@ -75,7 +80,7 @@ def test_a_line_end_is_a_space_in_a_page_and_a_line_end_in_text_with_a_few_tags(
 
 
 def test_marks_within_the_page_are_no_layout() -> None:
-    assert html_to_text("<p>a\ufdd0b&#xFDD4;c&#64982;d</p>") == "a b ;c ;d"
+    assert html_to_text("<p>a\ufdd0b&#xFDD4;c&#64982;d\ufdef&#xfdeF;&#65007;</p>") == "a b ;c ;d ; ;"
 
 
 def test_empty_cells_keep_their_place_and_cells_of_blocks_become_lines() -> None:
@@ -93,39 +98,69 @@ def test_nesting_beyond_the_limit_loses_tags_and_no_text() -> None:
     assert limit_nesting(SPHINX) == SPHINX
 
 
+PROSE = "".join(f"<p>Paragraph {n} tells of the spring and of the rivers that swell with it.</p>" for n in range(9))
+MENU = "<ul class='menu'><li><a href='/'>Home</a></li></ul>"
+
+
+def article_page(content: str) -> str:
+    sidebar = "<div class='sidebar'><a href='/x'>Buy now</a></div>"
+    return f"<html><body>{MENU}<article><h1>Rivers</h1>{PROSE}{content}</article>{sidebar}</body></html>"
+
+
 def test_the_article_alone_is_found_by_resiliparse() -> None:
     pytest.importorskip("resiliparse")
-    prose = "".join(f"<p>Paragraph {n} tells of the spring and of the rivers that swell with it.</p>" for n in range(9))
-    page = (
-        f"<html><body><ul class='menu'><li><a href='/'>Home</a></li></ul><article><h1>Rivers</h1>{prose}</article>"
-        "<div class='sidebar'><a href='/x'>Buy now</a></div></body></html>"
+    text = article_text(article_page(""))
+    assert text.startswith("Rivers\n\nParagraph 0 tells") and text.endswith("swell with it.")
+    assert text.count("Paragraph") == 9
+
+
+def test_an_article_is_laid_out_as_a_page_is() -> None:
+    pytest.importorskip("resiliparse")
+    content = (
+        "<p><code>B'10001' &lt;&lt; 3</code>\n  → <code>01000</code>, 2<sup>10</sup>\ufde1\ufddd</p>"
+        "<ol><li>Code: <pre>    if x:\n        y()</pre></li></ol>"
+        "<table><tr><td>aspirin</td><td>100 mg</td></tr></table>"
     )
-    text = article_text(page)
-    assert "Rivers" in text and "Paragraph 8" in text
-    assert "Home" not in text and "Buy now" not in text
+    assert article_text(article_page(content)).endswith(
+        "B'10001' << 3 → 01000, 2^10\n\nCode:\n\n    if x:\n        y()\n\naspirin | 100 mg"
+    )
 
 
-INSTALLED = sorted(
-    page
-    for pattern in ("postgresql-doc-*/html", "python3*/html/library", "python3*/html/tutorial")
-    for folder in Path("/usr/share/doc").glob(pattern)
-    for page in folder.glob("*.html")
-)
+@pytest.mark.parametrize("mode", [False, True, "article"])
+def test_a_page_is_parsed_once_so_that_tags_which_it_shows_stay(
+    mode: bool | str, tmp_path: Path, make_corpus: Any, tokenizer_dir: Path
+) -> None:
+    if mode == "article":
+        pytest.importorskip("resiliparse")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.html").write_text(article_page("<pre>&lt;b&gt;bold&lt;/b&gt; &amp;lt;</pre>"))
+    (tmp_path / "in" / "b.md").write_text("A line of <b>Markdown</b>, which may hold HTML.")
+    write_jsonl(tmp_path / "in" / "c.jsonl", [article_page("<p>from a key</p>")])
+    corpus = make_corpus(tmp_path / "in", clean={"html": mode}, max_document_seconds=5)
+    preprocess(corpus, workers=1)
+    page, markdown, key = decoded(str(tmp_path / "out" / "set"), tokenizer_dir)
+    assert page.endswith("swell with it.\n\n<b>bold</b> &lt;" + ("" if mode == "article" else "\n\nBuy now"))
+    assert ("Home" in page) == (mode != "article")
+    assert ("<b>" in markdown) == (not mode)
+    assert ("<p>" in key, "Home" in key) == {False: (True, True), True: (False, True), "article": (False, False)}[mode]
 
 
-@pytest.mark.skipif(not INSTALLED, reason="Debian's postgresql-doc or python3-doc is not installed")
-def test_every_cell_and_every_line_of_code_of_debians_documentation_is_in_the_text() -> None:
-    cells = lines = 0
-    for page in INSTALLED[::7]:
-        html = page.read_text(errors="replace")
-        text = html_to_text(html)
-        flat, written = re.sub(r"[\s|^]+", "", text), {line.rstrip() for line in text.split("\n")}
-        tree = LexborHTMLParser(html)
-        for node in tree.css("td, th"):
-            cells += 1
-            assert re.sub(r"[\s|^¶]+", "", node.text(deep=True)) in flat, page
-        for node in tree.css("pre"):
-            for line in filter(str.strip, node.text(deep=True).split("\n")):
-                lines += 1
-                assert line.rstrip() in written, (page, line)
-    assert cells and lines
+def test_a_source_has_its_own_way_with_pages(tmp_path: Path, make_corpus: Any, tokenizer_dir: Path) -> None:
+    pytest.importorskip("resiliparse")
+    (tmp_path / "a.html").write_text(article_page(""))
+    corpus = make_corpus(tmp_path / "a.html", source={"clean": {"html": "article"}})
+    preprocess(corpus, workers=1)
+    (text,) = decoded(str(tmp_path / "out" / "set"), tokenizer_dir)
+    assert "Paragraph 8" in text and "Home" not in text
+
+
+@pytest.mark.parametrize("name", ["a.html", "a.jsonl"])
+def test_article_without_its_package_is_one_error(
+    name: str, tmp_path: Path, make_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "resiliparse.extract.html2text", None)
+    (tmp_path / "a.html").write_text(article_page(""))
+    write_jsonl(tmp_path / "a.jsonl", ["text"])
+    with pytest.raises(DataError, match="needs the package resiliparse") as error:
+        preprocess(make_corpus(tmp_path / name, clean={"html": "article"}), workers=1)
+    assert "megatron-cpt[corpus]" in str(error.value.hint)
