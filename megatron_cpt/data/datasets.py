@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED_TOKENS = 1 << 16  # ids looked at per dataset: its start, its end, and windows in between
 
+_SAMPLED_DOCUMENTS = 1 << 12  # per dataset, whose ends are looked at
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -141,7 +143,7 @@ def check_dataset(name: str, prefix: str, config: RunConfig, arch: Architecture,
 
     Raises:
         DataError: a file is missing or has another length than .idx says, another tokenizer wrote it, or an id is
-            outside the vocabulary.
+            outside the vocabulary, or documents are to be kept apart and some do not end with their EOD.
     """
     manifest = read_manifest(prefix)
     if config.model.document_attention and not manifest.append_eod:
@@ -151,6 +153,8 @@ def check_dataset(name: str, prefix: str, config: RunConfig, arch: Architecture,
         )
     _check_tokenizer(name, manifest, arch, fingerprint)
     _check_ids(name, prefix, manifest)
+    if config.model.document_attention:
+        _check_document_ends(name, prefix, manifest)
     return Dataset(
         name,
         prefix,
@@ -198,6 +202,21 @@ def _check_ids(name: str, prefix: str, manifest: Manifest) -> None:
                 f"dataset {name!r}: an id between tokens {start:,} and {start + 4096:,} is outside the vocabulary of "
                 f"{manifest.tokenizer.vocab_size:,}",
                 hint=f"megatron-cpt verify {prefix}",
+            )
+
+
+def _check_document_ends(name: str, prefix: str, manifest: Manifest) -> None:
+    """Documents over the whole dataset end with the EOD that the manifest says, or attention would cross them."""
+    reader, eod_id = open_indexed(prefix), manifest.tokenizer.eod_id
+    count = min(reader.document_count, _SAMPLED_DOCUMENTS)
+    for index in np.linspace(0, reader.document_count - 1, count, dtype=np.int64):
+        ids = reader.document(int(index))
+        if len(ids) and ids[-1] != eod_id:
+            raise DataError(
+                f"model.document_attention keeps documents apart by their EOD, {manifest.tokenizer.eod_token!r} = "
+                f"{eod_id}, and document {index:,} of {name!r} ends with {ids[-1]}",
+                hint=f"megatron-cpt verify {prefix} counts them; preprocess the text again, or set "
+                "model.document_attention: false",
             )
 
 

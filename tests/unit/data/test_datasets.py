@@ -59,6 +59,31 @@ def test_documents_without_eod_cannot_be_kept_apart(tmp_path: Path, name: str) -
     assert check(tmp_path / "both", "model.document_attention=true", **{name: {}})
 
 
+@pytest.mark.parametrize("name", ["b", "valid"])
+@pytest.mark.parametrize("stated", [5, 127])
+def test_an_eod_that_does_not_end_the_documents_cannot_keep_them_apart(tmp_path: Path, name: str, stated: int) -> None:
+    """The manifest says so; the bytes do not."""
+    other = {name: {"tokenizer": {"eod_id": stated, "eod_token": "<other>"}}}
+    assert check(tmp_path / "packed", **other)
+    with pytest.raises(DataError, match=f"'<other>' = {stated}, and document 0 of '{name}' ends with 0") as caught:
+        check(tmp_path / "apart", "model.document_attention=true", **other)
+    assert "megatron-cpt verify" in str(caught.value.hint)
+
+
+def test_one_document_without_eod_among_others_is_found(tmp_path: Path) -> None:
+    documents = random_documents(50, 128, seed=3)
+    documents[37] = documents[37][:-1]
+    prefix = write_dataset(tmp_path / "c", documents)
+    raw = {
+        "job_name": "t",
+        "model": {"init_from": "m", "document_attention": True},
+        "batch": {"seq_length": 32},
+        "data": {"train": [{"name": "c", "prefix": str(prefix)}]},
+    }
+    with pytest.raises(DataError, match="document 37 of 'c' ends with"):
+        check_datasets(build_config(raw, ()), ARCH, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
