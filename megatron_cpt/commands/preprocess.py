@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -17,6 +18,16 @@ from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.corpus.run.preprocess import Outcome, preprocess_shard
 from megatron_cpt.corpus.run.preprocess import preprocess as run_preprocess
 from megatron_cpt.corpus.schema import Corpus, load_corpus, parse_corpus, split_fault
+
+log = logging.getLogger(__name__)
+
+# What a file of a run holds, by the part of its name before the suffix.
+_ABOUT = {
+    "documents": "  (where each document came from)",
+    "report": "  (open it in a browser)",
+    "rejects": "  (each rejected document with its place and reason)",
+    "duplicates": "  (which documents are duplicates of which)",
+}
 
 
 def parse_split(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, float]:
@@ -88,11 +99,14 @@ def preprocess(
 
 @contextmanager
 def unit_progress() -> Iterator[StartProgress]:
-    """Yield a function that opens a progress bar for a stage of a run."""
+    """Yield a function that opens a progress bar for a stage of a run, or names a stage whose bytes are not counted."""
     with ExitStack() as opened:
 
         def start(stage: str, total_bytes: int) -> OnUnit:
             opened.close()  # the stage before
+            if not total_bytes:
+                log.info("%s", stage)
+                return lambda record: None
             bar = opened.enter_context(ProgressBar(stage, total_bytes, "bytes"))
             tokens = rejects = done_bytes = 0
 
@@ -141,13 +155,14 @@ def outcome_text(outcome: Outcome) -> str:
             f"{manifest.dtype}, EOD {manifest.tokenizer.eod_token!r} = {manifest.tokenizer.eod_id}"
         )
     lines.append(f"documents read: {outcome.documents_read:,}; rejected: {sum(outcome.rejects.values()):,}")
-    lines += [f"  {reason}: {count:,}" for reason, count in outcome.rejects.items()]
+    most_first = sorted(outcome.rejects.items(), key=lambda item: (-item[1], item[0]))
+    lines += [f"  {reason}: {count:,}" for reason, count in most_first]
     config = next(iter(outcome.datasets.values())).config
     if "passages_removed" in config:
         removed, chars = config["passages_removed"], config["passage_chars_removed"]
         lines.append(f"repeated passages removed within documents: {removed:,} ({chars:,} characters)")
     if count := outcome.notes.get(NONSTANDARD_JSON):
         lines.append(f"kept although their line is not standard JSON (NaN, Infinity, a lone surrogate): {count:,}")
-    if outcome.rejects_file:
-        lines.append(f"each rejected document with its place and reason: {outcome.rejects_file}")
+    lines.append("files:")
+    lines += [f"  {file}{_ABOUT.get(file.rpartition('.')[0].rpartition('.')[2], '')}" for file in outcome.files]
     return "\n".join(lines)

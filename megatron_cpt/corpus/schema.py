@@ -64,6 +64,8 @@ class Source(Section):
     @field_validator("metadata")
     @classmethod
     def _distinct_fields(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(key.strip() for key in value):
+            raise ValueError("has an empty key")
         fields = [field_name(key) for key in value]
         if twice := [key for key, field in zip(value, fields, strict=True) if fields.count(field) > 1]:
             raise ValueError(f"{' and '.join(map(repr, twice))} would have one name in PREFIX.documents.jsonl")

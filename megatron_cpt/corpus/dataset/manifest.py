@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,6 +22,7 @@ from megatron_cpt.errors import DataError
 
 FORMAT_VERSION = 1
 ITEM_BYTES = {"uint16": 2, "int32": 4}
+_INDEX_HEADER_BYTES = 34  # of PREFIX.idx, whose layout `indexed` describes
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,29 @@ class Manifest:
 
     def to_json(self) -> str:
         return json.dumps(json_value(asdict(self)), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True)
+class _StatedRules:
+    """Types of what text_rules reads."""
+
+    special_tokens_in_text: Literal["literal", "parse", "reject"] | None = None
+    prefix_ids: tuple[int, ...] | None = None
+    suffix_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _ReadOfConfig:
+    """Types of what this tool reads again of a manifest's `config`; the rest of it is for people."""
+
+    plan: str = ""
+    documents_read: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+    passages_removed: int = 0
+    passage_chars_removed: int = 0
+    special_tokens_in_text: Literal["literal", "parse", "reject"] | None = None
+    post_processor: bool | None = None
+    text_rules: _StatedRules | None = None
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -119,16 +143,21 @@ def _parse(prefix: str | Path) -> Manifest:
                 hint="read it with the version that wrote it, or preprocess again",
             )
         manifest = TypeAdapter(Manifest).validate_json(data, strict=True)
+        TypeAdapter(_ReadOfConfig).validate_json(json.dumps(manifest.config), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise _not_a_manifest(path, f"{place}: {first['msg'].lower()}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _not_a_manifest(path, repr(error)) from error
     if manifest.dtype not in ITEM_BYTES:
         raise _not_a_manifest(path, f"dtype {manifest.dtype!r} is none of {', '.join(ITEM_BYTES)}")
     if manifest.bin_bytes != manifest.token_count * ITEM_BYTES[manifest.dtype]:
         raise _not_a_manifest(path, f"{manifest.bin_bytes} bytes cannot be {manifest.token_count} {manifest.dtype} ids")
+    expected_bytes = _INDEX_HEADER_BYTES + 12 * manifest.sequence_count + 8 * (manifest.document_count + 1)
+    if manifest.idx_bytes != expected_bytes:
+        counts = f"{manifest.document_count} documents in {manifest.sequence_count} sequences"
+        raise _not_a_manifest(path, f"an index of {manifest.idx_bytes} bytes cannot be of {counts}")
     return manifest
 
 

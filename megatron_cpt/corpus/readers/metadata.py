@@ -13,17 +13,19 @@ _INTEGERS = range(-(1 << 63), 1 << 64)  # those of 64 bits, with or without a si
 
 
 def find_value(record: Any, key: str) -> tuple[bool, Any]:
-    """(whether the record has the key, its value), by the key itself or step by step along its dots."""
+    """(whether the record has the key, its value), by the key itself or along its dots, which names may also have."""
     if not isinstance(record, dict):
         return False, None
     if key in record:
         return True, record[key]
-    value: Any = record
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return False, None
-        value = value[part]
-    return True, value
+    dot = key.find(".")
+    while dot >= 0:
+        if isinstance(inner := record.get(key[:dot]), dict):
+            is_there, value = find_value(inner, key[dot + 1 :])
+            if is_there:
+                return True, value
+        dot = key.find(".", dot + 1)
+    return False, None
 
 
 def kept_values(record: Any, keys: Sequence[str]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ WHOLE = "all"  # the name of the only part of a unit when the corpus is not spli
 LARGE_PART_OF_SHARE = 0.25
 
 OnUnit = Callable[[UnitRecord], None]
-StartProgress = Callable[[str, int], OnUnit]  # the name of a stage, the bytes of its units
+# The name of a stage, the bytes of its units; 0 where they are not counted.
+StartProgress = Callable[[str, int], OnUnit]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,18 @@ class CorpusRun:
     @property
     def passages(self) -> Passages | None:
         return self.corpus.dedup.passages if self.corpus.dedup else None
+
+    def stage(self, name: str) -> str:
+        """The name of a stage and where it stands among those of this run: `tokenise 2/3`."""
+        dedup = self.corpus.dedup
+        stages = ["clean"] if dedup and dedup.passages else []
+        stages += ["tokenise", *(["find duplicates"] if dedup and dedup.compares_documents else []), "write"]
+        return f"{name} {stages.index(name) + 1}/{len(stages)}"
+
+    def begin(self, name: str, of_what: str) -> None:
+        """Say that a stage begins whose progress is not counted in bytes."""
+        if self.start_progress is not None:
+            self.start_progress(f"{self.stage(name)}: {of_what}", 0)
 
     @property
     def lists_documents(self) -> bool:

@@ -59,6 +59,7 @@ def remove_duplicates(run: CorpusRun, done: FinishedUnits) -> DedupResult:
     dedup = run.corpus.dedup
     if dedup is None or not dedup.compares_documents:
         return DedupResult()
+    run.begin("find duplicates", f"{done.documents_read - sum(done.reject_counts.values()):,} documents")
     references = _references(run)
     list(run_units(partial(_write_records, run), references, run.workers))
     parts = [_PartTokens(run.staging, record.unit, run.tokenizer.dtype, tuple(run.splits)) for record in done.records]

@@ -94,7 +94,7 @@ def _do(run: CorpusRun, stage: UnitStage, unit: Unit) -> tuple[Unit, UnitRecord]
 def _progress(run: CorpusRun, stage: UnitStage) -> OnUnit:
     if run.start_progress is None:
         return lambda record: None
-    return run.start_progress(stage.name, sum(unit.size_bytes for unit in run.planned))
+    return run.start_progress(run.stage(stage.name), sum(unit.size_bytes for unit in run.planned))
 
 
 class _EarlyCheck:

@@ -43,6 +43,7 @@ class Outcome:
     rejects_file: str | None
     notes: dict[str, int] = field(default_factory=dict)  # documents kept of which something is to be said
     already_done: bool = False
+    files: tuple[str, ...] = ()  # all that lies there now, datasets first
 
 
 def preprocess(
@@ -55,10 +56,13 @@ def preprocess(
     """Make the datasets of `corpus`. The files are the same for any number of workers and shards.
 
     A killed run continues when called again with the same input; a finished one returns at once.
-    `start_progress(stage, total_bytes)` gives a function that is called with each finished unit.
+    `start_progress(stage, total_bytes)` gives a function that is called with each finished unit; a stage of 0 bytes is
+    only named.
     Raises DataError for bad input, a second writer, or other datasets under the same prefix.
     """
     with standard_input_as_file(resolve_datasets(corpus)) as resolved, _disk_full_explained(corpus.output_prefix):
+        if start_progress is not None:
+            start_progress("finding the files and loading the tokenizer", 0)
         run = open_run(resolved, workers, start_progress)
         prefixes = dataset_prefixes(resolved)
         if not overwrite and (done := _already_done(run, prefixes)):
@@ -163,6 +167,7 @@ def _already_done(run: CorpusRun, prefixes: Mapping[str, str]) -> Outcome | None
     return Outcome(
         datasets, int(first.config["documents_read"]), first.rejects,
         str(rejects_file) if rejects_file.exists() else None, first.config.get("notes", {}), already_done=True,
+        files=_files(run.corpus.output_prefix, prefixes),
     )  # fmt: skip
 
 
@@ -180,6 +185,7 @@ def _finish(run: CorpusRun, prefixes: Mapping[str, str]) -> Outcome:
     duplicates = remove_duplicates(run, done)
     rejects = done.reject_counts | duplicates.counts
     _check_not_empty(done, prefixes, rejects)
+    run.begin("write", ", ".join(prefixes.values()))
     _write_lists(run, done, duplicates, prefixes)
     assembly = Assembly(run, done, duplicates.keep, rejects)
     datasets = {prefix: assembly.write(split, prefix) for split, prefix in prefixes.items()}
@@ -191,7 +197,16 @@ def _finish(run: CorpusRun, prefixes: Mapping[str, str]) -> Outcome:
     )  # fmt: skip
     rejects_file = _rejects_file(corpus.output_prefix)
     written = str(rejects_file) if rejects_file.exists() else None
-    return Outcome(datasets, done.documents_read, rejects, written, done.notes)
+    files = _files(corpus.output_prefix, prefixes)
+    return Outcome(datasets, done.documents_read, rejects, written, done.notes, files=files)
+
+
+def _files(output_prefix: str, prefixes: Mapping[str, str]) -> tuple[str, ...]:
+    """The files of a finished run."""
+    of_dataset = ("bin", "idx", "manifest.json", "documents.jsonl")
+    names = [f"{prefix}.{suffix}" for prefix in prefixes.values() for suffix in of_dataset]
+    names += [f"{output_prefix}.{suffix}" for suffix in ("report.html", "rejects.jsonl", "duplicates.jsonl")]
+    return tuple(name for name in names if Path(name).exists())
 
 
 def _check_metadata(run: CorpusRun, done: FinishedUnits) -> None:

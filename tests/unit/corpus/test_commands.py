@@ -86,6 +86,8 @@ def test_a_similarity_that_is_none_exits_2(dataset: Path, tmp_path: Path, value:
 HAND_EDITED = [
     ("token_count", "many"), ("token_count", None), ("tokenizer", "qwen"), ("tokenizer", {"name": "qwen"}),
     ("sources", {}), ("sources", [1]), ("config", []), ("rejects", {"empty": "two"}), ("dtype", "int7"),
+    ("document_count", 10**30), ("sequence_count", 1), ("config", {"text_rules": {"suffix_ids": {"x": 1}}}),
+    ("config", {"text_rules": {"prefix_ids": 7}}), ("config", {"documents_read": "many"}), ("config", {"notes": [1]}),
     ("dtype", "int32"), ("append_eod", "yes"), ("bin_bytes", -1), ("format_version", "x"), (None, None), (None, [1]),
 ]  # fmt: skip
 
@@ -100,5 +102,32 @@ def test_a_hand_edited_manifest_is_one_clear_error(dataset: Path, key: str | Non
         with pytest.raises(DataError) as caught:
             read_manifest(dataset)
         assert path.name in caught.value.message and caught.value.hint
+        path.write_text("[" * 100_000)
+        with pytest.raises(DataError, match="is not a manifest"):
+            read_manifest(dataset)
     finally:
         path.write_bytes(original)
+
+
+def test_stages_are_named_in_order_from_the_start_and_every_file_at_the_end(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    files = str(write_jsonl(tmp_path / "a.jsonl", [*TEXTS, *TEXTS, ""]))
+    corpus = {
+        "output_prefix": str(tmp_path / "out" / "set"),
+        "tokenizer": str(tokenizer_dir),
+        "sources": [{"files": files, "metadata": ["text"]}],
+        "split": {"train": 0.5, "valid": 0.5},
+        "dedup": {"passages": True, "exact": True},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(corpus))
+    result = run("preprocess", tmp_path / "c.yaml")
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    starts = ["finding the files", "clean 1/4", "tokenise 2/4", "find duplicates 3/4: 6 documents", "write 4/4"]
+    assert [line.removeprefix("INFO ")[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+    listed = [line.split()[0] for line in result.stdout.partition("files:\n")[2].splitlines()]
+    assert sorted(listed) == sorted(str(path) for path in (tmp_path / "out").iterdir())
+    assert len(listed) == 2 * 4 + 3
+    again = run("preprocess", tmp_path / "c.yaml")
+    assert again.stdout == "already done, nothing to do\n" + result.stdout

@@ -95,6 +95,23 @@ def test_integers_of_any_length_stay_what_they_are(tmp_path: Path, make_corpus: 
     assert longest == "9" * 5000
 
 
+def test_names_on_the_way_may_have_dots_themselves(tmp_path: Path, make_corpus: Any) -> None:
+    records: list[dict[str, Any]] = [
+        {"meta": {"a.b": 1}}, {"meta.a": {"b": 2}}, {"meta": {"a": {"b": 3}}}, {"meta": {"a": 0}, "meta.a": {"b": 4}},
+        {"meta": {"a": {"c": 0}}}, {"meta": [{"a": 0}]}, {"meta": "a.b"}, {"meta": None},
+    ]  # fmt: skip
+    file = write_records(tmp_path / "a.jsonl", *({"text": f"t{i}"} | record for i, record in enumerate(records)))
+    corpus = make_corpus(file, source={"metadata": ["meta.a.b"]})
+    preprocess(corpus, workers=1)
+    assert [row["meta.a.b"] for row in listed(corpus.output_prefix)] == [1, 2, 3, 4, None, None, None, None]
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_refused(key: str, make_corpus: Any) -> None:
+    with pytest.raises(ConfigError, match="has an empty key"):
+        make_corpus(Path("a.jsonl"), source={"metadata": ["id", key]})
+
+
 @pytest.mark.parametrize("keys", [["id", "id"], ["line", "metadata.line"], ["line", "line"]])
 def test_two_kept_keys_of_one_name_are_refused(keys: list[str], make_corpus: Any) -> None:
     with pytest.raises(ConfigError, match=r"would have one name in PREFIX\.documents\.jsonl"):
