@@ -36,6 +36,21 @@ _SUFFIXES: dict[FileFormat, str] = {
 FORMAT_OF_SUFFIX = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 # Small files that datasets.save_to_disk leaves beside its Arrow files.
 _SAVE_TO_DISK_FILES = frozenset({"state.json", "dataset_info.json"})
+_PACKED = (
+    ".zip",
+    ".7z",
+    ".rar",
+    ".tar",
+    ".tgz",
+    ".tar.gz",
+    ".tar.bz2",
+    ".tar.xz",
+    ".tar.zst",
+    ".z",
+    ".br",
+    ".lzma",
+    ".sz",
+)
 _KINDS_SHOWN, _NAMES_SHOWN = 6, 3
 
 
@@ -181,6 +196,9 @@ def _in_order(paths: Iterator[str]) -> list[str]:
 def _named_file(path: str, source: Source) -> InputFile:
     file_format = source.format if source.format != "auto" else _format_of(path)
     if file_format is None:
+        if path.lower().endswith(_PACKED):
+            what = f"{path}: this kind of archive or compression is not read"
+            raise DataError(what, hint=f"unpack it, or compress it as one of {' '.join(COMPRESSED_SUFFIXES)}")
         raise DataError(
             f"{path}: cannot tell its format from its name",
             hint=f"state format: for source {source.name!r}; one of jsonl parquet arrow csv tsv text html",

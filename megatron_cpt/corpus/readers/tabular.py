@@ -77,13 +77,19 @@ def _header(unit: Unit, path: str, rows: Iterator[list[str]]) -> list[str] | Non
         raise DataError(f"{path} is not UTF-8; it looks like {guess}", hint=iconv_hint(guess))
     wanted = text_field(unit.text_field).keys
     if missing := [key for key in wanted if key not in header]:
+        shown = _printable(", ".join(header)[:200])
         raise DataError(
             f"{path} has no column {missing[0]!r}",
-            hint=f"its first row: {', '.join(header)[:200]}; name the text's with --json-key (`text:` of the source)",
+            hint=f"its first row: {shown}; name the text's with --json-key (`text:` of the source)",
         )
     if twice := [key for key in (*wanted, *unit.metadata) if header.count(key) > 1]:
         raise DataError(f"{path} has two columns {twice[0]!r}", hint="rename one of them")
     return header
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would act on: the file may be none of text at all."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _add_row(batch: Batch, unit: Unit, header: list[str], row: list[str], place: int, tally: UnitTally) -> None:

@@ -9,6 +9,9 @@ from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
 from megatron_cpt.corpus.readers.encoding import iconv_hint
 from megatron_cpt.errors import DataError
 
+# What is said of a first line that is only `{`.
+_OPEN = re.compile(r":1: invalid_json: unexpected end of data: line 1 column [23] ")
+
 
 def unreadable_file(path: str, error: OSError) -> DataError:
     """The error of the operating system for a file or folder: not there, not permitted, a broken disk."""
@@ -42,6 +45,8 @@ def _hint(bad: Mapping[str, int], examples: Sequence[str]) -> str:
         return "it is not UTF-8; where you know its encoding: iconv -f ENCODING -t UTF-8 FILE > NEW_FILE"
     if bad.keys() == {"missing_key"}:
         return "name the key that holds the text: --json-key KEY (`text:` of the source in corpus.yaml)"
+    if bad.keys() <= {"invalid_json", "not_an_object"} and any(_OPEN.search(example) for example in examples):
+        return "each line must be one JSON object; for objects over several lines: jq -c . FILE > FILE.jsonl"
     if bad.keys() == {"not_an_object"}:
         return "each line must be one JSON object; a file that is one array: jq -c '.[]' FILE > FILE.jsonl"
     return "fix the input, or accept the loss with --max-reject-ratio"

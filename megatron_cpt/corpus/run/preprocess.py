@@ -24,7 +24,13 @@ from megatron_cpt.corpus.run.fingerprint import is_comparable, staging_fingerpri
 from megatron_cpt.corpus.run.finished import FinishedUnits
 from megatron_cpt.corpus.run.html_report import Report, write_report
 from megatron_cpt.corpus.run.map_stage import UnitStage, map_units
-from megatron_cpt.corpus.run.rejects import absolute_metadata, absolute_rejects, check_rejects, write_json_lines
+from megatron_cpt.corpus.run.rejects import (
+    absolute_metadata,
+    absolute_rejects,
+    check_rejects,
+    source_warnings,
+    write_json_lines,
+)
 from megatron_cpt.corpus.run.unit import clean_unit, cleaned_record, process_unit, processed_record
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.corpus.staging import shared_staging_folder, staging_folder, staging_path
@@ -180,8 +186,10 @@ def _finish(run: CorpusRun, prefixes: Mapping[str, str]) -> Outcome:
     corpus, done = run.corpus, _process(run)
     check_rejects(run.staging, done, corpus.max_reject_ratio)
     _check_metadata(run, done)
-    for line in filter_warnings(run.staging, done, corpus.warn_filter_ratio):
-        log.warning(line)
+    names = [source.name for source in corpus.sources]
+    warnings = source_warnings(names, done, corpus.max_reject_ratio)
+    for line in (*warnings, *filter_warnings(run.staging, done, corpus.warn_filter_ratio)):
+        log.warning("%s", line)
     duplicates = remove_duplicates(run, done)
     rejects = done.reject_counts | duplicates.counts
     _check_not_empty(done, prefixes, rejects)

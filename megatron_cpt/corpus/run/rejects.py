@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,23 @@ def write_json_lines(path: Path, entries: Iterator[dict[str, Any]]) -> None:
     else:
         partial.unlink()
         path.unlink(missing_ok=True)
+
+
+def source_warnings(sources: Iterable[str], done: FinishedUnits, max_ratio: float) -> Iterator[str]:
+    """What the sums over a whole corpus hide: a source that gives nothing, or that cannot be read in a larger part."""
+    read, written = Counter[str](), Counter[str]()
+    rejects: dict[str, Counter[str]] = {name: Counter() for name in sources}
+    for record in done.records:
+        read[record.source] += record.documents_read
+        written[record.source] += sum(part.documents for part in record.parts.values())
+        rejects[record.source].update(record.reject_counts)
+    for name, counts in rejects.items():
+        bad = bad_input(counts)
+        if sum(bad.values()) > max_ratio * read[name]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in bad.items())
+            yield f"source {name!r}: {sum(bad.values()):,} of its {read[name]:,} documents cannot be read ({reasons})"
+        if not written[name]:
+            yield f"source {name!r} gives nothing: {read[name]:,} documents read, none kept"
 
 
 def check_rejects(staging: Path, done: FinishedUnits, max_ratio: float, of_what: str = "") -> None:

@@ -63,6 +63,14 @@ def test_what_is_passed_over_is_counted_and_named_in_one_line(caplog: pytest.Log
     assert not caplog.records
 
 
+@pytest.mark.parametrize("name", ["old.tar.GZ", "old.zip", "old.jsonl.Z", "old.jsonl.lzma"])
+def test_an_archive_is_told_to_be_unpacked(raw: Path, name: str) -> None:
+    (raw / name).write_bytes(b"x")
+    with pytest.raises(DataError, match="this kind of archive or compression is not read") as caught:
+        found(f"raw/{name}")
+    assert "unpack it" in str(caught.value.hint)
+
+
 @pytest.mark.usefixtures("raw")
 def test_with_a_stated_format_every_file_is_read() -> None:
     assert found("raw", format="text") == [

@@ -42,6 +42,35 @@ def test_one_unreadable_source_among_many_is_found_before_the_start(
         preprocess(make_corpus(sources=sources, max_reject_ratio=0.01), workers=1)
 
 
+def test_what_the_sums_over_all_sources_hide_is_said_of_each(
+    tmp_path: Path, make_corpus: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [json.dumps({"text": f"document {i}"}) for i in range(2000)]
+    content = {
+        "good": good,
+        "half": [line for i in range(40) for line in (good[i], '{"body": "no text"}')],
+        "blank": ["", " "],
+        "empty": [],
+        "without_text": ['{"text": ""}'] * 30,
+    }
+    sources = []
+    for name, lines in content.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+        sources.append({"name": name, "files": str(tmp_path / f"{name}.jsonl")})
+    preprocess(make_corpus(sources=sources, max_reject_ratio=0.05), workers=1)
+    said = [record.getMessage() for record in caplog.records if "source '" in record.getMessage()]
+    assert [line.split("'")[1] for line in said] == ["half", "blank", "empty", "without_text"]
+    assert "40 of its 80 documents cannot be read (40 missing_key)" in said[0]
+    assert "gives nothing: 0 documents read" in said[1] and "gives nothing: 30 documents read" in said[3]
+
+
+def test_json_over_several_lines_is_told_how_to_become_jsonl(tmp_path: Path, make_corpus: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a"}, indent=1) + "\n")
+    with pytest.raises(DataError) as caught:
+        preprocess(make_corpus(tmp_path / "a.jsonl"), workers=1)
+    assert "jq -c . FILE" in str(caught.value.hint)
+
+
 def test_a_source_that_turns_unreadable_later_stops_the_run_early(
     tmp_path: Path, make_corpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
