@@ -243,10 +243,11 @@ def _write_lists(run: CorpusRun, done: FinishedUnits, duplicates: DedupResult, p
 
 
 def _check_not_empty(done: FinishedUnits, prefixes: Mapping[str, str], rejects: Mapping[str, int]) -> None:
+    anything = any(part.tokens for record in done.records for part in record.parts.values())
     for split in prefixes:
         if not sum(record.parts[split].tokens for record in done.records):
-            what = "the corpus" if split == WHOLE else f"split {split!r}"
+            what = f"split {split!r}" if anything else "the corpus"
             raise DataError(
                 f"{what} has no token: {done.documents_read:,} documents read, rejects {dict(rejects) or 'none'}",
-                hint="check the input and the filters" if split == WHOLE else "give it a larger fraction",
+                hint="give it a larger fraction" if anything else "check the input and the filters",
             )
