@@ -56,6 +56,10 @@ HTML = {
     "many links": repeated("<a href=x>"),
     "verbatim in verbatim": repeated("<pre>x"),
     "a piece of text in each element": repeated("<i>x</i>"),
+    "rows without a table": repeated("<td>x</td></tr>"),
+    "no-break spaces": "<p>x" + repeated("\u00a0 "),
+    "empty cells": "<table><tr>" + repeated("<td>"),
+    "title in nested headers": repeated("<header>")[:-4] + "<h1>x",
     "marks of ours": repeated("\ufdd0\ufddd\ufde0<p>"),
 }  # fmt: skip
 SPACES = {

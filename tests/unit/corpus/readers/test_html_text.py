@@ -88,6 +88,34 @@ def test_empty_cells_keep_their_place_and_cells_of_blocks_become_lines() -> None
     assert html_to_text("<table><tr><td><div>a</div></td><td><ul><li>b</ul></td></tr></table>") == "a\n\nb"
 
 
+def test_empty_cells_at_the_beginning_of_a_row_keep_the_others_in_their_columns() -> None:
+    rows = "<tr><th></th><th>dose</th></tr><tr><td></td>\n<td></td><td><p>x</p></td></tr>"
+    assert html_to_text(f"<p>a</p><table>{rows}</table>b") == "a\n\n| dose\n| | x\n\nb"
+
+
+def test_rows_cut_out_of_a_table_keep_their_cells_apart() -> None:
+    assert html_to_text("<td>aspirin</td><td>100 mg</td>") == "aspirin | 100 mg"
+    rows = "Doses: <tr><th>Drug<th>Dose<tr><td>aspirin<td class='n'>100 <b>mg</b><tr><td>x</td></tr>after"
+    assert html_to_text(rows) == "Doses:\nDrug | Dose\naspirin | 100 mg\nx\nafter"
+
+
+@pytest.mark.parametrize("tag", ["pre", "textarea", "listing", "xmp", "div style='color: red; white-space: pre-wrap'"])
+def test_every_element_that_is_shown_as_it_stands_keeps_its_layout(tag: str) -> None:
+    page = f"<html><body><p>a</p><{tag}>\n  if x:\n      y()\n</{tag.split()[0]}><p>b</p></body></html>"
+    assert html_to_text(page) == "a\n\n  if x:\n      y()\n\nb"
+
+
+def test_no_break_spaces_that_begin_a_line_are_indentation() -> None:
+    code = "<code>for i in x:<br>&nbsp; &nbsp;&nbsp;print(i)<br>\n&nbsp;&nbsp;&nbsp;# a&nbsp; b&nbsp;<br>end</code>"
+    assert html_to_text(f"<html><body>{code}</body></html>") == "for i in x:\n    print(i)\n   # a b\nend"
+
+
+def test_a_header_with_the_only_title_of_a_page_stays_and_one_of_several_goes() -> None:
+    header = "<header><nav>Home</nav><h1>The title</h1></header>"
+    assert html_to_text(f"<body><div>{header}<p>text</p></div></body>") == "The title\n\ntext"
+    assert html_to_text(f"<body>{header}<h1>Other</h1><p>text</p></body>") == "Other\n\ntext"
+
+
 def test_nesting_beyond_the_limit_loses_tags_and_no_text() -> None:
     deep = "".join(f"<div>{n}" for n in range(3 * MAX_DEPTH)) + "<p>end"
     assert html_to_text(deep).split() == [str(n) for n in range(3 * MAX_DEPTH)] + ["end"]
