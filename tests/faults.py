@@ -86,11 +86,14 @@ def no_free_bytes() -> None:
     checkpoint_space.free_bytes = lambda root: 7
 
 
-def engine_gathers_optimizer() -> None:
-    """No fault: the optimizer's state is collected by Megatron-Core's own code, for comparison."""
+def engine_handles_optimizer() -> None:
+    """No fault: the optimizer's state is saved and loaded by Megatron-Core's own code, for comparison."""
     from megatron_cpt.train import checkpoint_state
 
-    def gathered(optimizer: Any, models: dict[str, Any], sharding: str) -> Any:
-        return optimizer.sharded_state_dict(dict(models), metadata={"distrib_optim_sharding_type": sharding})
+    def gathered(optimizer: Any, models: dict[str, Any], sharding: str, *, is_loading: bool = False) -> Any:
+        metadata = {"distrib_optim_sharding_type": sharding}
+        return optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
 
     checkpoint_state.optimizer_shards = gathered
+    checkpoint_state.wanted_optimizer_shards = functools.partial(gathered, is_loading=True)
+    checkpoint_state.put_optimizer_state = lambda optimizer, loaded, models: optimizer.load_state_dict(loaded)

@@ -6,6 +6,8 @@ Only the model is read: the optimizer starts afresh, as a new continued pre-trai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,26 @@ def only(shards: dict[str, Any], chunks: Sequence[GPTModel], wanted: Callable[[s
 
 def model_shards(chunks: Sequence[GPTModel]) -> dict[str, Any]:
     """Return the sharded state of this rank's chunks, under the names that Megatron-LM gives them."""
-    return {name: chunk.sharded_state_dict() for name, chunk in zip(_names(chunks), chunks, strict=True)}
+    return {name: _in_place(chunk.sharded_state_dict()) for name, chunk in zip(_names(chunks), chunks, strict=True)}
+
+
+def _in_place(shards: dict[str, Any]) -> dict[str, Any]:
+    """Megatron-Core joins what it loaded of gate and up projections by a copy, most of the model at once."""
+    return {
+        key: replace(shard, merge_fn=partial(_joined, shard)) if isinstance(shard, ShardedTensorFactory) else shard
+        for key, shard in shards.items()
+    }
+
+
+def _joined(factory: ShardedTensorFactory, parts: Any) -> torch.Tensor:
+    """The tensor of which `parts` were loaded: itself, when they were loaded into its memory."""
+    place = factory.data.data_ptr()
+    for part in nested_values({"parts": parts}):
+        if part.data_ptr() != place or not part.is_contiguous():
+            joined: torch.Tensor = factory.merge_fn(parts)
+            return joined
+        place += part.nbytes
+    return factory.data
 
 
 def _names(chunks: Sequence[GPTModel]) -> list[str]:
@@ -92,7 +113,8 @@ def set_model_weights(chunks: Sequence[GPTModel], loaded: dict[str, Any], folder
     with failing_together():
         for chunk in chunks:
             for parameter_name, parameter in chunk.named_parameters():
-                if not parameter.isfinite().all():
+                # Both ends: NaN and infinity travel to them, and nothing of the parameter's size is allocated.
+                if not torch.stack(torch.aminmax(parameter)).isfinite().all():
                     raise CheckpointError(
                         f"{parameter_name} in {folder} is incomplete or not finite", hint="use another checkpoint"
                     )

@@ -19,7 +19,12 @@ from megatron_cpt.errors import CheckpointError
 from megatron_cpt.model.load_megatron import model_shards, only, set_model_weights
 from megatron_cpt.runs.marker import Marker
 from megatron_cpt.runtime.compat import adopt_learning_rates
-from megatron_cpt.train.optimizer_shards import optimizer_shards, standing_alone
+from megatron_cpt.train.optimizer_shards import (
+    optimizer_shards,
+    put_optimizer_state,
+    standing_alone,
+    wanted_optimizer_shards,
+)
 from megatron_cpt.train.state import TrainState, unwrap
 
 logger = logging.getLogger(__name__)
@@ -81,8 +86,7 @@ def saved_state(state: TrainState) -> dict[str, Any]:
 def wanted_state(state: TrainState, sharding: str, *, with_random: bool) -> dict[str, Any]:
     """What this rank loads of a checkpoint whose optimizer is stored as `sharding`."""
     models = _model_shards(state)
-    metadata = {"distrib_optim_sharding_type": sharding} if sharding != "replicated" else {}
-    optimizer = state.optimizer.sharded_state_dict(dict(models), is_loading=True, metadata=metadata)
+    optimizer = wanted_optimizer_shards(state.optimizer, models, sharding)
     random_states = {"random": _random_states()} if with_random else {}
     return {**_saved_part(state, models), "optimizer": optimizer, **random_states}
 
@@ -120,7 +124,7 @@ def put_state(state: TrainState, loaded: dict[str, Any], path: Path) -> None:
     set_model_weights([unwrap(chunk) for chunk in state.chunks], loaded, path)
     adopt_learning_rates(loaded["optimizer"], state.optimizer.param_groups[0])
     with torch.no_grad():  # dp_reshardable copies into leaf parameters
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        put_optimizer_state(state.optimizer, loaded["optimizer"], _model_shards(state))
     if "random" in loaded:
         _set_random_states(loaded["random"])
     else:

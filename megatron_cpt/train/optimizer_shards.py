@@ -1,16 +1,17 @@
-"""The distributed optimizer's state for a `fully_reshardable` checkpoint, without gathering or copying it.
+"""The distributed optimizer's state in a `fully_reshardable` checkpoint, without gathering or copying it.
 
-Megatron-Core's own way gathers the state on every data-parallel rank, several times 12 bytes per parameter. A rank
-owns a range of each flattened parameter; in the parameter's own shape such a range is a few boxes (part of a row,
-whole rows, part of a row), and a torch_dist checkpoint takes boxes of any size. So every rank saves the boxes of its
-own range, as views. The tensors of the checkpoint are those that Megatron-Core writes, and it loads them.
+Megatron-Core's own way holds the state of the whole stage on every data-parallel rank, several times 12 bytes per
+parameter: gathered for a save, and for a load read whole and trimmed. A rank owns a range of each flattened
+parameter; in the parameter's own shape such a range is a few boxes (part of a row, whole rows, part of a row), and a
+torch_dist checkpoint takes boxes of any size. So every rank saves the boxes of its own range, as views, and loads
+them in place. The tensors of the checkpoint are those that Megatron-Core writes and loads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -26,14 +27,53 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 def optimizer_shards(optimizer: MegatronOptimizer, models: dict[str, Any], sharding: str) -> dict[str, Any]:
     """What `optimizer.sharded_state_dict` gives for saving; `models` are the sharded state dicts of the chunks."""
-    inner = optimizer
-    while isinstance(inner, ChainedOptimizer) and len(inner.chained_optimizers) == 1:
-        inner = inner.chained_optimizers[0]
+    inner = _alone(optimizer)
     if sharding != "fully_reshardable" or type(inner) is not DistributedOptimizer:
-        metadata = {} if sharding == "replicated" else {"distrib_optim_sharding_type": sharding}
-        state: dict[str, Any] = optimizer.sharded_state_dict(dict(models), metadata=metadata)
+        state: dict[str, Any] = optimizer.sharded_state_dict(dict(models), metadata=_metadata(sharding))
         return state
     return inner.state_dict() | {"param_state": _param_state(inner, models), "param_state_sharding_type": sharding}
+
+
+def wanted_optimizer_shards(optimizer: MegatronOptimizer, models: dict[str, Any], sharding: str) -> dict[str, Any]:
+    """What `optimizer.sharded_state_dict` gives for loading, but for boxes that are the optimizer's own memory."""
+    inner = _alone(optimizer)
+    if not _loads_in_place(inner, sharding):
+        state: dict[str, Any] = optimizer.sharded_state_dict(
+            dict(models), is_loading=True, metadata=_metadata(sharding)
+        )
+        return state
+    inner.load_state_dict(inner.state_dict())  # Megatron-Core's way to allocate the moments before the first step
+    return optimizer_shards(optimizer, models, sharding)
+
+
+def put_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any], models: dict[str, Any]) -> None:
+    """Take over what was loaded of `wanted_optimizer_shards`, which is in place already unless the loader copied."""
+    inner = _alone(optimizer)
+    if _loads_in_place(inner, loaded.get("param_state_sharding_type", "replicated")):
+        for number, shards in _param_state(inner, models).items():
+            for name, shard in shards.items():
+                if (found := loaded["param_state"][number][name]).data_ptr() != shard.data.data_ptr():
+                    shard.data.copy_(found.view_as(shard.data))
+        loaded = {name: value for name, value in loaded.items() if not name.startswith("param_state")}
+    optimizer.load_state_dict(loaded)
+
+
+def _alone(optimizer: MegatronOptimizer) -> MegatronOptimizer:
+    """The one optimizer of a chain of one."""
+    while isinstance(optimizer, ChainedOptimizer) and len(optimizer.chained_optimizers) == 1:
+        optimizer = optimizer.chained_optimizers[0]
+    return optimizer
+
+
+def _loads_in_place(optimizer: MegatronOptimizer, sharding: str) -> TypeGuard[DistributedOptimizer]:
+    """Whether the state in memory is what a checkpoint holds: fp32, and not scaled or split in two."""
+    if sharding != "fully_reshardable" or type(optimizer) is not DistributedOptimizer:
+        return False
+    return not optimizer.config.use_precision_aware_optimizer
+
+
+def _metadata(sharding: str) -> dict[str, str]:
+    return {} if sharding == "replicated" else {"distrib_optim_sharding_type": sharding}
 
 
 def _param_state(optimizer: DistributedOptimizer, models: dict[str, Any]) -> dict[int, dict[str, ShardedTensor]]:

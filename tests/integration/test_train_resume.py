@@ -209,18 +209,23 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["DP2", "TP2", "PP2"])
-def test_shards_written_in_place_are_the_tensors_that_megatron_core_gathers(
-    name: str, pool: RankPool, work: Path
+@pytest.mark.parametrize(("name", "moved"), [("DP2", "TP2"), ("TP2", "DP2"), ("PP2", "DP2")])
+def test_shards_written_and_loaded_in_place_are_the_tensors_that_megatron_core_gathers(
+    name: str, moved: str, pool: RankPool, work: Path
 ) -> None:
-    changes = {"precision": {"dtype": "bf16"}, "budget": {"train_tokens": 2048, "warmup_tokens": 0}}
-    checkpoint = {"checkpoint": {"save_every": "2 iters", "keep_last": 2}}
-    for run, hook in ((f"ours_{name}", ""), (f"engine_{name}", "tests.faults:engine_gathers_optimizer")):
-        config = write_config(work, run, LAYOUTS[name], **changes, **checkpoint)
+    def train(run: str, layout: str, steps: int, hook: str) -> dict[str, torch.Tensor]:
+        changes = {"precision": {"dtype": "bf16"}, "budget": {"train_tokens": steps * 512, "warmup_tokens": 0}}
+        checkpoint = {"checkpoint": {"save_every": "2 iters", "keep_last": 3}}
+        config = write_config(work, run, LAYOUTS[layout], **changes, **checkpoint)
         assert pool.run(config, ranks=2, log=work / f"{run}.log", env={"TEST_FAULT": hook}) == [0, 0]
-    ours, engine = (tensors(work / f"{kind}_{name}" / "checkpoints" / "iter_0000004") for kind in ("ours", "engine"))
+        return tensors(work / run / "checkpoints" / f"iter_{steps:07}")
+
+    runs = ((f"ours_{name}", ""), (f"engine_{name}", "tests.faults:engine_handles_optimizer"))
+    ours, engine = (train(run, name, 4, hook) for run, hook in runs)
     assert ours.keys() == engine.keys() and sum(key.startswith("optimizer.") for key in ours) > 20
     assert all(torch.equal(ours[key], engine[key]) for key in ours)
     # negative control: two steps earlier it is another state
     earlier = tensors(work / f"ours_{name}" / "checkpoints" / "iter_0000002")
     assert not any(torch.equal(ours[key], earlier[key]) for key in ours if ".exp_avg." in key)
+    ours, engine = (train(run, moved, 6, hook) for run, hook in runs)
+    assert all(torch.equal(ours[key], engine[key]) for key in ours)

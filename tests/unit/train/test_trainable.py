@@ -86,6 +86,36 @@ def test_a_part_of_the_weights_is_trained_saved_and_resumed(
         load(whole, folder)
 
 
+def test_a_checkpoint_is_read_into_the_memory_of_the_model_and_the_optimizer(model_dir: Path, tmp_path: Path) -> None:
+    state = build_train_state(make_config(model_dir), read_architecture(model_dir))
+    train_step(state, [batch()])
+    dist_checkpointing.save(saved_state(state), str(tmp_path))
+    wanted = wanted_state(state, optimizer_sharding(state.config), with_random=True)
+    loaded = dist_checkpointing.load(wanted, str(tmp_path))
+    model = unwrap(state.chunks[0])
+    assert all(loaded["model"][name].data_ptr() == p.data_ptr() for name, p in model.named_parameters())
+    (optimizer,) = state.optimizer.chained_optimizers
+    states = [optimizer._get_main_param_and_optimizer_states(p) for p in model.parameters()]
+    own = {tensor.data_ptr() for held in states for tensor in held.values() if isinstance(tensor, torch.Tensor)}
+    read = [box for boxes in loaded["optimizer"]["param_state"].values() for box in boxes.values()]
+    assert {box.data_ptr() for box in read} >= own
+    assert sum(box.numel() for box in read) == 3 * sum(p.numel() for p in model.parameters())
+
+    # negative control, and a loader that copies: what it gives is taken over all the same
+    copies = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, loaded)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = [held["exp_avg"].clone() for held in states]
+    for held in states:
+        held["exp_avg"].zero_()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    put_state(state, copies, tmp_path)
+    assert all(torch.equal(expected[name], p) for name, p in model.named_parameters())
+    assert all(
+        torch.equal(held["exp_avg"], moment) and moment.any() for held, moment in zip(states, moments, strict=True)
+    )
+
+
 def test_weights_that_are_not_in_the_base_are_left_alone(model_dir: Path, tmp_path: Path) -> None:
     arch = read_architecture(model_dir)
 
