@@ -12,7 +12,8 @@ from megatron_cpt.planner.memory import GIB
 from megatron_cpt.planner.text import told_apart, wrapped
 
 _MOST_FAULTS = 20
-_STATIC = ("weights", "gradients", "optimizer", "reference")
+_STATIC = ("weights", "gradients", "optimizer", "reference", "penalty")
+_RARE = ("reference", "penalty")  # shown where there is any
 NOT_COUNTED = "a GPU also holds the CUDA context, NCCL's buffers and the allocator's gaps: megatron-cpt plan adds them"
 
 
@@ -106,7 +107,8 @@ def _found(result: DryRun, check: Check, otherwise: str = "") -> str:
 
 
 def _bytes(result: DryRun) -> Iterator[str]:
-    static = [part for part in _STATIC if part != "reference" or any(stage.static.reference for stage in result.stages)]
+    stages = [stage.static for stage in result.stages]
+    static = [part for part in _STATIC if part not in _RARE or any(getattr(stage, part) for stage in stages)]
     columns = (*static, *PARTS, "peak")
     yield "GiB of a rank when it holds most"
     yield "  stage  layers " + " ".join(f"{column:>11}" for column in columns)

@@ -16,9 +16,11 @@ from megatron_cpt.config.sections.optimizer import OptimizerConfig
 from megatron_cpt.dry_run.fake_world import META, Place
 from megatron_cpt.dry_run.live_bytes import storage_bytes
 from megatron_cpt.dry_run.shards import Shard, shards_of
+from megatron_cpt.forgetting.ewc import weight_penalties
 from megatron_cpt.forgetting.kl import KlToBase
 from megatron_cpt.forgetting.reference import FrozenReference, build_reference
 from megatron_cpt.model.load_megatron import model_shards
+from megatron_cpt.model.owned_parameters import owned_parameters
 from megatron_cpt.model.spec import LayerModules
 from megatron_cpt.planner.memory import MOMENT_BYTES
 from megatron_cpt.train.checkpoint_state import saved_state
@@ -34,11 +36,12 @@ class StaticBytes:
     optimizer: int
     host: int  # optimizer state that `optimizer.cpu_offload_ratio` keeps in the host's memory
     reference: int = 0  # the frozen model of forgetting.kl
+    penalty: int = 0  # what forgetting.ewc holds
 
     @property
     def total(self) -> int:
         """On the GPU."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.weights + self.gradients + self.optimizer + self.reference + self.penalty
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ def build_rank(config: RunConfig, arch: Architecture, modules: LayerModules | No
         state = build_train_state(for_the_cluster(config), arch, read_base=False, modules=modules)
     for optimizer, parameter in _optimizer_parameters(state):
         optimizer.state[parameter].update(exp_avg=torch.empty_like(parameter), exp_avg_sq=torch.empty_like(parameter))
+    if config.forgetting.active_ewc is not None:
+        owned = owned_parameters([unwrap(chunk) for chunk in state.chunks], state.optimizer)
+        state.penalties = weight_penalties(config, owned)
     return state
 
 
@@ -102,7 +108,7 @@ def note_rank(state: TrainState, place: Place, asked: OptimizerConfig, terms: Se
 
 
 def static_bytes(state: TrainState, asked: OptimizerConfig, terms: Sequence[KlToBase] = ()) -> StaticBytes:
-    """Count the storages of weights, gradient sums, optimizer state and the frozen references of `terms`.
+    """Count the storages of weights, gradient sums, optimizer state, penalties and the frozen references of `terms`.
 
     Moments count in the dtype that `asked` names, and the offloaded share of the state counts in the host's memory.
     """
@@ -113,7 +119,8 @@ def static_bytes(state: TrainState, asked: OptimizerConfig, terms: Sequence[KlTo
     moments = sum(2 * MOMENT_BYTES[asked.moments_dtype] * parameter.numel() for parameter in owned)
     host = int((main + moments) * asked.cpu_offload_ratio)
     reference = sum(storage_bytes(_reference_parameters(terms)).values())
-    return StaticBytes(sum(weights.values()), sum(gradients.values()), main + moments - host, host, reference)
+    penalty = sum(storage_bytes(_penalty_tensors(state)).values())
+    return StaticBytes(sum(weights.values()), sum(gradients.values()), main + moments - host, host, reference, penalty)
 
 
 def known_storages(state: TrainState, terms: Sequence[KlToBase] = ()) -> set[int]:
@@ -122,7 +129,11 @@ def known_storages(state: TrainState, terms: Sequence[KlToBase] = ()) -> set[int
     tensors += [buffer.grad_data for buffer in _buffers(state)]
     for optimizer, parameter in _optimizer_parameters(state):
         tensors += [parameter, *optimizer.state[parameter].values()]
-    return set(storage_bytes([*tensors, *_reference_parameters(terms)]))
+    return set(storage_bytes([*tensors, *_reference_parameters(terms), *_penalty_tensors(state)]))
+
+
+def _penalty_tensors(state: TrainState) -> list[Tensor]:
+    return [tensor for penalty in state.penalties for tensor in getattr(penalty, "tensors", ())]
 
 
 def _reference_parameters(terms: Sequence[KlToBase]) -> list[Tensor]:

@@ -95,20 +95,22 @@ def check_weights(origin: Origin, arch: Architecture, model_dir: Path) -> None:
 
 
 def check_reference(run: CheckedRun) -> None:
-    """Check that the frozen reference of forgetting.kl can be read: it is needed at each start, not at the first only.
+    """Check that the base model of forgetting.kl and ewc can be read: at each start, not at the first only.
 
     Raises:
         ConfigError: its weights are gone.
         CheckpointError: they are not whole.
     """
-    if run.config.forgetting.active_kl is None:
+    forgetting = run.config.forgetting
+    if forgetting.active_kl is None and forgetting.active_ewc is None:
         return
     if run.origin.kind == "missing":
+        asking = "kl" if forgetting.active_kl is not None else "ewc"
         raise ConfigError(
-            f"forgetting.kl compares with the weights of model.init_from = {run.config.model.init_from!r}, which does "
-            "not exist",
-            hint="bring the base model back, or set model.init_from to where it is now; forgetting.kl: null goes on "
-            "without it",
+            f"forgetting.{asking} compares with the weights of model.init_from = {run.config.model.init_from!r}, which "
+            "does not exist",
+            hint=f"bring the base model back, or set model.init_from to where it is now; forgetting.{asking}: null "
+            "goes on without it",
         )
     check_weights(run.origin, run.arch, run.model_dir)
 

@@ -41,6 +41,7 @@ class Layout:
     lora_targets: tuple[LinearName, ...] = LINEAR_NAMES
     lora_dropout: float = 0.0
     reference: bool = False  # a frozen model beside the trained one, for forgetting.kl
+    penalty_bytes: int = 0  # per parameter that the optimizer updates, for forgetting.ewc
 
     @classmethod
     def of(cls, config: RunConfig, arch: Architecture) -> Layout:
@@ -76,6 +77,7 @@ class Layout:
             lora_targets=config.lora.targets,
             lora_dropout=config.lora.dropout,
             reference=config.forgetting.active_kl is not None,
+            penalty_bytes=_penalty_bytes(config),
         )
 
     @property
@@ -102,6 +104,11 @@ class Layout:
     def recomputes(self, module: str) -> bool:
         """Whether `selective` recomputes the module; `full` is asked for by `recompute`."""
         return module in self.recompute_modules
+
+
+def _penalty_bytes(config: RunConfig) -> int:
+    """The base's weight in fp32."""
+    return 0 if config.forgetting.active_ewc is None else 4
 
 
 def _attention(config: RunConfig) -> Literal["te", "sdpa", "block_causal", "unfused"]:

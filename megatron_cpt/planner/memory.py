@@ -57,11 +57,12 @@ class StageMemory:
     overhead: int
     host: int = 0  # optimizer state in the host's memory
     reference: int = 0  # the frozen model of forgetting.kl
+    penalty: int = 0  # what forgetting.ewc holds
 
     @property
     def static(self) -> int:
         """Bytes that do not depend on the batch."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.weights + self.gradients + self.optimizer + self.reference + self.penalty
 
     @property
     def live(self) -> int:
@@ -149,9 +150,8 @@ def _stage(arch: Architecture, layout: Layout, stage: int) -> StageMemory:
     adapters = adapters_of_stage(arch, layout, stage)
     parameters = parameters_of_stage(arch, layout, stage) + adapters
     trained = parameters if layout.lora_rank is None else adapters
-    state = optimizer_bytes_per_parameter(layout) * trained
-    if layout.distributed_optimizer:
-        state = -(-state // (layout.dp * layout.cp))
+    sharded = layout.dp * layout.cp if layout.distributed_optimizer else 1
+    state = -(-optimizer_bytes_per_parameter(layout) * trained // sharded)
     host = int(state * layout.offload_ratio)
     activations = layers_in_flight(layout, stage) * activation_bytes_of_layer(arch, layout)
     if layout.reference and stage == layout.pp - 1:
@@ -173,6 +173,7 @@ def _stage(arch: Architecture, layout: Layout, stage: int) -> StageMemory:
         overhead=int(overhead),
         host=host,
         reference=_item(layout) * (parameters - adapters) if layout.reference else 0,
+        penalty=-(-layout.penalty_bytes * trained // sharded),
     )
 
 

@@ -13,7 +13,19 @@ from megatron_cpt.planner.text import told_apart, wrapped
 from megatron_cpt.planner.throughput import UNCERTAINTY
 from megatron_cpt.runs.checkpoints import format_bytes
 
-_PARTS = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "transient", "overhead", "total")
+_PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "reference",
+    "penalty",
+    "activations",
+    "logits",
+    "transient",
+    "overhead",
+    "total",
+)
+_RARE = ("reference", "penalty")  # shown where there is any
 _LABEL_COLUMNS = 18
 
 
@@ -73,7 +85,7 @@ def _what(plan: Plan, schedule: str) -> Iterator[str]:
 def _memory(plan: Plan) -> Iterator[str]:
     capacity = plan.hardware.memory_bytes / GIB
     yield f"memory of a GPU in GiB, of {capacity:.1f} ({plan.hardware.name})"
-    parts = [part for part in _PARTS if part != "reference" or plan.layout.reference]
+    parts = [part for part in _PARTS if part not in _RARE or any(getattr(stage, part) for stage in plan.stages)]
     yield "  stage  layers " + " ".join(f"{part:>11}" for part in parts)
     for stage in told_apart(plan.stages, lambda stage: stage.total, fullest=7):
         cells = " ".join(f"{getattr(stage, part) / GIB:>11.2f}" for part in parts)

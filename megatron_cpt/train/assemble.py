@@ -14,9 +14,11 @@ from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.validation import ValidationSet
+from megatron_cpt.forgetting.ewc import weight_penalties
 from megatron_cpt.forgetting.kl import kl_terms
 from megatron_cpt.launch.preflight import CheckedRun, branch_point
 from megatron_cpt.launch.start import PreparedRun
+from megatron_cpt.model.owned_parameters import owned_parameters
 from megatron_cpt.runs.folder import RunFolder, count_attempts
 from megatron_cpt.runs.lease import Lease
 from megatron_cpt.runtime.distributed import Runtime
@@ -28,7 +30,7 @@ from megatron_cpt.train.loop import LoopContext, train
 from megatron_cpt.train.metrics import MetricsFile
 from megatron_cpt.train.metrics_rows import StepReporter
 from megatron_cpt.train.position import Position
-from megatron_cpt.train.state import build_train_state
+from megatron_cpt.train.state import build_train_state, unwrap
 from megatron_cpt.train.trackers import open_trackers
 from megatron_cpt.train.watchdog import Watchdog
 
@@ -54,9 +56,13 @@ def train_run(
     if run.ledger.tokens:
         _say("checking the files of the newest checkpoint")
     chosen = checkpoints.choose() or branch_point(config)
-    read_base = chosen is None or not trainable.saves_every_weight
+    held = config.forgetting.active_ewc is not None  # near the base, whose weights are then needed at each start
+    read_base = chosen is None or held or not trainable.saves_every_weight
     _say("building the model" + (f", with the weights of {config.model.init_from}" if read_base else ""))
     state = build_train_state(config, job.arch, origin=job.origin, trainable=trainable, read_base=read_base)
+    if held:
+        owned = owned_parameters([unwrap(chunk) for chunk in state.chunks], state.optimizer)
+        state.penalties = weight_penalties(config, owned)
     if config.forgetting.active_kl is not None:
         _say(f"loading the frozen reference {config.model.init_from}")
     terms = kl_terms(config, job.arch, job.origin, list(batches.streams))

@@ -21,7 +21,7 @@ from megatron_cpt.model.attention import document_starts
 from megatron_cpt.model.owned_parameters import owned_parameters
 from megatron_cpt.model.pipeline import run_pipeline
 from megatron_cpt.train.state import TrainState, gathered_parameters, unwrap
-from megatron_cpt.train.step_sums import StepResult, StepSums
+from megatron_cpt.train.step_sums import StepResult, StepSums, Update
 from megatron_cpt.train.terms import LossTerm
 
 # (loss per token, gradient norm) of the global batch, both finite -> why the parameters must not be updated, None when
@@ -48,8 +48,7 @@ def train_step(
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     sums = run_schedule(state, micro_batches, num_sources, terms, forward_only=False)
-    grad_norm, refused = _update(state, sums.mean_loss, refuse)
-    return StepResult.of(sums, [term.name for term in terms], grad_norm, refused)
+    return StepResult.of(sums, [term.name for term in terms], _update(state, sums.mean_loss, refuse))
 
 
 @torch.no_grad()
@@ -165,31 +164,38 @@ def _loss_of_logits(
     return _loss(batch, num_sources, values, losses)
 
 
-def _update(state: TrainState, loss: float, refuse: Refuse | None) -> tuple[float, str | None]:
-    """Return the gradient norm before clipping, and why the update was left out (None: it was applied).
+def _update(state: TrainState, loss: float, refuse: Refuse | None) -> Update:
+    """Add the penalties, clip and update; an update that is not wanted is left out.
 
     Megatron-Core's own step would apply a NaN; these are its parts (ChainedOptimizer.step in 0.16), with a check, and
     with the clipping in place: Megatron-Core's goes through a second copy of each gradient where apex is missing.
     """
     optimizer = state.optimizer
     overflow = optimizer.prepare_grads()
-    _add_penalties(state)
+    penalties = _add_penalties(state)
     grad_norm = float(optimizer.get_grad_norm())
     if overflow or not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return grad_norm, f"not finite: loss {loss}, gradient norm {grad_norm}"
+        return Update(grad_norm, f"not finite: loss {loss}, gradient norm {grad_norm}", penalties)
     if refuse is not None and (reason := refuse(loss, grad_norm)) is not None:
-        return grad_norm, reason
+        return Update(grad_norm, reason, penalties)
     _clip(state, grad_norm)
     optimizer.step_with_ready_grads()
-    return grad_norm, None
+    return Update(grad_norm, None, penalties)
 
 
 @torch.no_grad()
-def _add_penalties(state: TrainState) -> None:
-    if state.penalties:
-        owned = owned_parameters([unwrap(chunk) for chunk in state.chunks], state.optimizer)
-        for penalty in state.penalties:
-            penalty.add_gradients(owned)
+def _add_penalties(state: TrainState) -> dict[str, float]:
+    """Add the gradients of all penalties. Return the values of those that report one, over all ranks."""
+    if not state.penalties:
+        return {}
+    owned = owned_parameters([unwrap(chunk) for chunk in state.chunks], state.optimizer)
+    parts = {penalty.name: penalty.add_gradients(owned) for penalty in state.penalties}
+    values = {name: value.double() for name, value in parts.items() if value is not None}
+    if not values:
+        return {}
+    summed = torch.stack(list(values.values()))
+    dist.all_reduce(summed)
+    return dict(zip(values, summed.tolist(), strict=True))
 
 
 def _clip(state: TrainState, grad_norm: float) -> None:

@@ -47,6 +47,15 @@ class StepSums:
 
 
 @dataclass(frozen=True)
+class Update:
+    """What became of the gradients of a step, the same on every rank."""
+
+    grad_norm: float  # before clipping
+    refused: str | None  # why the update was left out, so that no parameter changed; None: it was applied
+    penalties: dict[str, float]  # value by name
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The outcome of one optimizer step over the global batch, the same on every rank."""
 
@@ -55,17 +64,19 @@ class StepResult:
     grad_norm: float  # before clipping
     refused: str | None  # why the update was left out, so that no parameter changed; None: it was applied
     term_sums: dict[str, float]  # by the name of the loss term, weighted as in the loss
+    penalties: dict[str, float]  # by name, as added to the mean loss per token
     source_loss_sums: tuple[float, ...]  # one per data source, empty without sources
     source_tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, sums: StepSums, term_names: Sequence[str], grad_norm: float, refused: str | None) -> StepResult:
-        """Return the result of the reduced `sums`."""
+    def of(cls, sums: StepSums, term_names: Sequence[str], update: Update) -> StepResult:
+        """Return the result of the reduced `sums` and what became of the update."""
         return cls(
             loss_sum=float(sums.loss),
             loss_tokens=round(float(sums.tokens)),
-            grad_norm=grad_norm,
-            refused=refused,
+            grad_norm=update.grad_norm,
+            refused=update.refused,
+            penalties=update.penalties,
             term_sums=dict(zip(term_names, sums.terms.tolist(), strict=True)),
             source_loss_sums=tuple(sums.source_losses.tolist()),
             source_tokens=tuple(round(tokens) for tokens in sums.source_tokens.tolist()),
@@ -78,5 +89,5 @@ class StepResult:
 
     @property
     def terms(self) -> dict[str, float]:
-        """Each loss term per token."""
-        return {name: term / max(1, self.loss_tokens) for name, term in self.term_sums.items()}
+        """Each loss term per token, and each penalty."""
+        return {name: term / max(1, self.loss_tokens) for name, term in self.term_sums.items()} | self.penalties

@@ -49,12 +49,15 @@ class LossTerm(Protocol):
 
 
 class Penalty(Protocol):
-    """One penalty. `name` is for people."""
+    """One penalty. `name` is its key in the rows of metrics.jsonl."""
 
     name: str
 
-    def add_gradients(self, parameters: Sequence[OwnedParameter]) -> None:
+    def add_gradients(self, parameters: Sequence[OwnedParameter]) -> Tensor | None:
         """Add the gradient of the penalty to `gradient` of each parameter, in place; called without autograd.
+
+        Return its value summed over the parameters that are `counted` here, a scalar in fp32 or fp64; None when it is
+        not to be reported.
 
         A parameter that several ranks hold (a norm under tensor parallelism, say) must get the same gradient on each:
         it has to follow from `name`, the range and `values`.

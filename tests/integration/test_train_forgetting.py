@@ -21,6 +21,7 @@ from tests.synthetic_data import EOD, random_documents, write_dataset
 
 STEPS = 8
 KL = {"weight": 0.5, "direction": "reverse", "temperature": 2.0, "sources": ["general"]}
+EWC = {"strength": 0.05, "fisher": "ones"}
 
 
 def write_config(
@@ -53,31 +54,52 @@ def rows(run: Path) -> dict[int, tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def whole(pool: RankPool, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with KL on one of its two sources that nothing disturbed."""
+    """The folder of a run with KL on one of its two sources and L2-SP that nothing disturbed."""
     folder = tmp_path_factory.mktemp("forgetting")
-    config, log = write_config(inputs, folder, "whole", {"kl": KL}), folder / "whole.log"
+    config, log = write_config(inputs, folder, "whole", {"kl": KL, "ewc": EWC}), folder / "whole.log"
     assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
     return folder / "whole"
 
 
-def test_a_run_with_kl_continues_bit_by_bit(pool: RankPool, inputs: Path, tmp_path: Path, whole: Path) -> None:
-    config, log = write_config(inputs, tmp_path, "cut", {"kl": KL}), tmp_path / "log"
+def test_a_run_with_kl_and_a_penalty_continues_bit_by_bit(
+    pool: RankPool, inputs: Path, tmp_path: Path, whole: Path
+) -> None:
+    config, log = write_config(inputs, tmp_path, "cut", {"kl": KL, "ewc": EWC}), tmp_path / "log"
     assert pool.run(config, "budget.train_tokens=2048", ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
     assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
     assert rows(tmp_path / "cut") == rows(whole)
-    terms = [terms["kl"] for _, _, terms in rows(whole).values()]
-    assert len(terms) == STEPS and terms[-1] > 1e-4
+    terms = [terms for _, _, terms in rows(whole).values()]
+    assert len(terms) == STEPS and terms[-1]["kl"] > 1e-4
+    assert terms[0]["ewc"] == 0.0 < terms[-1]["ewc"]  # of the distance from the base, not from the last start
 
 
-def test_weight_0_is_the_run_without_the_term(pool: RankPool, inputs: Path, tmp_path: Path, whole: Path) -> None:
+def test_weight_0_and_strength_0_are_the_run_without_terms(
+    pool: RankPool, inputs: Path, tmp_path: Path, whole: Path
+) -> None:
     plain, weightless = (
         write_config(inputs, tmp_path, name, forgetting)
-        for name, forgetting in (("plain", None), ("weightless", {"kl": KL | {"weight": 0.0}}))
+        for name, forgetting in (
+            ("plain", None),
+            ("weightless", {"kl": KL | {"weight": 0.0}, "ewc": EWC | {"strength": 0.0}}),
+        )
     )
     for config in (plain, weightless):
         assert pool.run(config, ranks=2, log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()[-3000:]
     assert rows(tmp_path / "weightless") == rows(tmp_path / "plain")
     assert rows(whole)[STEPS][:2] != rows(tmp_path / "plain")[STEPS][:2]  # negative control: the term does something
+
+
+def test_a_huge_strength_keeps_the_weights_where_they_were(
+    pool: RankPool, inputs: Path, tmp_path: Path, whole: Path
+) -> None:
+    config, log = write_config(inputs, tmp_path, "held", {"ewc": {"strength": 1e9}}), tmp_path / "log"
+    assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
+    held, free = (
+        [2 * terms["ewc"] / strength for _, _, terms in rows(run).values()]  # squares of the distance from the base
+        for run, strength in ((tmp_path / "held", 1e9), (whole, EWC["strength"]))
+    )
+    assert max(held) <= 1.01 * held[1]  # Adam's first step goes as far as the rate; from there on it is held
+    assert free[-1] > 10 * held[-1]
 
 
 def test_a_base_that_is_gone_is_refused_before_anything_starts(pool: RankPool, inputs: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class TrainRow:
     sabotage: str | None = None
     documents: bool = False  # whether the samples carry document ids
     term_weight: float = 0.0  # of a second cross entropy, a loss term; 0: without it
-    l2: float = 0.0  # strength of an L2 penalty
+    l2sp: float = 0.0  # strength of the penalty on the distance from another model's weights
     kl: dict[str, Any] | None = None  # forgetting.kl; the sources are named "0" and "1"
     kl_reference: str = "reference"  # a model
     bucket_elements: int | None = None
@@ -80,7 +80,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("dropout_recompute", 1, DROPOUT | {"recompute.granularity": "full"}, baseline="dropout"),
     # a loss term and a penalty; `test_terms.py` compares these two with transformers
     TrainRow("term", 1, NO_DECAY, term_weight=0.5),
-    TrainRow("l2", 1, NO_DECAY, l2=0.05),
+    TrainRow("l2sp", 1, NO_DECAY, l2sp=0.05),
     TrainRow("term_without_weight", 1, term_weight=1e-30),
     # KL to another, frozen model; `test_kl.py` compares the first two with transformers
     TrainRow("kl", 1, NO_DECAY, kl=FORWARD_KL),
@@ -124,11 +124,11 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("term_pp2", 2, parallel(pp=2) | NO_DECAY, baseline="term", term_weight=0.5),
     TrainRow("term_cp2", 2, parallel(cp=2) | NO_DECAY, baseline="term", term_weight=0.5),
     TrainRow("term_dp2", 2, NO_DECAY, baseline="term", term_weight=0.5),
-    TrainRow("l2_tp2", 2, parallel(tp=2) | NO_DECAY, baseline="l2", l2=0.05),
-    TrainRow("l2_pp2", 2, parallel(pp=2) | NO_DECAY, baseline="l2", l2=0.05),
-    TrainRow("l2_cp2", 2, parallel(cp=2) | NO_DECAY, baseline="l2", l2=0.05),
-    TrainRow("l2_dp2", 2, NO_DECAY, baseline="l2", l2=0.05),
-    TrainRow("l2_dp2_plain_optimizer", 2, PLAIN_OPTIMIZER | NO_DECAY, baseline="l2", l2=0.05),
+    TrainRow("l2sp_tp2", 2, parallel(tp=2) | NO_DECAY, baseline="l2sp", l2sp=0.05),
+    TrainRow("l2sp_pp2", 2, parallel(pp=2) | NO_DECAY, baseline="l2sp", l2sp=0.05),
+    TrainRow("l2sp_cp2", 2, parallel(cp=2) | NO_DECAY, baseline="l2sp", l2sp=0.05),
+    TrainRow("l2sp_dp2", 2, NO_DECAY, baseline="l2sp", l2sp=0.05),
+    TrainRow("l2sp_dp2_plain_optimizer", 2, PLAIN_OPTIMIZER | NO_DECAY, baseline="l2sp", l2sp=0.05),
     *(
         TrainRow(f"{name}_{layout}", 2, overrides | NO_DECAY, baseline=name, kl=kl)
         for name, kl in (("kl", FORWARD_KL), ("kl_reverse", REVERSE_KL))
@@ -174,7 +174,9 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
         "sabotage_term", 2, parallel(cp=2) | NO_DECAY,
         baseline="term", term_weight=0.5, sabotage="term_tensors_cut_in_halves",
     ),
-    TrainRow("sabotage_l2", 2, NO_DECAY, baseline="l2", l2=0.05, sabotage="penalty_of_every_data_parallel_rank"),
+    TrainRow(
+        "sabotage_l2sp", 2, NO_DECAY, baseline="l2sp", l2sp=0.05, sabotage="penalty_of_every_data_parallel_rank",
+    ),
     TrainRow("sabotage_kl", 2, parallel(tp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL, sabotage="kl_of_own_rows"),
     TrainRow(
         "sabotage_kl_order", 2, parallel(pp=2) | NO_DECAY,

@@ -95,9 +95,8 @@ def penalty_of_every_data_parallel_rank() -> Any:
     """The penalty's gradient is added once for each data-parallel rank, as if it were one of the data."""
     once = step._add_penalties
 
-    def add(state: Any) -> None:
-        for _ in range(parallel_state.get_data_parallel_world_size()):
-            once(state)
+    def add(state: Any) -> Any:
+        return [once(state) for _ in range(parallel_state.get_data_parallel_world_size())][-1]
 
     return mock.patch.object(step, "_add_penalties", add)
 

@@ -1,4 +1,4 @@
-"""A loss term and a penalty whose effect is known exactly, for the parity rows."""
+"""A loss term whose effect is known exactly, for the parity rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 
 from megatron_cpt.data.micro_batch import MicroBatch
-from megatron_cpt.model.owned_parameters import OwnedParameter
 
 
 @dataclass
@@ -35,15 +34,3 @@ class SecondCrossEntropy:
         logits = logits_sbv.float().clone(memory_format=torch.contiguous_format)  # it is overwritten
         losses = tensor_parallel.vocab_parallel_cross_entropy(logits, own["second_labels"])
         return self.weight * (losses.transpose(0, 1) * own["second_mask"]).sum()
-
-
-@dataclass
-class L2Penalty:
-    """strength / 2 times the sum of the squares of all parameters."""
-
-    strength: float
-    name: str = "l2"
-
-    def add_gradients(self, parameters: Sequence[OwnedParameter]) -> None:
-        for parameter in parameters:
-            parameter.gradient.add_(parameter.values, alpha=self.strength)

@@ -29,20 +29,22 @@ from megatron_cpt.config.load import build_config  # noqa: E402
 from megatron_cpt.config.sections.forgetting import KlConfig  # noqa: E402
 from megatron_cpt.data.micro_batch import MicroBatch  # noqa: E402
 from megatron_cpt.errors import CheckpointError  # noqa: E402
+from megatron_cpt.forgetting.ewc import WeightPenalty  # noqa: E402
 from megatron_cpt.forgetting.kl import KlToBase  # noqa: E402
 from megatron_cpt.forgetting.reference import load_reference  # noqa: E402
 from megatron_cpt.launch.origin import Origin  # noqa: E402
 from megatron_cpt.model.build import build_model  # noqa: E402
 from megatron_cpt.model.load_hf import load_hf_weights  # noqa: E402
+from megatron_cpt.model.owned_parameters import owned_parameters  # noqa: E402
 from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402
-from megatron_cpt.train.state import build_train_state  # noqa: E402
+from megatron_cpt.train.state import TrainState, build_train_state, unwrap  # noqa: E402
 from megatron_cpt.train.step import train_step  # noqa: E402
 from megatron_cpt.train.terms import LossTerm  # noqa: E402
 from tests.parity.digest import Recorder  # noqa: E402
 from tests.parity.rows import BASE_PRECISION, LOGITS_ROWS, STEPS, TRAIN_ROWS, LogitsRow, TrainRow  # noqa: E402
 from tests.parity.sabotage import SABOTAGES  # noqa: E402
 from tests.parity.shared_groups import run_worker  # noqa: E402
-from tests.parity.terms import L2Penalty, SecondCrossEntropy  # noqa: E402
+from tests.parity.terms import SecondCrossEntropy  # noqa: E402
 from tests.parity.tiny_models import MODELS, hf_model  # noqa: E402
 
 SEQ_LENGTH, GLOBAL_BATCH, LR = 32, 4, 5e-4
@@ -108,6 +110,19 @@ def terms_of(row: TrainRow, config: Any, arch: Any, models_dir: Path) -> tuple[L
     return (SecondCrossEntropy(row.term_weight),) if row.term_weight else ()
 
 
+def penalties_of(row: TrainRow, state: TrainState, models_dir: Path) -> tuple[WeightPenalty, ...]:
+    """The penalty on the distance from the weights of `reference`, which the state holds only for a moment."""
+    if not row.l2sp:
+        return ()
+    chunks = [unwrap(chunk) for chunk in state.chunks]
+    load_hf_weights(chunks, models_dir / "reference", state.arch)
+    state.optimizer.reload_model_params()
+    base = [parameter.values.clone() for parameter in owned_parameters(chunks, state.optimizer)]
+    load_hf_weights(chunks, models_dir / row.model, state.arch)
+    state.optimizer.reload_model_params()
+    return (WeightPenalty(row.l2sp, base),)
+
+
 def run_train(row: TrainRow, models_dir: Path) -> dict[str, Any]:
     config = config_of(row, models_dir)
     arch = read_architecture(models_dir / row.model)
@@ -115,7 +130,7 @@ def run_train(row: TrainRow, models_dir: Path) -> dict[str, Any]:
     init_parallel_groups(config)
     with SABOTAGES[row.sabotage]() if row.sabotage else contextlib.nullcontext():
         state = build_train_state(config, arch, bucket_elements=row.bucket_elements)
-        state.penalties = (L2Penalty(row.l2),) if row.l2 else ()
+        state.penalties = penalties_of(row, state, models_dir)
         recorder = Recorder(state)
         data = batches(config, arch.vocab_size, row.documents)
         terms = terms_of(row, config, arch, models_dir)

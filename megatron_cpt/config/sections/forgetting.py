@@ -13,6 +13,8 @@ from megatron_cpt.config.section import Section, Sections
 from megatron_cpt.config.sections.checkpoint import CheckpointConfig
 from megatron_cpt.config.sections.data import DataConfig
 from megatron_cpt.config.sections.evaluation import EvalConfig
+from megatron_cpt.config.sections.lora import LoraConfig
+from megatron_cpt.config.sections.optimizer import OptimizerConfig
 
 
 class KlConfig(Section):
@@ -74,10 +76,25 @@ class GateConfig(Section):
         return self.max_general_perplexity_increase
 
 
+class EwcConfig(Section):
+    """A penalty on the distance of every weight from the base model's: strength / 2 * sum of F (weight - base)^2."""
+
+    strength: float = Field(
+        ge=0,
+        le=1e18,
+        allow_inf_nan=False,
+        description="Lambda: how much the distance counts beside the loss per token; 0 is the run without it.",
+    )
+    fisher: Literal["ones"] = Field(
+        "ones", description="F, the importance of each weight. ones: every weight counts alike, which is L2-SP."
+    )
+
+
 class ForgettingConfig(Section):
     """Terms against forgetting; none of them is on by default."""
 
     kl: KlConfig | None = Field(None, description="Divergence from the frozen model of model.init_from.")
+    ewc: EwcConfig | None = Field(None, description="Penalty on the distance from the weights of model.init_from.")
     gate: GateConfig | None = Field(None, description="A limit to what general text may lose.")
 
     @property
@@ -85,23 +102,45 @@ class ForgettingConfig(Section):
         """The KL term where it has any effect, and so needs its reference."""
         return self.kl if self.kl is not None and self.kl.weight > 0 else None
 
+    @property
+    def active_ewc(self) -> EwcConfig | None:
+        """The penalty on the weights where it has any effect."""
+        return self.ewc if self.ewc is not None and self.ewc.strength > 0 else None
+
     def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
         yield from self._unknown_sources([source.name for source in run[DataConfig].train])
-        if self.gate is None:
-            return
+        if self.active_ewc is not None:
+            yield from self._out_of_reach(run)
+        if self.gate is not None:
+            yield from self._gate_problems(self.gate, run)
+
+    def _out_of_reach(self, run: Sections) -> Iterator[Problem]:
+        """Settings under which no optimizer here holds fp32 weights that a penalty could pull at."""
+        optimizer, lora = run[OptimizerConfig], run[LoraConfig]
+        rule = "leaves forgetting.ewc nothing to hold: the weights are frozen, and the adapters have no base"
+        if lora.on:
+            yield Problem("lora.rank", lora.rank, rule, "forgetting.kl works with adapters")
+        if optimizer.moments_dtype != "fp32":
+            rule = "hides the fp32 weights that forgetting.ewc works on"
+            yield Problem("optimizer.moments_dtype", optimizer.moments_dtype, rule, "fp32")
+        if optimizer.cpu_offload_ratio > 0:
+            rule = "moves the fp32 weights that forgetting.ewc works on out of reach"
+            yield Problem("optimizer.cpu_offload_ratio", optimizer.cpu_offload_ratio, rule, "0")
+
+    def _gate_problems(self, gate: GateConfig, run: Sections) -> Iterator[Problem]:
         known = list(run[DataConfig].validation)
-        for wanted in self.gate.general:
+        for wanted in gate.general:
             if wanted not in known:
                 hint = f"one of {known}" if known else "name held-out sets under data.validation"
                 yield Problem("forgetting.gate.general", wanted, "is not a validation set", hint)
         if run[EvalConfig].every is None:
             rule = "judges at each validation, and without eval.every there is none between the first and the last step"
             yield Problem("forgetting.gate", None, rule, "set eval.every, such as eval.every: 100 iters")
-        if self.gate.action == "roll_back" and run[CheckpointConfig].best_by is None:
+        if gate.action == "roll_back" and run[CheckpointConfig].best_by is None:
             named = ", ".join(f"{name}: 1" for name in known)
             rule = "goes back to the best checkpoint, and checkpoint.best_by does not say which that is"
             hint = f"say which losses to add up, such as checkpoint.best_by: {{{named}}}"
-            yield Problem("forgetting.gate.action", self.gate.action, rule, hint)
+            yield Problem("forgetting.gate.action", gate.action, rule, hint)
 
     def _unknown_sources(self, names: list[str]) -> Iterator[Problem]:
         for wanted in (self.kl.sources if self.kl is not None else None) or ():

@@ -152,6 +152,9 @@ def test_all_cross_field_problems_are_reported_together_with_legal_values() -> N
         (["budget.rounding=exact", "train_tokens=1_638_401"], "1,638,400 or 1,671,168"),
         (["seq_length=262144", "train_tokens=1B"], "131,072 positions"),
         (["forgetting.kl.sources=[replay]"], "no source of data.train has this name"),
+        (["forgetting.ewc.strength=1", "lora.rank=8"], "leaves forgetting.ewc nothing to hold"),
+        (["forgetting.ewc.strength=1", "optimizer.moments_dtype=bf16"], "hides the fp32 weights"),
+        (["forgetting.ewc.strength=1", "optimizer.cpu_offload_ratio=0.5"], "out of reach"),
     ],
 )
 def test_each_cross_field_rule(overrides: list[str], part: str) -> None:

@@ -1,0 +1,52 @@
+"""The penalty that holds weights near the base's: elastic weight consolidation, and L2-SP as its plainest case.
+
+With theta* the base's weights and F the importance of each, the loss per token grows by
+
+    strength / 2 * sum of F (theta - theta*)^2
+
+F is the diagonal of the Fisher information (Kirkpatrick et al. 2017, arXiv:1612.00796), or 1 for every weight, which is
+L2-SP (Li et al. 2018, arXiv:1802.01483). It works on the fp32 values that this rank's optimizer updates, and so keeps
+theta* and F of these alone: 8 bytes per parameter, 4 for L2-SP, spread over the data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.model.owned_parameters import OwnedParameter
+
+
+class WeightPenalty:
+    """A `train.terms.Penalty`. `base` and `importance` have a tensor per owned parameter, in their order."""
+
+    name: str = "ewc"
+
+    def __init__(self, strength: float, base: Sequence[Tensor], importance: Sequence[Tensor] | None = None) -> None:
+        self.strength, self.base, self.importance = strength, base, importance
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds from step to step."""
+        return [*self.base, *(self.importance or ())]
+
+    def add_gradients(self, parameters: Sequence[OwnedParameter]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.base[0].device if self.base else None)
+        for index, (parameter, base) in enumerate(zip(parameters, self.base, strict=True)):
+            moved = parameter.values - base
+            pull = moved if self.importance is None else moved * self.importance[index]
+            parameter.gradient.add_(pull, alpha=self.strength)
+            if parameter.counted:
+                total += pull.dot(moved)
+        return total.mul_(self.strength / 2)
+
+
+def weight_penalties(config: RunConfig, owned: Sequence[OwnedParameter]) -> tuple[WeightPenalty, ...]:
+    """Return the penalty of a run; `owned` hold the base's weights now. Nothing where it has no effect."""
+    asked = config.forgetting.active_ewc
+    if asked is None:
+        return ()
+    return (WeightPenalty(asked.strength, [parameter.values.clone() for parameter in owned]),)
