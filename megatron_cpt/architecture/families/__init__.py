@@ -58,7 +58,11 @@ def read_architecture(model_dir: Path) -> Architecture:
     if named_dtype(config) is None:
         dtype = _dtype_of_weights(model_dir)
         config = config | ({"dtype": dtype} if dtype else {})
-    return architecture_from_config(config)
+    try:
+        return architecture_from_config(config)
+    except ConversionError as error:  # its sentences begin with config.json: say which
+        named = error.message.replace("config.json", str(model_dir / "config.json"), 1)
+        raise ConversionError(named, hint=error.hint) from error
 
 
 def _dtype_of_weights(model_dir: Path) -> str | None:

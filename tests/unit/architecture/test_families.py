@@ -102,6 +102,14 @@ def test_what_we_lack_is_refused_by_name(family: str, changes: dict[str, Any], w
         architecture_from_config(config(family, **changes))
 
 
+@pytest.mark.parametrize("changes", [{"model_type": "gpt2"}, {"hidden_act": "gelu"}, {"num_hidden_layers": "four"}])
+def test_a_refusal_names_the_file(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config("llama") | changes))
+    with pytest.raises(ConversionError) as refused:
+        read_architecture(tmp_path)
+    assert refused.value.message.startswith(f"{tmp_path}/config.json ")
+
+
 @pytest.mark.parametrize(("text", "words"), [(None, "no config.json"), ("{", "not valid JSON"), ("[]", "object")])
 def test_unreadable_config(tmp_path: Path, text: str | None, words: str) -> None:
     if text is not None:
