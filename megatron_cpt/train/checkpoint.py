@@ -119,18 +119,17 @@ class CheckpointManager:
             )
         partial = checkpoint_path(self.root, position.iteration)
         partial = partial.with_name(f"{partial.name}.partial-{self.attempt}")
+        refused: list[SaveFailed | None] = [None]
         if dist.get_rank() == 0:
             self._space.finish_removal()
-            self._space.make_room(partial)
-        dist.barrier()
+            refused[0] = self._space.make_room(partial)
+        dist.broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise refused[0]
         if not partial.is_dir():
-            why = self._space.why_no_room()
-            raise SaveFailed(
-                f"cannot create {partial}: {why or 'rank 0 did, this node does not see it'}",
-                hint="free some space, for example by `megatron-cpt checkpoints RUN --prune --keep-last 1`; the newest "
-                "complete checkpoint is untouched"
-                if why
-                else "the run folder must be on storage that all nodes share",
+            raise CheckpointError(
+                f"cannot save to {partial}: rank 0 made the folder, this node does not see it",
+                hint="the run folder must be on storage that all nodes share",
             )
         marker = self._marker(state, position)
         asynchronous = self.config.checkpoint.async_save and not wait

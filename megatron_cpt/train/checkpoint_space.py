@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_cpt.runs.checkpoints import complete_checkpoints, free_bytes, list_checkpoints, read_best, set_aside
 from megatron_cpt.runs.retention import Retention
+from megatron_cpt.train.checkpoint_errors import SaveFailed
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +24,23 @@ class CheckpointSpace:
         self.first_bytes = first_bytes
         self._removal: threading.Thread | None = None
 
-    def make_room(self, partial: Path) -> None:
-        if why := self.why_no_room():
-            logger.error("no checkpoint of this step: %s", why)
-            return
+    def make_room(self, partial: Path) -> SaveFailed | None:
+        """Create the folder `partial` of the next checkpoint; return what is in the way."""
         try:
-            partial.mkdir(parents=True, exist_ok=True)
+            expected, free = self.expected_bytes(), free_bytes(self.root)
+            if free >= expected:
+                partial.mkdir(parents=True, exist_ok=True)
+                return None
         except OSError as error:
-            logger.error("cannot create %s: %s", partial, error.strerror)
-
-    def why_no_room(self) -> str | None:
-        expected, free = self.expected_bytes(), free_bytes(self.root)
-        return f"it needs {expected:,} bytes and {free:,} are free" if free < expected else None
+            return SaveFailed(
+                f"cannot create {partial}: {error.strerror}",
+                hint="the run folder must stay where it is, and writable, while the run goes on",
+            )
+        return SaveFailed(
+            f"cannot create {partial}: it needs {expected:,} bytes and {free:,} are free",
+            hint="free some space, for example by `megatron-cpt checkpoints RUN --prune --keep-last 1`; the newest "
+            "complete checkpoint is untouched",
+        )
 
     def expected_bytes(self) -> int:
         """Size of the next checkpoint: that of the newest one, or predicted while there is none."""
