@@ -1,7 +1,6 @@
 """`make test-matrix`: parity, resume and conversion under each Python and Megatron-Core, and a table of what was seen.
 
-    python tests/matrix/run.py [--all] [--only TEXT] [--checks NAME ...] [--torch 2.6.0]
-        [--torch 2.6.0] [--folder DIR] [--table-only]
+    python tests/matrix/run.py [--all] [--only TEXT] [--checks NAME ...] [--torch 2.8.0] [--folder DIR] [--table-only]
 
 Environments, logs and results stay in the folder (`.matrix` by default). A result stands until its cell is run again,
 so the cells may be run one at a time; the table, in benchmarks/RESULTS.md, is made of all results there are. A cell
