@@ -49,6 +49,7 @@ COMMANDS: dict[str, Entry] = {
     "plan": Entry("Run", f"{_COMMANDS}.plan:plan", "Check a config and print what follows from its token budget."),
     "dry-run": Entry("Run", f"{_COMMANDS}.dry_run:dry_run_command", "Build every rank of a config on one CPU."),
     "index": Entry("Run", f"{_COMMANDS}.index:index", "Build a run's data indices before its job starts."),
+    "fisher": Entry("Run", f"{_COMMANDS}.fisher:fisher", "Estimate how much each weight matters, for forgetting.ewc."),
     "train": Entry("Run", f"{_COMMANDS}.train:train", "Start or continue the run that a config describes."),
     "submit": Entry("Run", f"{_COMMANDS}.submit:submit", "Submit a run, corpus, conversion or evaluation to Slurm."),
     "status": Entry("Run", f"{_COMMANDS}.status:status", "Show where a run stands: tokens, rate, time left, errors."),

@@ -6,7 +6,7 @@ token, so each token but the first is predicted once. The last block is padded, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,9 +35,10 @@ class ValidationSet:
     def micro_batches(self, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[MicroBatch]:
         for round_ in range(self.rounds(micro_batch_size, dp_size)):
             first = (round_ * dp_size + dp_rank) * micro_batch_size
-            yield self._read(range(first, first + micro_batch_size))
+            yield self.read(range(first, first + micro_batch_size))
 
-    def _read(self, blocks: range) -> MicroBatch:
+    def read(self, blocks: Sequence[int]) -> MicroBatch:
+        """Return the blocks with these numbers; those behind the last one are all padding."""
         shape = (len(blocks), self.seq_length)
         tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         mask = np.zeros(shape, np.float32)

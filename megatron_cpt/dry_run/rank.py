@@ -16,7 +16,7 @@ from megatron_cpt.config.sections.optimizer import OptimizerConfig
 from megatron_cpt.dry_run.fake_world import META, Place
 from megatron_cpt.dry_run.live_bytes import storage_bytes
 from megatron_cpt.dry_run.shards import Shard, shards_of
-from megatron_cpt.forgetting.ewc import weight_penalties
+from megatron_cpt.forgetting.ewc import WeightPenalty
 from megatron_cpt.forgetting.kl import KlToBase
 from megatron_cpt.forgetting.reference import FrozenReference, build_reference
 from megatron_cpt.model.load_megatron import model_shards
@@ -78,9 +78,10 @@ def build_rank(config: RunConfig, arch: Architecture, modules: LayerModules | No
         state = build_train_state(for_the_cluster(config), arch, read_base=False, modules=modules)
     for optimizer, parameter in _optimizer_parameters(state):
         optimizer.state[parameter].update(exp_avg=torch.empty_like(parameter), exp_avg_sq=torch.empty_like(parameter))
-    if config.forgetting.active_ewc is not None:
-        owned = owned_parameters([unwrap(chunk) for chunk in state.chunks], state.optimizer)
-        state.penalties = weight_penalties(config, owned)
+    if (asked := config.forgetting.active_ewc) is not None:
+        values = [p.values for p in owned_parameters([unwrap(chunk) for chunk in state.chunks], state.optimizer)]
+        base, importance = ([torch.empty_like(tensor) for tensor in values] for _ in range(2))
+        state.penalties = (WeightPenalty(asked.strength, base, importance if asked.folder is not None else None),)
     return state
 
 

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.forgetting.fisher import load_importance
 from megatron_cpt.model.owned_parameters import OwnedParameter
 
 
@@ -44,9 +46,17 @@ class WeightPenalty:
         return total.mul_(self.strength / 2)
 
 
-def weight_penalties(config: RunConfig, owned: Sequence[OwnedParameter]) -> tuple[WeightPenalty, ...]:
-    """Return the penalty of a run; `owned` hold the base's weights now. Nothing where it has no effect."""
+def weight_penalties(
+    config: RunConfig, arch: Architecture, owned: Sequence[OwnedParameter]
+) -> tuple[WeightPenalty, ...]:
+    """Return the penalty of a run, nothing where it has no effect; collective. `owned` hold the base's weights now.
+
+    Raises:
+        CheckpointError: on every rank, when the Fisher values are incomplete or of another model.
+    """
     asked = config.forgetting.active_ewc
     if asked is None:
         return ()
-    return (WeightPenalty(asked.strength, [parameter.values.clone() for parameter in owned]),)
+    base = [parameter.values.clone() for parameter in owned]
+    importance = None if asked.folder is None else load_importance(config, arch, owned, asked.folder)
+    return (WeightPenalty(asked.strength, base, importance),)

@@ -52,7 +52,7 @@ class Identity:
 def identity_of(side_files: Path, origin: Origin | None = None, branch: Path | None = None) -> Identity:
     """The identity of the model whose side files and weights lie there."""
     facts = json.loads(json.dumps(dataclasses.asdict(read_architecture(side_files))))  # as they are read back
-    weights = None if origin is None or origin.kind != "hf" else _weights_fingerprint(origin.weights)
+    weights = None if origin is None or origin.kind != "hf" else weights_fingerprint(origin.weights)
     marker = None if branch is None else hashlib.sha256((branch / MARKER).read_bytes()).hexdigest()
     return Identity(facts, _tokenizer_fingerprint(side_files), weights, marker)
 
@@ -95,7 +95,7 @@ def _tokenizer_fingerprint(folder: Path) -> str | None:
     return digest.hexdigest() if found else None
 
 
-def _weights_fingerprint(folder: Path) -> str | None:
+def weights_fingerprint(folder: Path) -> str | None:
     """A digest of the sizes of all files of weights and of samples of their bytes; names of shards do not enter."""
     paths = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
     if not paths:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 from megatron_cpt.errors import CptError, LaunchError
@@ -60,8 +61,16 @@ class StoppedAtOnce(CptError):
         )
 
 
-def run_ranks(folder: RunFolder, arguments: Sequence[str], world_size: int) -> int:
+def run_ranks(
+    folder: RunFolder,
+    arguments: Sequence[str],
+    world_size: int,
+    command: Sequence[str] = RANK_COMMAND,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Run `world_size` ranks with the command line `arguments`. Return the exit code all of them agreed on.
+
+    `variables` are added to the environment of each; RUN/logs is there.
 
     Raises:
         CptError: a rank failed, with its own message where it left one; or the user pressed Ctrl-C twice.
@@ -75,9 +84,9 @@ def run_ranks(folder: RunFolder, arguments: Sequence[str], world_size: int) -> i
         ranks: list[subprocess.Popen[bytes]] = []
         stack.callback(_kill, ranks)
         signals = stack.enter_context(forwarded_signals(ranks))
-        environ = _environment(world_size)
+        environ = _environment(world_size) | dict(variables)
         for rank, log in enumerate(logs):
-            ranks.append(_start(rank, arguments, environ, log, console if rank == 0 else None))
+            ranks.append(_start(rank, [*command, *arguments], environ, log, console if rank == 0 else None))
         codes = _wait(ranks, signals)
     if signals.at_once:
         raise StoppedAtOnce
@@ -116,13 +125,13 @@ def free_port() -> int:
 
 
 def _start(
-    rank: int, arguments: Sequence[str], environ: Mapping[str, str], log: BinaryIO, console: int | None
+    rank: int, command: Sequence[str], environ: Mapping[str, str], log: BinaryIO, console: int | None
 ) -> subprocess.Popen[bytes]:
     own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     if console is not None:
         own[CONSOLE_FD] = str(console)
     return subprocess.Popen(
-        [*RANK_COMMAND, *arguments],
+        command,
         env={**environ, **own},
         stdin=subprocess.DEVNULL,
         stdout=log,

@@ -15,6 +15,7 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import SourcePlan, plan_sources
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import CheckpointError, ConfigError, CptError, LaunchError
+from megatron_cpt.launch.fisher import check_fisher
 from megatron_cpt.launch.identity import Identity, check_identity, identity_of, write_identity
 from megatron_cpt.launch.origin import side_files_dir
 from megatron_cpt.launch.place import check_variables, check_world_size, under_launcher
@@ -108,6 +109,7 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
         return replace(run, finished=True)
     check_beginning(run.checked)
     check_reference(run.checked)
+    check_fisher(run.checked)
     check_free_space(run.checked)
     fresh = not complete_checkpoints(folder.checkpoints)
     create_run_folder(folder, config, run.checked.model_dir if fresh else None)

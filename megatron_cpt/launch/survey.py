@@ -30,6 +30,7 @@ from megatron_cpt.errors import ConfigError, CptError, UserError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
 from megatron_cpt.launch.environment import refuse_broken_environment
+from megatron_cpt.launch.fisher import check_fisher
 from megatron_cpt.launch.origin import model_dir, resolve_origin
 from megatron_cpt.launch.preflight import (
     CheckedRun,
@@ -200,6 +201,9 @@ def _look_at_run_folder(run: CheckedRun, findings: _Findings) -> Ledger:
     if run.origin.kind == "missing" or complete_checkpoints(run.folder.checkpoints):  # else looked at above
         with findings.of(only_here=run.origin.kind == "missing"):
             check_reference(run)
+    asked = run.config.forgetting.active_ewc
+    with findings.of(only_here=asked is not None and asked.folder is not None and not asked.folder.exists()):
+        check_fisher(run)
     with findings.of(only_here=True):
         check_free_space(run)
     return ledger

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception: a BaseException
 
@@ -33,16 +34,20 @@ def is_megatron_checkpoint(folder: Path) -> bool:
     return (folder / ".metadata").is_file() and (folder / "metadata.json").is_file()
 
 
-def load_megatron_weights(chunks: list[GPTModel], folder: Path, in_base: InBase = every_weight) -> None:
+def load_megatron_weights(
+    chunks: list[GPTModel], folder: Path, in_base: InBase = every_weight, *, prefix: str = ""
+) -> None:
     """Set every parameter of this rank's chunks that is `in_base` from a torch_dist checkpoint.
 
-    Beside the weights it may hold what Megatron-LM and this trainer save with them, and nothing else.
+    Beside the weights it may hold what Megatron-LM and this trainer save with them, and nothing else. `prefix` stands
+    before each key of a checkpoint that holds something else of the model's shape.
 
     Raises:
         CheckpointError: on every rank when any rank finds the checkpoint unreadable, of another model or with holes.
     """
     unset_weights(chunks, in_base)
     wanted = only(model_shards(chunks), chunks, in_base)
+    add_prefix_for_sharding(wanted, prefix)
     known = (*NOT_WEIGHTS, *([OUTPUT] if any(chunk.share_embeddings_and_output_weights for chunk in chunks) else []))
     try:
         check_keys(wanted, folder, surplus_allowed=lambda key: key.startswith(known))

@@ -46,7 +46,9 @@ def owned_parameters(models: Sequence[GPTModel], optimizer: MegatronOptimizer) -
     Raises:
         ConfigError: the optimizer keeps its moments in fewer bits, and its fp32 values out of reach.
     """
-    names = {parameter: _name(model, name) for model in models for name, parameter in model.named_parameters()}
+    names = {
+        parameter: checkpoint_name(model, name) for model in models for name, parameter in model.named_parameters()
+    }
     owned: list[OwnedParameter] = []
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         if getattr(part, "is_stub_optimizer", False):
@@ -55,7 +57,7 @@ def owned_parameters(models: Sequence[GPTModel], optimizer: MegatronOptimizer) -
     return owned
 
 
-def _name(model: GPTModel, name: str) -> str:
+def checkpoint_name(model: GPTModel, name: str) -> str:
     """Return the name in a checkpoint; the last stage's copy of tied embeddings has that of the embedding."""
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"

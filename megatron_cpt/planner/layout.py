@@ -107,8 +107,9 @@ class Layout:
 
 
 def _penalty_bytes(config: RunConfig) -> int:
-    """The base's weight in fp32."""
-    return 0 if config.forgetting.active_ewc is None else 4
+    """The base's weight in fp32, and its Fisher value."""
+    asked = config.forgetting.active_ewc
+    return 0 if asked is None else 4 if asked.folder is None else 8
 
 
 def _attention(config: RunConfig) -> Literal["te", "sdpa", "block_causal", "unfused"]:

@@ -62,7 +62,7 @@ def train_run(
     state = build_train_state(config, job.arch, origin=job.origin, trainable=trainable, read_base=read_base)
     if held:
         owned = owned_parameters([unwrap(chunk) for chunk in state.chunks], state.optimizer)
-        state.penalties = weight_penalties(config, owned)
+        state.penalties = weight_penalties(config, job.arch, owned)
     if config.forgetting.active_kl is not None:
         _say(f"loading the frozen reference {config.model.init_from}")
     terms = kl_terms(config, job.arch, job.origin, list(batches.streams))

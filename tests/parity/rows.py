@@ -28,6 +28,7 @@ class TrainRow:
     documents: bool = False  # whether the samples carry document ids
     term_weight: float = 0.0  # of a second cross entropy, a loss term; 0: without it
     l2sp: float = 0.0  # strength of the penalty on the distance from another model's weights
+    ewc: float = 0.0  # strength of EWC; the Fisher values are estimated by the row itself
     kl: dict[str, Any] | None = None  # forgetting.kl; the sources are named "0" and "1"
     kl_reference: str = "reference"  # a model
     bucket_elements: int | None = None
@@ -48,6 +49,7 @@ SELECTIVE = {"recompute.granularity": "selective", "recompute.modules": ["core_a
 NO_DECAY = {"optimizer.weight_decay": 0.0}
 FORWARD_KL = {"weight": 1.5}
 REVERSE_KL = {"weight": 2.0, "direction": "reverse", "temperature": 2.0, "sources": ("1",)}
+EWC = 2000.0  # with it the pull is about as strong as the gradient
 OVERLAP = parallel(overlap_grad_reduce=True, overlap_param_gather=True)
 
 # fmt: off
@@ -81,6 +83,8 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     # a loss term and a penalty; `test_terms.py` compares these two with transformers
     TrainRow("term", 1, NO_DECAY, term_weight=0.5),
     TrainRow("l2sp", 1, NO_DECAY, l2sp=0.05),
+    TrainRow("ewc", 1, NO_DECAY, ewc=EWC),
+    TrainRow("ewc_tied", 1, NO_DECAY, model="base_tied", ewc=EWC),
     TrainRow("term_without_weight", 1, term_weight=1e-30),
     # KL to another, frozen model; `test_kl.py` compares the first two with transformers
     TrainRow("kl", 1, NO_DECAY, kl=FORWARD_KL),
@@ -128,6 +132,14 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("l2sp_pp2", 2, parallel(pp=2) | NO_DECAY, baseline="l2sp", l2sp=0.05),
     TrainRow("l2sp_cp2", 2, parallel(cp=2) | NO_DECAY, baseline="l2sp", l2sp=0.05),
     TrainRow("l2sp_dp2", 2, NO_DECAY, baseline="l2sp", l2sp=0.05),
+    *(
+        TrainRow(f"ewc_{layout}", 2, overrides | NO_DECAY, baseline="ewc", ewc=EWC)
+        for layout, overrides in (
+            ("tp2", parallel(tp=2)), ("pp2", parallel(pp=2)), ("cp2", parallel(cp=2)), ("dp2", {}),
+            ("pp2_vpp2", parallel(pp=2, vpp=2) | SINGLES),
+        )
+    ),
+    TrainRow("ewc_tied_pp2", 2, parallel(pp=2) | NO_DECAY, model="base_tied", baseline="ewc_tied", ewc=EWC),
     TrainRow("l2sp_dp2_plain_optimizer", 2, PLAIN_OPTIMIZER | NO_DECAY, baseline="l2sp", l2sp=0.05),
     *(
         TrainRow(f"{name}_{layout}", 2, overrides | NO_DECAY, baseline=name, kl=kl)
@@ -177,6 +189,8 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow(
         "sabotage_l2sp", 2, NO_DECAY, baseline="l2sp", l2sp=0.05, sabotage="penalty_of_every_data_parallel_rank",
     ),
+    TrainRow("sabotage_ewc", 1, NO_DECAY, baseline="ewc", ewc=EWC, sabotage="fisher_of_batches"),
+    TrainRow("sabotage_ewc_norms", 2, parallel(tp=2) | NO_DECAY, baseline="ewc", ewc=EWC, sabotage="fisher_of_a_part"),
     TrainRow("sabotage_kl", 2, parallel(tp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL, sabotage="kl_of_own_rows"),
     TrainRow(
         "sabotage_kl_order", 2, parallel(pp=2) | NO_DECAY,

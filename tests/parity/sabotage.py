@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from unittest import mock
 import torch
 from megatron.core import parallel_state
 
-from megatron_cpt.forgetting import kl, reference, vocab_parallel_kl
+from megatron_cpt.forgetting import fisher, kl, reference, vocab_parallel_kl
 from megatron_cpt.model import attention, build, load_hf, load_origin, spec
 from megatron_cpt.train import step
 
@@ -99,6 +100,23 @@ def penalty_of_every_data_parallel_rank() -> Any:
         return [once(state) for _ in range(parallel_state.get_data_parallel_world_size())][-1]
 
     return mock.patch.object(step, "_add_penalties", add)
+
+
+def fisher_of_batches() -> Any:
+    """The squares of the gradients of two samples together, as of a batch."""
+    right = fisher._add_squares
+    calls = itertools.count(1)
+
+    def add(chunks: Any, sums: Any) -> None:
+        if next(calls) % 2 == 0:  # else the gradients stay, and the next sample's are added to them
+            right(chunks, sums)
+
+    return mock.patch.object(fisher, "_add_squares", add)
+
+
+def fisher_of_a_part() -> Any:
+    """Under sequence parallelism each TP rank squares the norm gradients of its own tokens."""
+    return mock.patch.object(fisher, "_groups_with_parts", lambda chunk, name, parameter: ())
 
 
 def kl_of_own_rows() -> Any:
@@ -204,6 +222,8 @@ SABOTAGES = {
         keys_in_rank_order,
         term_tensors_cut_in_halves,
         penalty_of_every_data_parallel_rank,
+        fisher_of_batches,
+        fisher_of_a_part,
         kl_of_own_rows,
         reference_of_another_micro_batch,
         kl_of_every_source,

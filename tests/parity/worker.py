@@ -26,17 +26,22 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron_cpt.architecture.families import read_architecture  # noqa: E402
 from megatron_cpt.config.derive import derive  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
-from megatron_cpt.config.sections.forgetting import KlConfig  # noqa: E402
+from megatron_cpt.config.sections.forgetting import EwcConfig, ForgettingConfig, KlConfig  # noqa: E402
+from megatron_cpt.data.datasets import Dataset  # noqa: E402
 from megatron_cpt.data.micro_batch import MicroBatch  # noqa: E402
 from megatron_cpt.errors import CheckpointError  # noqa: E402
-from megatron_cpt.forgetting.ewc import WeightPenalty  # noqa: E402
+from megatron_cpt.forgetting.ewc import WeightPenalty, weight_penalties  # noqa: E402
+from megatron_cpt.forgetting.fisher import estimate_fisher, for_fisher  # noqa: E402
 from megatron_cpt.forgetting.kl import KlToBase  # noqa: E402
 from megatron_cpt.forgetting.reference import load_reference  # noqa: E402
+from megatron_cpt.launch.fisher import FisherJob  # noqa: E402
+from megatron_cpt.launch.identity import identity_of  # noqa: E402
 from megatron_cpt.launch.origin import Origin  # noqa: E402
 from megatron_cpt.model.build import build_model  # noqa: E402
 from megatron_cpt.model.load_hf import load_hf_weights  # noqa: E402
 from megatron_cpt.model.owned_parameters import owned_parameters  # noqa: E402
 from megatron_cpt.runtime.distributed import init_parallel_groups, init_runtime, shutdown_runtime  # noqa: E402
+from megatron_cpt.train.fisher import save_fisher  # noqa: E402
 from megatron_cpt.train.state import TrainState, build_train_state, unwrap  # noqa: E402
 from megatron_cpt.train.step import train_step  # noqa: E402
 from megatron_cpt.train.terms import LossTerm  # noqa: E402
@@ -48,6 +53,7 @@ from tests.parity.terms import SecondCrossEntropy  # noqa: E402
 from tests.parity.tiny_models import MODELS, hf_model  # noqa: E402
 
 SEQ_LENGTH, GLOBAL_BATCH, LR = 32, 4, 5e-4
+FISHER_SAMPLES = 5  # odd, so that one of two data-parallel ranks has nothing left at the end
 
 
 def config_of(row: TrainRow | LogitsRow, models_dir: Path) -> Any:
@@ -110,11 +116,36 @@ def terms_of(row: TrainRow, config: Any, arch: Any, models_dir: Path) -> tuple[L
     return (SecondCrossEntropy(row.term_weight),) if row.term_weight else ()
 
 
-def penalties_of(row: TrainRow, state: TrainState, models_dir: Path) -> tuple[WeightPenalty, ...]:
-    """The penalty on the distance from the weights of `reference`, which the state holds only for a moment."""
+def fisher_of(row: TrainRow, config: Any, arch: Any, models_dir: Path) -> Path:
+    """A folder with Fisher values of the row's model, estimated under its layout."""
+    folder = models_dir / f"fisher_{row.ranks}" / row.name
+    chunks = build_model(for_fisher(config), arch)
+    load_hf_weights(chunks, models_dir / row.model, arch)
+    tokens = estimate_fisher(chunks, fisher_sample, FISHER_SAMPLES, seed=7, vocab_size=arch.vocab_size)
+    identity = identity_of(models_dir / row.model)
+    dataset = Dataset("parity", "parity", "", 0, 0, 0)
+    save_fisher(
+        chunks, FisherJob(config, arch, Origin("hf", folder), identity, dataset, FISHER_SAMPLES, folder), tokens
+    )
+    return folder
+
+
+def fisher_sample(number: int) -> MicroBatch:
+    one = sample(1000, number, 512)
+    return cast(MicroBatch, {key: one[key].unsqueeze(0) for key in one if key not in ("document_ids", "source")})
+
+
+def penalties_of(
+    row: TrainRow, config: Any, state: TrainState, models_dir: Path, fisher: Path | None
+) -> tuple[WeightPenalty, ...]:
+    """EWC, or the penalty on the distance from the weights of `reference`, which the state holds only for a moment."""
+    chunks = [unwrap(chunk) for chunk in state.chunks]
+    if fisher is not None:
+        ewc = {"forgetting": ForgettingConfig(ewc=EwcConfig(strength=row.ewc, fisher=str(fisher)))}
+        owned = owned_parameters(chunks, state.optimizer)
+        return weight_penalties(config.model_copy(update=ewc), state.arch, owned)
     if not row.l2sp:
         return ()
-    chunks = [unwrap(chunk) for chunk in state.chunks]
     load_hf_weights(chunks, models_dir / "reference", state.arch)
     state.optimizer.reload_model_params()
     base = [parameter.values.clone() for parameter in owned_parameters(chunks, state.optimizer)]
@@ -129,8 +160,13 @@ def run_train(row: TrainRow, models_dir: Path) -> dict[str, Any]:
     derived = derive(config, arch)
     init_parallel_groups(config)
     with SABOTAGES[row.sabotage]() if row.sabotage else contextlib.nullcontext():
+        fisher = None
+        if row.ewc:
+            init_parallel_groups(for_fisher(config))
+            fisher = fisher_of(row, config, arch, models_dir)
+            init_parallel_groups(config)
         state = build_train_state(config, arch, bucket_elements=row.bucket_elements)
-        state.penalties = penalties_of(row, state, models_dir)
+        state.penalties = penalties_of(row, config, state, models_dir, fisher)
         recorder = Recorder(state)
         data = batches(config, arch.vocab_size, row.documents)
         terms = terms_of(row, config, arch, models_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -85,9 +86,17 @@ class EwcConfig(Section):
         allow_inf_nan=False,
         description="Lambda: how much the distance counts beside the loss per token; 0 is the run without it.",
     )
-    fisher: Literal["ones"] = Field(
-        "ones", description="F, the importance of each weight. ones: every weight counts alike, which is L2-SP."
+    fisher: str = Field(
+        "ones",
+        min_length=1,
+        description="F, the importance of each weight: a folder that `megatron-cpt fisher` wrote for this base model. "
+        "ones: every weight counts alike, which is L2-SP.",
     )
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the Fisher values lie, None where every weight counts alike."""
+        return None if self.fisher == "ones" else Path(self.fisher)
 
 
 class ForgettingConfig(Section):
