@@ -65,12 +65,12 @@ def run_ranks(
     folder: RunFolder,
     arguments: Sequence[str],
     world_size: int,
-    command: Sequence[str] = RANK_COMMAND,
+    command: Sequence[str] | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Run `world_size` ranks with the command line `arguments`. Return the exit code all of them agreed on.
 
-    `variables` are added to the environment of each; RUN/logs is there.
+    `command` is what each rank runs, by default training; `variables` are added to its environment. RUN/logs is there.
 
     Raises:
         CptError: a rank failed, with its own message where it left one; or the user pressed Ctrl-C twice.
@@ -86,7 +86,9 @@ def run_ranks(
         signals = stack.enter_context(forwarded_signals(ranks))
         environ = _environment(world_size) | dict(variables)
         for rank, log in enumerate(logs):
-            ranks.append(_start(rank, [*command, *arguments], environ, log, console if rank == 0 else None))
+            ranks.append(
+                _start(rank, [*(command or RANK_COMMAND), *arguments], environ, log, console if rank == 0 else None)
+            )
         codes = _wait(ranks, signals)
     if signals.at_once:
         raise StoppedAtOnce

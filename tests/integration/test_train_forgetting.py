@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from megatron_cpt.commands.fisher import fisher
 from megatron_cpt.runs.checkpoints import complete_checkpoints, read_best
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART
 from megatron_cpt.runs.metrics import read_metrics
@@ -21,7 +24,6 @@ from tests.synthetic_data import EOD, random_documents, write_dataset
 
 STEPS = 8
 KL = {"weight": 0.5, "direction": "reverse", "temperature": 2.0, "sources": ["general"]}
-EWC = {"strength": 0.05, "fisher": "ones"}
 
 
 def write_config(
@@ -53,18 +55,31 @@ def rows(run: Path) -> dict[int, tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def whole(pool: RankPool, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with KL on one of its two sources and L2-SP that nothing disturbed."""
+def ewc(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """forgetting.ewc with Fisher values that the command has estimated on one rank."""
+    folder = tmp_path_factory.mktemp("fisher")
+    config = write_config(inputs, folder, "run", parallel={"gpus_per_node": 1})
+    arguments = [str(config), "--data", str(inputs / "general"), "--to", str(folder / "values"), "--samples", "8"]
+    done = CliRunner().invoke(fisher, [*arguments, "--json"], standalone_mode=False)
+    assert done.return_value == 0, done.exception
+    assert json.loads(done.stdout)["tokens"] == 8 * 64
+    assert not (folder / "values.work").exists() and not (folder / "values.partial").exists()
+    return {"strength": 1000.0, "fisher": str(folder / "values")}
+
+
+@pytest.fixture(scope="module")
+def whole(pool: RankPool, inputs: Path, ewc: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with KL on one of its two sources and EWC that nothing disturbed."""
     folder = tmp_path_factory.mktemp("forgetting")
-    config, log = write_config(inputs, folder, "whole", {"kl": KL, "ewc": EWC}), folder / "whole.log"
+    config, log = write_config(inputs, folder, "whole", {"kl": KL, "ewc": ewc}), folder / "whole.log"
     assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
     return folder / "whole"
 
 
 def test_a_run_with_kl_and_a_penalty_continues_bit_by_bit(
-    pool: RankPool, inputs: Path, tmp_path: Path, whole: Path
+    pool: RankPool, inputs: Path, ewc: dict[str, Any], tmp_path: Path, whole: Path
 ) -> None:
-    config, log = write_config(inputs, tmp_path, "cut", {"kl": KL, "ewc": EWC}), tmp_path / "log"
+    config, log = write_config(inputs, tmp_path, "cut", {"kl": KL, "ewc": ewc}), tmp_path / "log"
     assert pool.run(config, "budget.train_tokens=2048", ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
     assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
     assert rows(tmp_path / "cut") == rows(whole)
@@ -74,13 +89,13 @@ def test_a_run_with_kl_and_a_penalty_continues_bit_by_bit(
 
 
 def test_weight_0_and_strength_0_are_the_run_without_terms(
-    pool: RankPool, inputs: Path, tmp_path: Path, whole: Path
+    pool: RankPool, inputs: Path, ewc: dict[str, Any], tmp_path: Path, whole: Path
 ) -> None:
     plain, weightless = (
         write_config(inputs, tmp_path, name, forgetting)
         for name, forgetting in (
             ("plain", None),
-            ("weightless", {"kl": KL | {"weight": 0.0}, "ewc": EWC | {"strength": 0.0}}),
+            ("weightless", {"kl": KL | {"weight": 0.0}, "ewc": ewc | {"strength": 0.0}}),
         )
     )
     for config in (plain, weightless):
@@ -89,15 +104,13 @@ def test_weight_0_and_strength_0_are_the_run_without_terms(
     assert rows(whole)[STEPS][:2] != rows(tmp_path / "plain")[STEPS][:2]  # negative control: the term does something
 
 
-def test_a_huge_strength_keeps_the_weights_where_they_were(
-    pool: RankPool, inputs: Path, tmp_path: Path, whole: Path
-) -> None:
-    config, log = write_config(inputs, tmp_path, "held", {"ewc": {"strength": 1e9}}), tmp_path / "log"
-    assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
-    held, free = (
-        [2 * terms["ewc"] / strength for _, _, terms in rows(run).values()]  # squares of the distance from the base
-        for run, strength in ((tmp_path / "held", 1e9), (whole, EWC["strength"]))
-    )
+def test_a_huge_strength_keeps_the_weights_where_they_were(pool: RankPool, inputs: Path, tmp_path: Path) -> None:
+    distances = {}
+    for name, strength in (("held", 1e9), ("free", 1e-9)):
+        config, log = write_config(inputs, tmp_path, name, {"ewc": {"strength": strength}}), tmp_path / "log"
+        assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
+        distances[name] = [2 * terms["ewc"] / strength for _, _, terms in rows(tmp_path / name).values()]  # squares
+    held, free = distances["held"], distances["free"]
     assert max(held) <= 1.01 * held[1]  # Adam's first step goes as far as the rate; from there on it is held
     assert free[-1] > 10 * held[-1]
 
