@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -131,14 +131,35 @@ class LowRank:
     b: StoredTensor
     scale: float
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return self.a, self.b
+
+
+@dataclass(frozen=True)
+class Toward:
+    """How far a weight is moved towards another model's: from 0, where it stays, to 1, where it becomes that one."""
+
+    other: StoredTensor
+    by: float
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.other,)
+
+
+Update = LowRank | Toward
+
 
 @dataclass(frozen=True)
 class Merge:
-    """Adapters that are added to the weights on their way, by the names of the weights."""
+    """What is done to weights on their way, by their names: adapters are added, or another model is mixed in."""
 
-    path: Path  # the folder that holds the adapters
-    lora: LoraConfig
-    updates: dict[str, LowRank]
+    path: Path  # the folder that holds the adapters, or the other model
+    lora: LoraConfig | None
+    updates: Mapping[str, Update]
+    other: IndexedCheckpoint | None = None
+    share: float = 1.0  # of the weights themselves, where another model's are mixed in
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import resource
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,10 @@ def _convert(source: IndexedCheckpoint, final: Path, options: Options) -> dict[s
         target.allocate()
         records, resumed = _stream(source, target, partial, old, options)
         known = check_against_receipt(source, records)
+        if source.merge is not None and source.merge.other is not None:
+            check_against_receipt(
+                source.merge.other, {n: replace(r, sha256=r.other_sha256) for n, r in records.items()}
+            )
         _check_values(records, options)
         side_files = _write_small_files(source, target, options)
         _check_readable(source.arch, target, options)
@@ -209,9 +213,9 @@ def _plan_id(source: IndexedCheckpoint, target: Target, options: Options) -> str
     """Return a hash of the source files and the planned bytes: the same plan may continue a killed conversion."""
     digest = hashlib.sha256(megatron_cpt.__version__.encode())
     digest.update(repr({k: v for k, v in asdict(options).items() if k not in ("workers", "read_back")}).encode())
-    updates = () if source.merge is None else source.merge.updates.values()
+    updates = [] if source.merge is None else list(source.merge.updates.values())
     digest.update(repr(updates).encode())
-    added = [factor for update in updates for factor in (update.a, update.b)]
+    added = [tensor for update in updates for tensor in update.tensors]
     for path in sorted({e.path for t in (*source.weights.tensors.values(), *added) for e in t.extents}):
         stat = path.stat()
         digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -237,7 +241,9 @@ def _stream(
 ) -> tuple[dict[str, TensorRecord], int]:
     """Copy every tensor not already proven complete by an earlier run. Return all records and the number skipped."""
     weights = source.weights
-    copied_bytes = sum(tensor.nbytes for tensor in weights.copies) * 2
+    merge = source.merge
+    other = merge.other.weights if merge is not None and merge.other is not None else None
+    copied_bytes = sum(tensor.nbytes for w in (weights, other) if w is not None for tensor in w.copies) * 2
     with (
         Files() as sources,
         Files(write=True) as targets,
@@ -248,8 +254,10 @@ def _stream(
             log.info("continuing: %d of %d tensors are in place", len(proven), len(weights.tensors))
         partial.start_journal(proven)
         copier = Copier(sources, targets, progress.advance)
-        updates = {} if source.merge is None else source.merge.updates
+        updates = {} if merge is None else merge.updates
         compare_copies(copier, weights.tensors, weights.copies)
+        if other is not None:
+            compare_copies(copier, other.tensors, other.copies)
 
         def one(name: str) -> TensorRecord:
             record = copier.copy(weights.tensors[name], target.tensors[name], updates.get(name))
@@ -383,6 +391,7 @@ def _receipt(
         "family": arch.family,
         "adapters": None if lora is None else lora.model_dump(mode="json"),
         "merged_from": None if source.merge is None else str(source.merge.path),
+        "share": None if source.merge is None or source.merge.other is None else source.merge.share,
         "parameters": arch.num_parameters,
         "tie_word_embeddings": arch.tie_word_embeddings,
         "tied_or_replicated_copies_compared": len(weights.copies),

@@ -119,6 +119,9 @@ def model_card(source: IndexedCheckpoint, tool: str) -> str:
         head.append(f"base_model: {json.dumps(base)}")
     title = run.get("job_name") or source.path.resolve().name
     lines = [*head, "---", "", f"# {title}", ""]
+    if source.merge is not None and source.merge.other is not None:
+        share = source.merge.share
+        lines += [f"Every weight is {share:g} times the trained one plus {1 - share:g} times that of the base.", ""]
     if not run:
         lines += [f"Converted from {source.format} by {tool}; conversion.json says what was done to the weights."]
         return "\n".join(lines) + "\n"

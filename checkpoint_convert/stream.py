@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_convert.checkpoint import ITEM_BYTES, LowRank, MismatchError, StoredTensor
+from checkpoint_convert.checkpoint import ITEM_BYTES, LowRank, MismatchError, StoredTensor, Toward, Update
 from checkpoint_convert.rows import Bytes, Files, read_rows, read_tensor, write_rows
 from megatron_cpt.errors import ConversionError
 
@@ -48,6 +48,8 @@ class TensorRecord:
     shifted_by: int = 0  # added to every element, in fp32
     rounded_elements: int = 0  # of those, how many the target's dtype does not hold exactly
     adapter_rank: int = 0  # of the adapter that was added, in fp32
+    moved_by: float = 0.0  # towards another model's tensor, in fp32
+    other_sha256: str = ""  # of that tensor
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"shape": list(self.shape)}
@@ -89,18 +91,18 @@ class Copier:
             self._advance(block.size)
         return digest.hexdigest()
 
-    def copy(self, source: StoredTensor, target: StoredTensor, update: LowRank | None = None) -> TensorRecord:
-        """Copy one tensor, cast when the dtypes differ; with `update` added."""
+    def copy(self, source: StoredTensor, target: StoredTensor, update: Update | None = None) -> TensorRecord:
+        """Copy one tensor, cast when the dtypes differ; with `update` made."""
         assert self._target is not None
         before, after = hashlib.sha256(), hashlib.sha256()
         shift = int(source.less_one) - int(target.less_one)
         casts = source.dtype != target.dtype or shift != 0 or update is not None
-        added = None if update is None else _Added(self._source, update)
+        updated = None if update is None else _updated(self._source, update, source)
         near_zero = nonfinite = rounded = 0
         for start, block in self.blocks(source):
             before.update(block.data)
-            if added is not None:
-                written = added.to(block, start, source.dtype, target.dtype)
+            if updated is not None:
+                written = updated.to(block, start, target)
             else:
                 written = cast(block, source.dtype, target.dtype, shift) if casts else block
             if casts:
@@ -123,27 +125,63 @@ class Copier:
             nonfinite,
             shift,
             rounded,
-            0 if update is None else update.a.rows,
+            update.a.rows if isinstance(update, LowRank) else 0,
+            update.by if isinstance(update, Toward) else 0.0,
+            updated.sha256 if isinstance(updated, _Moved) else "",
         )
 
 
-class _Added:
-    """The rows of a low-rank update, a block at a time; A is held whole, and of B the rows of the block."""
+def _updated(files: Files, update: Update, source: StoredTensor) -> _Added | _Moved:
+    for tensor in update.tensors:
+        files.check(tensor)
+    return _Added(files, update, source) if isinstance(update, LowRank) else _Moved(files, update, source)
 
-    def __init__(self, files: Files, update: LowRank) -> None:
-        files.check(update.a)
-        files.check(update.b)
-        self._files, self._update = files, update
+
+class _Added:
+    """The rows of a weight with a low-rank update; A is held whole, and of B the rows of the block."""
+
+    def __init__(self, files: Files, update: LowRank, source: StoredTensor) -> None:
+        self._files, self._update, self._dtype = files, update, source.dtype
         self._a = _floats(read_tensor(files, update.a), update.a.dtype)
 
-    def to(self, block: Bytes, start: int, dtype: str, to: str) -> Bytes:
-        """A weight's rows from `start` on, in `dtype`, and the update's: summed in fp32, rounded once, to `to`."""
-        import torch
-
+    def to(self, block: Bytes, start: int, target: StoredTensor) -> Bytes:
+        """A weight's rows from `start` on and the update's: summed in fp32, rounded once, to the target's dtype."""
         b = _floats(read_tensor(self._files, self._update.b, start, start + len(block)), self._update.b.dtype)
-        values = _floats(block, dtype).addmm(b, self._a, alpha=self._update.scale)
-        written: Bytes = values.to(getattr(torch, to)).view(torch.uint8).numpy()
-        return written
+        return _stored(_floats(block, self._dtype).addmm(b, self._a, alpha=self._update.scale), target)
+
+
+class _Moved:
+    """The rows of a weight, moved towards another model's; both ends are those models' own, bit for bit."""
+
+    def __init__(self, files: Files, update: Toward, source: StoredTensor) -> None:
+        self._files, self._update, self._source = files, update, source
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of the other model's rows so far."""
+        return self._digest.hexdigest()
+
+    def to(self, block: Bytes, start: int, target: StoredTensor) -> Bytes:
+        """A weight's rows from `start` on: interpolated in fp32, rounded once, to the target's dtype."""
+        other, by = self._update.other, self._update.by
+        theirs = read_tensor(self._files, other, start, start + len(block))
+        self._digest.update(theirs.data)
+        mine, its = (
+            _floats(rows, tensor.dtype) + (int(tensor.less_one) - int(target.less_one))
+            if tensor.less_one != target.less_one
+            else _floats(rows, tensor.dtype)
+            for rows, tensor in ((block, self._source), (theirs, other))
+        )
+        return _stored(mine if by == 0.0 else its if by == 1.0 else mine.lerp(its, by), target)
+
+
+def _stored(values: Any, target: StoredTensor) -> Bytes:
+    """fp32 values as the bytes of the target's dtype."""
+    import torch
+
+    written: Bytes = values.to(getattr(torch, target.dtype)).view(torch.uint8).numpy()
+    return written
 
 
 def _floats(block: Bytes, dtype: str) -> Any:

@@ -59,6 +59,9 @@ COMMANDS: dict[str, Entry] = {
     "web": Entry("Run", f"{_COMMANDS}.web:web", "Show runs in a browser: watch, compare, start, stop, export."),
     "eval": Entry("Model", f"{_COMMANDS}.eval:eval_group", "Measure a model: perplexity on a dataset or text."),
     "merge-lora": Entry("Model", f"{_COMMANDS}.merge_lora:merge_lora", "Add LoRA adapters to their base model."),
+    "interpolate": Entry(
+        "Model", f"{_COMMANDS}.interpolate:interpolate", "Mix a trained model with its base, weight by weight."
+    ),
     "convert": Entry("Model", f"{_COMMANDS}.convert:convert", "Convert checkpoints between Hugging Face and Megatron."),
     "compare": Entry("Model", f"{_COMMANDS}.compare:compare", "Prove that two checkpoints are the same model."),
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megatron_cpt.commands.base_model import check_base, place_of_base
 from megatron_cpt.console import print_summary
 from megatron_cpt.errors import ConversionError
 
@@ -65,7 +66,7 @@ def _with_adapters(src: Path, base_model: Path | None, best: bool) -> IndexedChe
 
     if is_peft(src):
         peft = read_peft(src)
-        base = open_checkpoint(_base(src, peft.base, base_model))
+        base = open_checkpoint(place_of_base(src, peft.base, base_model))
         peft.check(base.arch)
         return replace(base, merge=merged(base, src, peft.lora, peft.tensors))
     source = open_checkpoint(src, best=best, adapters=True)
@@ -73,37 +74,8 @@ def _with_adapters(src: Path, base_model: Path | None, best: bool) -> IndexedChe
         raise ConversionError(
             f"{src} holds a whole model, and no adapters", hint="name a run with `lora`, or a folder that peft wrote"
         )
-    place = _base(src, base_of(source), base_model)
+    place = place_of_base(src, base_of(source), base_model)
     base = open_checkpoint(place)
-    _check_base(source, base)
+    check_base(source, base)
     merge = merged(base, source.path, source.lora, source.weights.tensors)
     return replace(base, merge=merge, run_config=source.run_config, iteration=source.iteration)
-
-
-def _base(src: Path, said: str, given: Path | None) -> Path:
-    place = given or Path(said)
-    if given is None and said == "random":
-        raise ConversionError(f"the base of {src} was drawn at random and never saved", hint="train all its weights")
-    if not (given or said) or not place.is_dir():
-        raise ConversionError(
-            f"the base model of {src} {f'is not at {place}' if given or said else 'is not named there'}",
-            hint="--base-model DIR names the folder of its weights",
-        )
-    return place
-
-
-def _check_base(source: IndexedCheckpoint, base: IndexedCheckpoint) -> None:
-    """Raise ConversionError unless `base` is, by content, what the run of `source` started from."""
-    from megatron_cpt.launch.identity import check_identity, identity_of
-    from megatron_cpt.launch.origin import Origin
-    from megatron_cpt.runs.folder import RunFolder
-
-    run = RunFolder(source.path.parent.parent)
-    if base.format in ("hf", "torch_dist") and (run.root / "identity.json").is_file():
-        origin = Origin(base.format, base.path)
-        if changes := check_identity(run, identity_of(base.side_dir, origin)):
-            said = "; ".join(map(str, changes))
-            raise ConversionError(
-                f"{base.path} is not the model that {source.path} was trained on: {said}",
-                hint="--base-model DIR names the folder of its weights",
-            )
