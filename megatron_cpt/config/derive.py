@@ -75,5 +75,5 @@ def _notes(config: RunConfig) -> Iterator[str]:
     if steps.added_tokens:
         yield f"{steps.added_tokens:,} tokens are added so that the last step is whole (budget.rounding: up)"
     tokens_per_step = batch.global_batch_size * batch.seq_length
-    if every is None or every.in_tokens(tokens_per_step) > steps.train_iters * tokens_per_step:
+    if every is not None and every.in_tokens(tokens_per_step) > steps.train_iters * tokens_per_step:
         yield f"checkpoint.save_every = {every} is longer than the run: only the last step saves"

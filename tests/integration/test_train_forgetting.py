@@ -13,11 +13,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from megatron_cpt.commands.ewc_pilot import ewc_pilot
 from megatron_cpt.commands.fisher import fisher
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.runs.checkpoints import complete_checkpoints, read_best
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART
 from megatron_cpt.runs.metrics import read_metrics
 from megatron_cpt.runs.status import read_status
+from megatron_cpt.train import pilot
 from tests.configs import tiny_run
 from tests.rank_pool import RankPool
 from tests.synthetic_data import EOD, random_documents, write_dataset
@@ -224,3 +227,36 @@ def test_adapters_are_held_near_the_base_without_them(pool: RankPool, inputs: Pa
     ]
     terms = [terms["kl"] for _, _, terms in rows(tmp_path / "run").values()]
     assert abs(terms[0]) < 1e-6 < terms[-1]  # the adapters add nothing at first
+
+
+def test_the_pilot_measures_strengths_once_and_proposes_one(
+    pool: RankPool, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def in_pool(config: RunConfig, **_: Any) -> int:
+        started.append(Path(config.folder).name)
+        path = tmp_path / "trial.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        return pool.run(path, ranks=1, log=tmp_path / "log")[0]
+
+    monkeypatch.setattr(pilot, "run_training", in_pool)
+    config = gated(inputs, tmp_path, "run", max_general_perplexity_increase=0.0, action="stop")
+    arguments = [str(config), "forgetting.ewc.strength=1", "forgetting.ewc.fisher=ones", "--points", "1", "--json"]
+    arguments += ["--from", "0.3", "--keep", "0.1", "--tokens", "5000"]
+
+    def propose() -> Any:
+        done = CliRunner().invoke(ewc_pilot, arguments, standalone_mode=False)
+        assert done.exception is None, (done.exception, (tmp_path / "log").read_text()[-3000:])
+        return json.loads(done.stdout)
+
+    found = propose()
+    assert started == ["strength_0", "strength_0.3"]
+    plain, held = found["outcomes"]
+    assert 0 < held["domain_gain"] < plain["domain_gain"] and held["general_rise"] < plain["general_rise"]
+    assert found["strength"] == 0.3
+    assert not list(tmp_path.glob("run.ewc-pilot/*/checkpoints"))  # what was measured needs no room
+    assert propose() == found and len(started) == 2
+    arguments[-1] = "2000"  # another length: another pilot
+    propose()
+    assert len(started) == 4
