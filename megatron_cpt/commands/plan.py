@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from megatron_cpt.config.load import load_config
+from megatron_cpt.config.mix import shares_at
 from megatron_cpt.config.phase import Phase, phase_at
 from megatron_cpt.launch.survey import raise_findings, survey
 from megatron_cpt.planner.hardware import DEFAULT, find_hardware, known_hardware
@@ -90,14 +91,14 @@ def _phase(plan: Plan) -> Phase:
 
 
 def _course(plan: Plan) -> Course:
-    samples = sample_schedule(_phase(plan), 401)
-    size, sources = plan.survey.config.batch.size, plan.survey.config.data.train
-    whole = sum(source.weight for source in sources)
+    phase, size = _phase(plan), plan.survey.config.batch.size
+    samples = sample_schedule(phase, 401)
     return Course(
         [tokens for tokens, _ in samples],
         [rate for _, rate in samples],
         [size.at(tokens) for tokens, _ in samples],
-        {source.name: source.weight / whole for source in sources},
+        shares_at(phase.mix, plan.survey.ledger.tokens),
+        shares_at(phase.mix, phase.end_tokens),
     )
 
 

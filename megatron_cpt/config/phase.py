@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cpt.budget import BatchSize
+from megatron_cpt.config.mix import MixPiece
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.config.sections.data import DataSource
 from megatron_cpt.config.sections.optimizer import OptimizerConfig
 from megatron_cpt.config.sections.schedule import ScheduleConfig
 
@@ -24,8 +24,7 @@ class Phase:
     batch_size: BatchSize
     schedule: ScheduleConfig
     optimizer: OptimizerConfig
-    sources: tuple[DataSource, ...]
-    seed: int
+    mix: tuple[MixPiece, ...]  # the sources' shares
 
     @property
     def decay_tokens(self) -> int:
@@ -42,6 +41,5 @@ def phase_at(config: RunConfig, consumed_tokens: int = 0) -> Phase:
         batch_size=config.batch.size,
         schedule=config.schedule,
         optimizer=config.optimizer,
-        sources=config.data.train,
-        seed=config.seed,
+        mix=config.data.mix(),
     )

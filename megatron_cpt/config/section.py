@@ -20,6 +20,18 @@ def _interval(value: Any) -> Any:
     return value if value is None else Interval.parse(value)
 
 
+def _share(value: Any) -> Any:
+    """'3 %' -> 0.03; a bare number is a share already, and must look like one."""
+    if isinstance(value, str):
+        number = value.strip()
+        if number.endswith("%"):
+            return float(number.removesuffix("%")) / 100
+        value = float(number)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 1:
+        raise ValueError(f"{value:g} may be meant as per cent or as a factor; write {value:g} % or {value / 100:g}")
+    return value
+
+
 # What an editor may accept in a YAML file (docs/config.schema.json): a count may be written as text, such as 1.5B.
 _COUNT_SCHEMA = WithJsonSchema({"type": ["integer", "string"], "pattern": r"^\s*\d[\d_,]*(\.\d+)?\s*[KkMmBbTt]?\s*$"})
 _INTERVAL_PATTERN = r"^.*\d.*\s*(tokens?|iters?|iterations?|steps?)\s*$"
@@ -30,6 +42,11 @@ Every = Annotated[
     BeforeValidator(_interval),
     PlainSerializer(str, return_type=str),
     WithJsonSchema({"type": "string", "pattern": _INTERVAL_PATTERN, "examples": ["100M tokens", "1000 iters"]}),
+]
+Share = Annotated[
+    float,
+    BeforeValidator(_share),
+    WithJsonSchema({"type": ["number", "string"], "pattern": r"^\s*\d+(\.\d+)?\s*%\s*$", "examples": ["3 %", 0.03]}),
 ]
 Positive = Annotated[int, BeforeValidator(_count), Field(ge=1), _COUNT_SCHEMA]
 

@@ -1,8 +1,8 @@
 """The run's data: from a ledger to the micro-batches of the next step, on any layout.
 
-Samples are numbered over the whole run. Step by step the blend says which source gives each sample, and the
-ledger where that source stands. Micro-batch i of data-parallel rank r holds samples [(i * dp + r) * mbs, + mbs)
-of the step, so a step has the same samples under every layout.
+Samples are numbered over the whole run. Step by step the blend says which source gives each sample, from what the
+ledger says that each has given, and the ledger where that source stands. Micro-batch i of data-parallel rank r holds
+samples [(i * dp + r) * mbs, + mbs) of the step, so a step has the same samples under every layout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from megatron_cpt.config.phase import phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.blend import Blend
-from megatron_cpt.data.datasets import Datasets, SourcePlan, blend_of
+from megatron_cpt.data.datasets import Datasets, SourcePlan
 from megatron_cpt.data.epochs import EpochStream, build_indices
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.micro_batch import MicroBatch, document_ids
@@ -56,8 +56,8 @@ class BatchStream:
         """The next `global_batch_size` samples after `ledger`."""
         drawn: Counter[str] = Counter()
         samples = []
-        for number in range(ledger.samples, ledger.samples + global_batch_size):
-            source = self.blend.source_of(number)
+        ledger = ledger.in_blend(self.blend.key)
+        for number, source in enumerate(self.blend.draw(ledger, global_batch_size, self.seq_length), ledger.samples):
             samples.append(Sample(number, source, ledger.sources[source].tokens + drawn[source] * self.seq_length))
             drawn[source] += 1
         return StepPlan(tuple(samples), ledger.advanced(drawn, self.seq_length))
@@ -106,7 +106,7 @@ def open_batches(
     }
     # From the first epoch on: the run may have to fall back to an older checkpoint than the one it was planned from.
     build_indices([(streams[plan.name], _last_epoch(plan) + 1) for plan in plans], cache_dir)
-    blend, apart = blend_of(phase_at(config, ledger.tokens)), config.model.document_attention
+    blend, apart = Blend(phase_at(config, ledger.tokens).mix), config.model.document_attention
     return BatchStream(blend, streams, config.batch.seq_length, documents_apart=apart)
 
 

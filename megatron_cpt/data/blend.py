@@ -1,74 +1,127 @@
-"""Which source gives sample n: a pure function of (seed, weights, n), closed form, without arrays.
+"""Which source gives the next sample, so that each has had its share to within one sample after every sample.
 
-Sample n stands at the point (n * A + B) mod M of a circle of M = 2**48 points, A/M the golden ratio and B from
-the seed. Each source owns an arc as long as its share. The golden ratio spreads any run of consecutive points
-evenly (three-distance theorem), so every source is within a few samples of its exact share at every n.
-How often a source was drawn among samples [first, last) is a difference of two floor sums and costs
-O(log M), so a position 100 million samples away is computed in microseconds.
+The mix of a run says which share of the tokens each source has, constant or changing with the tokens consumed; its
+integral is what a source is due. A source may give its next sample once a part of 1 / (2 k - 2) of it is due, k being
+the number of sources, and must before all but such a part is; of those that may, the one that must first is taken.
+Then no source is ever further from its due than 1 - 1 / (2 k - 2) of a sample, however the shares change: Tijdeman
+1980, "The chairman assignment problem", Discrete Mathematics 32.
+
+All of it follows from what each source has given since the mix began, which the ledger holds. The sums are exact.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
-_POINTS = 2**48
-_STRIDE = round(_POINTS * (math.sqrt(5) - 1) / 2) | 1  # odd, so the orbit visits every point
-
-
-def floor_sum(count: int, modulus: int, stride: int, offset: int) -> int:
-    """sum of floor((stride * i + offset) / modulus) for i in [0, count), in O(log modulus); exact."""
-    total = 0
-    while count > 0:
-        whole_stride, stride = divmod(stride, modulus)
-        whole_offset, offset = divmod(offset, modulus)
-        total += whole_stride * (count * (count - 1) // 2) + whole_offset * count
-        top = stride * count + offset
-        # Count lattice points under the line by columns instead of rows: Euclid's algorithm on the slope.
-        count, offset = divmod(top, modulus)
-        modulus, stride = stride, modulus
-        if modulus == 0:
-            break
-    return total
+from megatron_cpt.config.mix import MixPiece, shares_at
+from megatron_cpt.data.ledger import Ledger
 
 
 @dataclass(frozen=True)
+class _Stretch:
+    """What one source is due over one piece of the mix: `before`, and from there the integral of its share.
+
+    With t tokens of the piece done, `length` L, and shares as whole parts of 1 / `unit`, it is
+    before + (2 L first t + (last - first) t^2) / (2 L unit): a whole number of parts, which is what is compared.
+    """
+
+    start_tokens: int
+    length: int  # tokens; of an endless stretch any number
+    endless: bool
+    unit: int
+    before: Fraction
+    first: int
+    last: int
+
+    def due(self, tokens: int) -> Fraction:
+        """Return the tokens due once `tokens` are consumed in all."""
+        return self.before + Fraction(self._parts(tokens - self.start_tokens), 2 * self.length * self.unit)
+
+    def reaching(self, due: Fraction) -> int | None:
+        """Return the first token of the stretch at which so much is due, None where that is not within it."""
+        wanted = math.ceil((due - self.before) * 2 * self.length * self.unit)
+        linear, square = 2 * self.length * self.first, self.last - self.first
+        if wanted <= 0:
+            return self.start_tokens
+        if square == 0:
+            done = -(-wanted // linear) if linear else None
+        elif (root := linear * linear + 4 * square * wanted) >= 0:
+            done = (math.isqrt(root) - linear) // (2 * square)  # to within one, which the next lines mend
+            while done > 0 and self._parts(done - 1) >= wanted:
+                done -= 1
+            while done <= self.length and self._parts(done) < wanted:
+                done += 1
+        else:
+            done = None
+        return None if done is None or (done > self.length and not self.endless) else self.start_tokens + done
+
+    def _parts(self, done: int) -> int:
+        return done * (2 * self.length * self.first + (self.last - self.first) * done)
+
+
 class Blend:
-    """The sources' shares and a seed. Build it with `build_blend`."""
+    """Draws the sources of a mix. `key` is another one for another mix."""
 
-    names: tuple[str, ...]
-    arc_ends: tuple[int, ...]  # ascending, the last is _POINTS
-    offset: int
+    def __init__(self, mix: Sequence[MixPiece]) -> None:
+        self.mix = tuple(mix)
+        # Sources that never have a share are not there: they change nothing for the others.
+        self.names = tuple(name for name in mix[0].first if any(p.first[name] or p.last[name] for p in mix))
+        self._stretches = {name: tuple(_stretches(self.mix, name)) for name in self.names}
+        self.key = hashlib.sha256(repr([(name, self._stretches[name]) for name in self.names]).encode()).hexdigest()[
+            :16
+        ]
 
-    def source_of(self, sample: int) -> str:
-        """Name of the source that gives sample number `sample`."""
-        return self.names[bisect_right(self.arc_ends, (sample * _STRIDE + self.offset) % _POINTS)]
+    def shares_at(self, tokens: int) -> dict[str, float]:
+        """Return each source's share at `tokens` of the run."""
+        return shares_at(self.mix, tokens)
 
-    def sources(self, first: int, last: int) -> Iterator[str]:
-        """Source of each sample in [first, last)."""
-        return (self.source_of(sample) for sample in range(first, last))
+    def due_tokens(self, ledger: Ledger, tokens: int) -> dict[str, Fraction]:
+        """Return what each source has yet to give from `ledger` until `tokens` are consumed in all."""
+        start = ledger.in_blend(self.key).blend
+        assert start is not None
+        return {
+            name: self._due(name, tokens) - self._due(name, start.tokens) - ledger.tokens_since(start, name)
+            for name in self.names
+        }
 
-    def counts(self, first: int, last: int) -> dict[str, int]:
-        """How many samples of [first, last) each source gives."""
-        below = [self._drawn_below(last, end) - self._drawn_below(first, end) for end in self.arc_ends]
-        return {name: end - start for name, start, end in zip(self.names, [0, *below], below, strict=False)}
+    def draw(self, ledger: Ledger, samples: int, seq_length: int) -> Iterator[str]:
+        """Yield the source of each of the next `samples` samples after `ledger`, which stands in this blend."""
+        start = ledger.blend
+        assert start is not None and start.key == self.key, "ask the ledger to stand in this blend first"
+        slack = Fraction(seq_length, max(2, 2 * len(self.names) - 2))
+        given = {name: self._due(name, start.tokens) + ledger.tokens_since(start, name) for name in self.names}
+        may = {name: self._reaching(name, given[name] + slack) for name in self.names}
+        must = {name: self._reaching(name, given[name] + seq_length - slack) for name in self.names}
+        for consumed in range(ledger.tokens, ledger.tokens + samples * seq_length, seq_length):
+            ready = [name for name in self.names if may[name] <= consumed + seq_length]
+            # One is always ready; the order of the names decides between equals.
+            name = min(ready, key=lambda name: must[name])
+            yield name
+            given[name] += seq_length
+            may[name] = self._reaching(name, given[name] + slack)
+            must[name] = self._reaching(name, given[name] + seq_length - slack)
 
-    def _drawn_below(self, samples: int, end: int) -> int:
-        """How many of the first `samples` samples stand at a point below `end`."""
-        whole = floor_sum(samples, _POINTS, _STRIDE, self.offset)
-        return whole - floor_sum(samples, _POINTS, _STRIDE, self.offset - end)
+    def _due(self, name: str, tokens: int) -> Fraction:
+        stretch = next(s for s in reversed(self._stretches[name]) if s.start_tokens <= tokens)
+        return stretch.due(tokens)
+
+    def _reaching(self, name: str, due: Fraction) -> float:
+        """Tokens of the run at which so much of the source is due; infinity where it never is."""
+        found = (stretch.reaching(due) for stretch in self._stretches[name])
+        return next((tokens for tokens in found if tokens is not None), math.inf)
 
 
-def build_blend(weights: Mapping[str, float], seed: int) -> Blend:
-    """A blend in which each source's share of samples is proportional to its weight (> 0)."""
-    assert weights and all(weight > 0 for weight in weights.values())
-    total, running, ends = math.fsum(weights.values()), 0.0, []
-    for weight in weights.values():
-        running += weight
-        ends.append(round(running / total * _POINTS))
-    ends[-1] = _POINTS
-    digest = hashlib.sha256(f"blend {seed}".encode()).digest()
-    return Blend(tuple(weights), tuple(ends), int.from_bytes(digest[:6], "big"))
+def _stretches(mix: Sequence[MixPiece], name: str) -> Iterator[_Stretch]:
+    before = Fraction(0)
+    for piece in mix:
+        first, last = piece.first[name], piece.last[name]
+        unit = math.lcm(first.denominator, last.denominator)
+        endless = piece.end_tokens is None
+        length = 1 if piece.end_tokens is None else piece.end_tokens - piece.start_tokens
+        stretch = _Stretch(piece.start_tokens, length, endless, unit, before, int(first * unit), int(last * unit))
+        yield stretch
+        before = stretch.due(piece.start_tokens + length)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.config.phase import Phase, phase_at
+from megatron_cpt.config.phase import phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest, manifest_hash, read_manifest
 from megatron_cpt.corpus.dataset.text_rules import difference, text_rules
 from megatron_cpt.corpus.tokenizers.load import tokenizer_fingerprint
-from megatron_cpt.data.blend import Blend, build_blend
+from megatron_cpt.data.blend import Blend
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import DataError
 
@@ -232,17 +233,14 @@ def _sequences_lie_in_order(reader: IndexedReader, chunk: int = 1 << 20) -> bool
     return True
 
 
-def blend_of(phase: Phase) -> Blend:
-    """Which source gives each sample of `phase`."""
-    return build_blend({source.name: source.weight for source in phase.sources}, phase.seed)
-
-
 def needed_tokens(config: RunConfig, ledger: Ledger) -> dict[str, int]:
-    """Return the tokens that each source gives from `ledger` to the end of the budget."""
+    """Return the tokens that each source gives from `ledger` to the end of the budget, to within one sample."""
     phase, seq_length = phase_at(config, ledger.tokens), config.batch.seq_length
-    samples = (phase.end_tokens - ledger.tokens) // seq_length
-    counts = blend_of(phase).counts(ledger.samples, ledger.samples + samples)
-    return {name: count * seq_length for name, count in counts.items()}
+    due = Blend(phase.mix).due_tokens(ledger, phase.end_tokens)
+    return {
+        source.name: max(0, round(due.get(source.name, Fraction(0)) / seq_length)) * seq_length
+        for source in config.data.train
+    }
 
 
 def plan_sources(config: RunConfig, datasets: Datasets, ledger: Ledger) -> tuple[SourcePlan, ...]:
@@ -272,11 +270,15 @@ def plan_sources(config: RunConfig, datasets: Datasets, ledger: Ledger) -> tuple
 
 
 def _refuse_repeats(config: RunConfig, plans: Sequence[SourcePlan]) -> None:
-    repeated = [plan for plan in plans if plan.epochs_at_end > config.data.max_epochs]
-    if repeated:
-        listed = ", ".join(f"{p.name} {p.epochs_at_end:.2f} times" for p in repeated)
-        worst = max(plan.epochs_at_end for plan in repeated)
-        raise DataError(
-            f"the budget would read {listed}; data.max_epochs allows {config.data.max_epochs:g}",
-            hint=f"lower budget.train_tokens or the weight, add data, or set data.max_epochs={worst:.2f}",
-        )
+    allowed = {source.name: source.max_epochs or config.data.max_epochs for source in config.data.train}
+    repeated = [plan for plan in plans if plan.epochs_at_end > allowed[plan.name]]
+    if not repeated:
+        return
+    listed = ", ".join(f"{p.name} {p.epochs_at_end:.2f} times, max_epochs allows {allowed[p.name]:g}" for p in repeated)
+    worst = max(plan.epochs_at_end for plan in repeated)
+    own = any(source.max_epochs is not None for source in config.data.train if source.name == repeated[0].name)
+    key = f"max_epochs of the source {repeated[0].name}" if own else f"data.max_epochs={worst:.2f}"
+    raise DataError(
+        f"the budget would read {listed}",
+        hint=f"lower budget.train_tokens or the share of the source, add data, or set {key}",
+    )

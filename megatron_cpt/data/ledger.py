@@ -28,12 +28,22 @@ class SourcePosition:
 
 
 @dataclass(frozen=True)
+class BlendStart:
+    """Where the run stood when its present blend began: what is due to a source counts from here."""
+
+    key: str  # of the blend
+    tokens: int  # consumed in all
+    source_tokens: Mapping[str, int]  # of them, by source
+
+
+@dataclass(frozen=True)
 class Ledger:
     """Samples and tokens consumed, in all and by source. Sources that left the blend keep their position."""
 
     samples: int = 0
     tokens: int = 0
     sources: Mapping[str, SourcePosition] = field(default_factory=dict)
+    blend: BlendStart | None = None  # None before the first sample
 
     def advanced(self, samples: Mapping[str, int], seq_length: int) -> Ledger:
         """The ledger after `samples[name]` more samples of `seq_length` tokens from each source."""
@@ -42,7 +52,24 @@ class Ledger:
             for name, count in samples.items()
         }
         drawn = sum(samples.values())
-        return Ledger(self.samples + drawn, self.tokens + drawn * seq_length, {**self.sources, **moved})
+        return replace(
+            self,
+            samples=self.samples + drawn,
+            tokens=self.tokens + drawn * seq_length,
+            sources={**self.sources, **moved},
+        )
+
+    def in_blend(self, key: str) -> Ledger:
+        """This ledger in the blend of that key, which begins here unless it had begun before."""
+        if self.blend is not None and self.blend.key == key:
+            return self
+        tokens = {name: position.tokens for name, position in self.sources.items()}
+        return replace(self, blend=BlendStart(key, self.tokens, tokens))
+
+    def tokens_since(self, start: BlendStart, name: str) -> int:
+        """Tokens that a source has given since `start`."""
+        known = self.sources.get(name)
+        return 0 if known is None else known.tokens - start.source_tokens.get(name, 0)
 
     def with_sources(self, manifests: Mapping[str, str], seq_length: int) -> Ledger:
         """This ledger for a blend of the sources in `manifests` (name -> manifest hash): new ones start at 0.
@@ -67,4 +94,5 @@ class Ledger:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Ledger:
         sources = {name: SourcePosition(**position) for name, position in raw["sources"].items()}
-        return cls(raw["samples"], raw["tokens"], sources)
+        blend = raw.get("blend")
+        return cls(raw["samples"], raw["tokens"], sources, None if blend is None else BlendStart(**blend))

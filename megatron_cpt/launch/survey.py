@@ -15,10 +15,13 @@ from pathlib import Path
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
+from megatron_cpt.config.mix import shares_at
+from megatron_cpt.config.phase import phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import (
     Dataset,
     Datasets,
+    SourcePlan,
     check_dataset,
     check_together,
     model_fingerprint,
@@ -64,6 +67,8 @@ class SourceNeed:
     needed_tokens: int
     available_tokens: int | None  # of one epoch; None while the dataset is not here or not sound
     epochs_at_end: float | None
+    first_share: float  # of the tokens, where the run stands
+    last_share: float  # at its end
 
 
 @dataclass(frozen=True)
@@ -213,13 +218,23 @@ def _sources(run: CheckedRun, ledger: Ledger, findings: _Findings) -> tuple[Sour
     """Tokens needed of every source, and epochs of those that are here."""
     if not run.config.data.train:
         return ()
-    needed = needed_tokens(run.config, ledger)
-    known: Mapping[str, SourceNeed] = {}
+    needed, phase = needed_tokens(run.config, ledger), phase_at(run.config, ledger.tokens)
+    first, last = shares_at(phase.mix, ledger.tokens), shares_at(phase.mix, phase.end_tokens)
+    known: Mapping[str, SourcePlan] = {}
     long_enough = tuple(d for d in run.datasets.train if d.tokens > run.config.batch.seq_length)
     with findings.of():
-        plans = plan_sources(run.config, Datasets(long_enough, ()), ledger)
-        known = {p.name: SourceNeed(p.name, p.needed_tokens, p.available_tokens, p.epochs_at_end) for p in plans}
-    return tuple(known.get(name, SourceNeed(name, tokens, None, None)) for name, tokens in needed.items())
+        known = {plan.name: plan for plan in plan_sources(run.config, Datasets(long_enough, ()), ledger)}
+    return tuple(
+        SourceNeed(
+            name,
+            tokens,
+            known[name].available_tokens if name in known else None,
+            known[name].epochs_at_end if name in known else None,
+            first[name],
+            last[name],
+        )
+        for name, tokens in needed.items()
+    )
 
 
 def _validation_tokens(run: CheckedRun) -> dict[str, int | None]:

@@ -132,7 +132,10 @@ def _data(plan: Plan) -> Iterator[str]:
 
 
 def _need(source: SourceNeed) -> str:
-    needed = f"{_about(source.needed_tokens)} tokens needed"
+    share = f"{source.first_share:.1%}" + (
+        f" to {source.last_share:.1%}" if source.last_share != source.first_share else ""
+    )
+    needed = f"{share} of the tokens: {_about(source.needed_tokens)} needed"
     if source.epochs_at_end is None or source.available_tokens is None:
         return f"{needed}, the dataset is not known here"
     return f"{needed}, an epoch has {_about(source.available_tokens)}: {source.epochs_at_end:.2f} epochs at the end"

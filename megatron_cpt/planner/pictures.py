@@ -30,7 +30,8 @@ class Course:
     tokens: Sequence[int]
     rates: Sequence[float]
     batch_sizes: Sequence[int]
-    shares: dict[str, float]  # of each source
+    first_shares: dict[str, float]  # of each source, where the run stands
+    last_shares: dict[str, float]  # at its end
 
 
 def write_picture(plan: Plan, course: Course, page: str, path: Path) -> None:
@@ -130,7 +131,10 @@ def _draw_course(axes: Any, course: Course) -> None:
     right.step(billions, course.batch_sizes, color=_BACKWARD, linewidth=1.5, where="post")
     right.set_ylabel("samples a step")
     right.set_ylim(0, 1.3 * max(course.batch_sizes))
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in course.shares.items())
+    shares = ", ".join(
+        f"{name} {share:.0%}" + (f" to {last:.0%}" if (last := course.last_shares[name]) != share else "")
+        for name, share in course.first_shares.items()
+    )
     axes.set_title(
         "Over the run: learning rate (blue), batch (orange)" + (f"; blend: {shares}" if shares else ""), loc="left"
     )

@@ -69,7 +69,8 @@ def train(run: LoopContext, position: Position) -> int:
         micro_batches = list(run.batches.micro_batches(plan, micro, run.dp_rank, dp))
         clock.lap("data")
 
-        lr = learning_rate(phase, (before + plan.ledger.tokens) / 2) * position.gate.rate_factor
+        middle = (before + plan.ledger.tokens) / 2
+        lr = learning_rate(phase, middle) * position.gate.rate_factor
         set_rates(state.optimizer, lr, config.optimizer.weight_decay)
         refuse, sources = partial(position.guard.verdict, failure), len(run.batches.streams)
         result = train_step(state, micro_batches, num_sources=sources, terms=run.terms, refuse=refuse)
@@ -84,7 +85,8 @@ def train(run: LoopContext, position: Position) -> int:
         clock.lap("other")
 
         show = last or config.log.every.due(**passed)
-        run.report.step(StepRecord(position, result, lr, after - before, len(plan.samples), clock, show))
+        shares = run.batches.blend.shares_at(round(middle))
+        run.report.step(StepRecord(position, result, lr, after - before, len(plan.samples), shares, clock, show))
         if result.refused is not None:
             run.report.skipped(position, f"step skipped: {result.refused}", run.batches.documents(plan))
         if position.guard.must_roll_back(failure):

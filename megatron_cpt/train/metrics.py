@@ -1,9 +1,10 @@
 """metrics.jsonl, written: what happened, by consumed tokens. Only rank 0 writes; `runs/metrics.py` reads.
 
-A step's row: iteration, consumed_tokens, loss (mean over the step's tokens), loss_by_source, lr, grad_norm,
-skipped, global_batch_size, step_seconds and its parts, tokens_per_second, tokens_per_second_per_gpu, mfu,
-peak_memory_gib, remaining_tokens, eta_seconds. A validation's row: event "validation", name, loss, perplexity,
-tokens. Every row has `start`, the number of the attempt (launch) of the run that wrote it.
+A step's row: iteration, consumed_tokens, loss (mean over the step's tokens), loss_by_source, tokens_by_source (read so
+far), share_by_source (of the step), scheduled_share_by_source, lr, grad_norm, skipped, global_batch_size, step_seconds
+and its parts, tokens_per_second, tokens_per_second_per_gpu, mfu, peak_memory_gib, remaining_tokens, eta_seconds. A
+validation's row: event "validation", name, loss, perplexity, tokens. Every row has `start`, the number of the attempt
+(launch) of the run that wrote it.
 """
 
 from __future__ import annotations

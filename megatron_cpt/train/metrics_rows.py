@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class StepRecord:
     lr: float
     tokens: int
     samples: int
+    scheduled_shares: Mapping[str, float]  # of each source, in the middle of the step
     clock: LapClock
     show: bool  # whether its row is due; a skipped step is always shown
 
@@ -73,6 +75,7 @@ class StepReporter:
                 )
                 if tokens
             },
+            **self._shares(record),
             **({"loss_terms": result.terms} if result.terms else {}),
             "lr": record.lr,
             "grad_norm": result.grad_norm,
@@ -90,6 +93,17 @@ class StepReporter:
         self.metrics.write(**row)
         if self.view is not None:
             self.view.step(row, self.derived.train_iters, self.derived.train_tokens)
+
+    def _shares(self, record: StepRecord) -> dict[str, Any]:
+        """What each source has given so far, and its share of the step beside what the schedule says."""
+        read = {name: source.tokens for name, source in record.position.ledger.sources.items()}
+        given = dict(zip(self.source_names, record.result.source_tokens, strict=True))
+        whole = max(1, sum(given.values()))
+        return {
+            "tokens_by_source": read,
+            "share_by_source": {name: round(tokens / whole, 6) for name, tokens in given.items()},
+            "scheduled_share_by_source": {name: round(share, 6) for name, share in record.scheduled_shares.items()},
+        }
 
     def validation(self, position: Position, name: str, loss: float, tokens: int, seconds: float) -> None:
         if self.metrics is None:

@@ -152,6 +152,8 @@ def _values(row: Row) -> Iterator[tuple[str, Any]]:
         for group in ("loss_by_source", "loss_terms", "share_by_source"):
             for name, value in dict(row.get(group) or {}).items():
                 yield f"{group}/{name}", value
+        for name, value in dict(row.get("scheduled_share_by_source") or {}).items():
+            yield f"share_by_source/{name} (schedule)", value
 
 
 def _lacking(curve: Curve, known: tuple[int, int] | None) -> dict[str, Any]:

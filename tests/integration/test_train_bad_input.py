@@ -104,7 +104,7 @@ def test_damaged_files(
     [
         (["data.train=[]"], "nothing to train on"),
         (["data.validation={held: /nowhere/set}"], "no such dataset"),
-        (["data.max_epochs=0.1"], "data.max_epochs allows 0.1"),
+        (["data.max_epochs=0.1"], "max_epochs allows 0.1"),
         (["batch.seq_length=512", "data.max_epochs=1e9", "data.train.0.prefix=/nowhere/x"], "no such dataset"),
         (["parallel.nodes=2", "batch.global_batch_size=8"], "one machine cannot start the others"),
         (["parallel.tp=3", "parallel.gpus_per_node=3"], "must divide the model's 4 attention heads"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import Field
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.problems import Problem, near_match
-from megatron_cpt.config.section import Section, Sections
+from megatron_cpt.config.section import Section, Sections, Share
 from megatron_cpt.config.sections.checkpoint import CheckpointConfig
 from megatron_cpt.config.sections.data import DataConfig
 from megatron_cpt.config.sections.evaluation import EvalConfig
@@ -35,25 +35,6 @@ class KlConfig(Section):
     sources: tuple[str, ...] | None = Field(
         None, min_length=1, description="Names of data.train whose tokens count, such as the replay; default: all."
     )
-
-
-def _share(value: Any) -> Any:
-    """'3 %' -> 0.03; a bare number is a share already, and must look like one."""
-    if isinstance(value, str):
-        number = value.strip()
-        if number.endswith("%"):
-            return float(number.removesuffix("%")) / 100
-        value = float(number)
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 1:
-        raise ValueError(f"{value:g} may be meant as per cent or as a factor; write {value:g} % or {value / 100:g}")
-    return value
-
-
-Share = Annotated[
-    float,
-    BeforeValidator(_share),
-    WithJsonSchema({"type": ["number", "string"], "pattern": r"^\s*\d+(\.\d+)?\s*%\s*$", "examples": ["3 %", 0.03]}),
-]
 
 
 class GateConfig(Section):

@@ -15,6 +15,8 @@ const GROUPS = [
   ["loss_terms/", "terms of the loss"],
 ];
 
+const SCHEDULE = " (schedule)"; // a dashed line in the colour of what came of it
+
 // Points that the page has of each run: run -> curve -> {generation, tokens, times, values}.
 export class Store {
   constructor() { this.runs = new Map(); this.events = new Map(); }
@@ -59,14 +61,18 @@ function linesOf(store, runs, pick, options) {
   const lines = [];
   runs.forEach((run, index) => {
     const curves = store.runs.get(run.id) || {};
-    Object.keys(curves).filter(pick).sort().forEach((name, place) => {
+    const names = Object.keys(curves).filter(pick).sort();
+    const drawn = names.filter((name) => !name.endsWith(SCHEDULE));
+    names.forEach((name) => {
+      const scheduled = name.endsWith(SCHEDULE);
+      const place = Math.max(0, drawn.indexOf(scheduled ? name.slice(0, -SCHEDULE.length) : name));
       const curve = curves[name];
       const start = curve.times[0] ?? 0;
       const x = options.x === "times" ? curve.times.map((t) => (t - start) / 3600) : curve.tokens;
       const part = name.includes("/") ? name.slice(name.indexOf("/") + 1) : "";
       const label = [runs.length > 1 ? run.name : "", part].filter(Boolean).join(" ") || run.name;
       const colour = runs.length > 1 || !part ? COLOURS[index % COLOURS.length] : COLOURS[place % COLOURS.length];
-      const dash = runs.length > 1 && part ? DASHES[place % DASHES.length] : [];
+      const dash = scheduled ? DASHES[1] : runs.length > 1 && part ? DASHES[place % DASHES.length] : [];
       const sparse = name.startsWith("validation/");
       if (name === "loss" && options.smooth > 0 && curve.values.length > 3) {
         lines.push({label: "", colour: colour + "55", dash, x, y: curve.values, sparse});
