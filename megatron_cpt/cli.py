@@ -58,7 +58,7 @@ COMMANDS: dict[str, Entry] = {
     "report": Entry("Run", f"{_COMMANDS}.report:report", "Write one page on what a run gained, lost and cost."),
     "checkpoints": Entry("Run", f"{_COMMANDS}.checkpoints:checkpoints", "List, verify and prune a run's checkpoints."),
     "web": Entry("Run", f"{_COMMANDS}.web:web", "Show runs in a browser: watch, compare, start, stop, export."),
-    "eval": Entry("Model", f"{_COMMANDS}.eval:eval_group", "Measure a model: perplexity on a dataset or text."),
+    "eval": Entry("Model", f"{_COMMANDS}.eval:eval_group", "Measure a model: perplexity, downstream tasks."),
     "merge-lora": Entry("Model", f"{_COMMANDS}.merge_lora:merge_lora", "Add LoRA adapters to their base model."),
     "interpolate": Entry(
         "Model", f"{_COMMANDS}.interpolate:interpolate", "Mix a trained model with its base, weight by weight."

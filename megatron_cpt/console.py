@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, TextIO
 
 OnTokens = Callable[[int, int], None]  # (tokens done, tokens in all)
-Unit = Literal["bytes", "tokens", "ranks", "samples"]
+Unit = Literal["bytes", "tokens", "ranks", "samples", "requests"]
 
 LOG_SECONDS = 10.0  # between two lines of a progress bar in a log
 DRAW_SECONDS = 0.1  # between two drawings on a terminal

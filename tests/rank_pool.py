@@ -30,15 +30,24 @@ class RankPool:
         )
 
     def start(
-        self, config: Path, *arguments: str, ranks: int, log: Path, env: dict[str, str] | None = None
+        self,
+        config: Path,
+        *arguments: str,
+        ranks: int,
+        log: Path,
+        env: dict[str, str] | None = None,
+        main: str = "megatron_cpt.train.rank:main",
     ) -> list[int]:
-        """Start `ranks` ranks on `config` with the arguments of `megatron-cpt train`; their process ids."""
+        """Start `ranks` ranks of `main` (module:function) with the command line `config *arguments`; their process ids.
+
+        By default they are ranks of `megatron-cpt train`.
+        """
         if self._running:  # left over by a test that failed
             for pid in self._running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.wait()
-        job = {"argv": [str(config), *arguments], "ranks": ranks, "log": str(log), "env": env or {}}
+        job = {"argv": [str(config), *arguments], "ranks": ranks, "log": str(log), "env": env or {}, "main": main}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
@@ -59,8 +68,16 @@ class RankPool:
                 return False
         return True
 
-    def run(self, config: Path, *arguments: str, ranks: int, log: Path, env: dict[str, str] | None = None) -> list[int]:
-        self.start(config, *arguments, ranks=ranks, log=log, env=env)
+    def run(
+        self,
+        config: Path,
+        *arguments: str,
+        ranks: int,
+        log: Path,
+        env: dict[str, str] | None = None,
+        main: str = "megatron_cpt.train.rank:main",
+    ) -> list[int]:
+        self.start(config, *arguments, ranks=ranks, log=log, env=env, main=main)
         return self.wait()
 
     def close(self) -> None:
@@ -99,9 +116,9 @@ def _serve() -> None:
     adapt_megatron_core_to_cpu()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    import megatron_cpt.train.assemble  # noqa: F401  # all of torch and Megatron-Core, once
+    import megatron_cpt.train.assemble  # all of torch and Megatron-Core, once
+    import megatron_cpt.train.rank  # noqa: F401
     from megatron_cpt.launch.local import free_port
-    from megatron_cpt.train import rank as rank_module
 
     for line in sys.stdin:
         job = json.loads(line)
@@ -126,7 +143,8 @@ def _serve() -> None:
                     for fault in filter(None, os.environ.get("TEST_FAULT", "").split(",")):
                         module, _, function = fault.partition(":")
                         getattr(importlib.import_module(module), function)()
-                    code = rank_module.main(job["argv"])
+                    module, _, function = job["main"].partition(":")
+                    code = getattr(importlib.import_module(module), function)(job["argv"])
                 finally:
                     sys.stdout.flush()
                     sys.stderr.flush()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megatron_cpt.commands.eval_tasks import tasks
 from megatron_cpt.console import ProgressBar
 from megatron_cpt.errors import DataError
 
@@ -25,6 +26,9 @@ DEFAULT_SEQ_LENGTH = 1024
 @click.group()
 def eval_group() -> None:
     """Measure a model."""
+
+
+eval_group.add_command(tasks)
 
 
 @eval_group.command()

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_cpt.errors import CheckpointError, CptError
-from megatron_cpt.eval.scorer import Scorer
+from megatron_cpt.eval.scorer import Likelihoods, likelihoods_of
 
 
-def hf_scorer(model_dir: Path) -> Scorer:
-    """Open a Hugging Face directory in the dtype of its weights, on the GPU where there is one.
+def open_hf_model(model_dir: Path, dtype: str = "auto") -> HfModel:
+    """Open a Hugging Face directory in `dtype`, "auto" being that of its weights, on the GPU where there is one.
 
     Raises:
         CheckpointError: the directory cannot be opened, or its weights do not cover the model exactly.
@@ -30,7 +30,7 @@ def hf_scorer(model_dir: Path) -> Scorer:
     transformers.utils.logging.disable_progress_bar()
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype="auto", local_files_only=True, output_loading_info=True
+            model_dir, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -40,11 +40,11 @@ def hf_scorer(model_dir: Path) -> Scorer:
     if wrong:
         raise CheckpointError(f"the weights in {model_dir} do not fit its config.json: {wrong}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _HfScorer(model.to(device).eval(), device)
+    return HfModel(model.to(device).eval(), device)
 
 
-class _HfScorer:
-    """See `Scorer`."""
+class HfModel:
+    """See `Scorer` and `TaskModel`."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
@@ -56,6 +56,23 @@ class _HfScorer:
         logits = self._model(input_ids=tokens[:, :-1], attention_mask=mask, use_cache=False).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
         return losses.view(len(tokens), -1)
+
+    @torch.inference_mode()
+    def likelihoods(self, inputs: Tensor, first: int, labels: Tensor, rows: Tensor) -> Likelihoods:
+        places = torch.arange(first, inputs.shape[1], device=self._device)
+        logits = self._logits(inputs.to(self._device), places)
+        return likelihoods_of(logits, labels.to(self._device), rows.to(self._device))
+
+    @torch.inference_mode()
+    def next_logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        places, rows = lengths.unique(return_inverse=True)
+        logits = self._logits(tokens[:, : int(lengths.max())].to(self._device), (places - 1).to(self._device))
+        return logits.float().cpu()[torch.arange(len(tokens)), rows]
+
+    def _logits(self, inputs: Tensor, places: Tensor) -> Tensor:
+        """[b, n] -> [b, number of places, vocabulary]; the output layer sees no other place."""
+        logits: Tensor = self._model(input_ids=inputs, logits_to_keep=places, use_cache=False).logits
+        return logits
 
     def _mask(self, document_ids: Tensor) -> Tensor:
         """[b, n] -> [b, 1, n, n], added to the attention scores: earlier tokens of the same document are seen."""

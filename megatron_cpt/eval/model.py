@@ -14,9 +14,9 @@ def load_scorer(found: IndexedCheckpoint, seq_length: int, *, document_attention
         CheckpointError: weights that are damaged, or a format that only the converter reads.
     """
     if found.format == "hf":
-        from megatron_cpt.eval.hf_model import hf_scorer
+        from megatron_cpt.eval.hf_model import open_hf_model
 
-        return hf_scorer(found.path)
+        return open_hf_model(found.path)
     if found.format == "torch_dist" and not found.gammas_less_one:
         from megatron_cpt.eval.megatron_model import megatron_scorer
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron_cpt.errors import CptError, DataError
-from megatron_cpt.eval.hf_model import hf_scorer
+from megatron_cpt.eval.hf_model import open_hf_model
 from megatron_cpt.eval.perplexity import TokenStream, perplexity, predicted_ranges
 from megatron_cpt.eval.token_stream import open_token_stream, text_bytes
 
-VOCAB = 264  # of the model in conftest.py
+VOCAB = 261  # of the model in conftest.py
 SEQ_LENGTH = 8
 
 
@@ -51,7 +51,7 @@ def _brute_force_loss(model_dir: Path, stream: TokenStream) -> float:
 def test_equals_brute_force_with_a_short_last_block(model_dir: Path) -> None:
     stream = _stream()
     assert (len(stream.tokens) - 1) % SEQ_LENGTH != 0  # else the last block would not be tested
-    scorer = hf_scorer(model_dir)
+    scorer = open_hf_model(model_dir)
     result = perplexity(scorer, stream, SEQ_LENGTH)
     assert result.loss == pytest.approx(_brute_force_loss(model_dir, stream), abs=1e-6)
     assert result.tokens == len(stream.tokens) - 1
@@ -103,7 +103,7 @@ def test_documents_without_eod_cannot_be_kept_apart() -> None:
 
 
 def test_a_token_is_scored_as_if_its_document_stood_alone(model_dir: Path) -> None:
-    scorer = hf_scorer(model_dir)
+    scorer = open_hf_model(model_dir)
     tokens = torch.tensor([[5, 9, 0, 7, 8, 11, 12]])
     apart = scorer.nll(tokens, torch.tensor([[0, 0, 0, 1, 1, 1]]))
     assert torch.allclose(apart[:, 3:], scorer.nll(tokens[:, 3:]), atol=1e-6)
@@ -163,12 +163,12 @@ def test_strided_windows_equal_the_usual_loop_and_count_each_token_once(
     model_dir: Path, window: int, stride: int
 ) -> None:
     stream = _stream()
-    result = perplexity(hf_scorer(model_dir), stream, window, stride=stride)
+    result = perplexity(open_hf_model(model_dir), stream, window, stride=stride)
     loss, counted = _strided_reference(model_dir, stream.tokens, window, stride)
     assert (result.tokens, counted) == (60, 60)
     assert result.loss == pytest.approx(loss, abs=1e-5)
     if stride < window < 60:  # negative control: the plain cut is another number
-        assert abs(perplexity(hf_scorer(model_dir), stream, window).loss - loss) > 1e-4
+        assert abs(perplexity(open_hf_model(model_dir), stream, window).loss - loss) > 1e-4
 
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 8, 9, 30, 59, 60, 500])
@@ -180,12 +180,12 @@ def test_a_limit_counts_exactly_so_many(max_tokens: int, stride: int) -> None:
 
 
 def test_a_stride_as_long_as_the_window_is_today_s_number_to_the_bit(model_dir: Path) -> None:
-    scorer = hf_scorer(model_dir)
+    scorer = open_hf_model(model_dir)
     assert perplexity(scorer, _stream(), 8, stride=8) == perplexity(scorer, _stream(), 8)
 
 
 def test_by_document_each_begins_anew(model_dir: Path) -> None:
-    stream, scorer = _stream(), hf_scorer(model_dir)
+    stream, scorer = _stream(), open_hf_model(model_dir)
     result = perplexity(scorer, stream, 64, per_document=True)
     parts = [stream.tokens[:9], stream.tokens[9:30], stream.tokens[30:]]
     losses = [_strided_reference(model_dir, part, 64, 64) for part in parts]

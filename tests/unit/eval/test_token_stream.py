@@ -14,7 +14,7 @@ from megatron_cpt.errors import DataError
 from megatron_cpt.eval.token_stream import open_token_stream
 from tests.unit.eval.conftest import TEXTS, write_tokenizer
 
-VOCAB = 264
+VOCAB = 261
 
 
 @pytest.fixture
