@@ -17,10 +17,9 @@ from rich.table import Table
 from megatron_cpt.errors import CheckpointError, ConfigError
 from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.runs.task_results import (
-    Estimate,
     TaskResults,
-    TaskRow,
     read_task_results,
+    shown_estimate,
     task_results_path,
     write_task_results,
 )
@@ -223,30 +222,18 @@ def _table(results: TaskResults) -> Table:
     for row in results.rows:
         cells = [row.task, row.metric, f"{row.items:,}"]
         if paired:
-            cells.append(_shown(row.before))
-        cells.append(_shown(row.after))
+            cells.append(shown_estimate(row.before))
+        cells.append(shown_estimate(row.after))
         if paired:
-            cells.append(_shown(row.difference, sign=True))
+            cells.append(shown_estimate(row.difference, sign=True))
         table.add_row(*cells)
     return table
 
 
-def _shown(found: Estimate | None, *, sign: bool = False) -> str:
-    if found is None:
-        return ""
-    form = ("+" if sign else "") + (".3f" if abs(found.value) < 1000 else ",.4g")
-    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
-
-
 def _words(results: TaskResults) -> list[str]:
     lines = ["[ ] are 95 % intervals"]
-    lines += [verdict_line(row) for row in results.rows if row.verdict]
+    lines += [f"{row.name}, named beforehand: {row.conclusion}" for row in results.rows if row.conclusion]
     for task, count in results.truncated_items.items():
         limit = results.conditions["seq_length"]
         lines.append(f"{task}: {count:,} items are longer than {limit:,} tokens and lost their beginning")
     return lines
-
-
-def verdict_line(row: TaskRow) -> str:
-    """The answer of the one test, as a sentence."""
-    return f"{row.name}, named beforehand: {row.verdict} (p = {row.p_value:.3g}, {row.test})"

@@ -16,6 +16,7 @@ from megatron_cpt.runs.comparison import ComparedRun, ValidationChange, compared
 from megatron_cpt.runs.folder import RunFolder, read_resolved, resolved_yaml
 from megatron_cpt.runs.metrics import Row, finite, read_metrics, read_rows
 from megatron_cpt.runs.status import RunStatus, read_status
+from megatron_cpt.runs.task_results import TaskRow, newest_task_rows, task_sentence
 from megatron_cpt.runs.views import checkpoints_json
 
 _QUIET = frozenset({"validation", "validating", "save", "saved", "start", "finished"})
@@ -59,6 +60,7 @@ class RunFacts:
     checkpoints: tuple[dict[str, Any], ...]
     history: tuple[dict[str, Any], ...]
     identity: dict[str, Any]
+    tasks: tuple[TaskRow, ...]
 
     @property
     def name(self) -> str:
@@ -76,14 +78,14 @@ def read_facts(root: Path) -> RunFacts:
     config, rows = read_resolved(folder), read_metrics(folder.metrics)
     compared = compared_run(root, rows)
     steps = [row for row in rows if "event" not in row]
-    world_size = config.parallel.world_size
+    world_size, tasks = config.parallel.world_size, newest_task_rows(root)
     return RunFacts(
         status=status,
         rows=tuple(rows),
         compared=compared,
         config=config,
         config_yaml=resolved_yaml(config),
-        verdict=_verdict(status, compared, compared.step_hours * world_size),
+        verdict=_verdict(status, compared, compared.step_hours * world_size, tasks),
         world_size=world_size,
         gpu_hours=compared.step_hours * world_size,
         seconds_by_part=_seconds_by_part(steps),
@@ -92,18 +94,20 @@ def read_facts(root: Path) -> RunFacts:
         checkpoints=tuple(checkpoints_json(folder)),
         history=tuple(read_rows(folder.history)[0]),
         identity=_json(root / "identity.json"),
+        tasks=tuple(tasks),
     )
 
 
-def _verdict(status: RunStatus, compared: ComparedRun, gpu_hours: float) -> str:
-    """One sentence: how it ended, what it gained on each set and lost, and what that cost."""
+def _verdict(status: RunStatus, compared: ComparedRun, gpu_hours: float, tasks: list[TaskRow]) -> str:
+    """One sentence: how it ended, what it gained on each set and lost, what the tasks say, and what that cost."""
     parts = [f"The run {_STATES.get(status.state, status.state)}: {format_count(status.consumed_tokens)} tokens"]
     changes = [_change(name, change) for name, change in compared.validation.items()]
     parts += [text for text in changes if text]
+    parts += [sentence for row in tasks if (sentence := task_sentence(row))]
     if gpu_hours:
         hours = f"{gpu_hours:,.1f} GPU-hours" if gpu_hours >= 1 else f"{format_seconds(gpu_hours * 3600)} of all ranks"
         parts.append(f"at {hours}")
-    if not any(changes):
+    if not any(changes) and all(row.before is None for row in tasks):
         parts.append("nothing was measured before and after")
     return ", ".join(parts) + "."
 

@@ -14,6 +14,7 @@ from megatron_cpt.durable import write_output
 from megatron_cpt.report.facts import RunFacts, read_facts
 from megatron_cpt.report.figures import curves
 from megatron_cpt.runs.checkpoints import format_bytes
+from megatron_cpt.runs.task_results import shown_estimate
 
 
 def write_report(roots: Sequence[Path], prefix: Path) -> list[Path]:
@@ -46,7 +47,13 @@ def _rendered(template: str, runs: Sequence[RunFacts], **values: str) -> str:
         lstrip_blocks=True,
         autoescape=select_autoescape(enabled_extensions=("html.jinja",), default=False),
     )
-    environment.filters |= {"count": format_count, "bytes": format_bytes, "loss": _loss, "cell": _cell}
+    environment.filters |= {
+        "count": format_count,
+        "bytes": format_bytes,
+        "loss": _loss,
+        "cell": _cell,
+        "estimate": shown_estimate,
+    }
     return environment.get_template(template).render(
         runs=runs,
         version=__version__,

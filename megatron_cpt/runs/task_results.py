@@ -49,6 +49,13 @@ class TaskRow:
     def name(self) -> str:
         return f"{self.task}: {self.metric}"
 
+    @property
+    def conclusion(self) -> str:
+        """The answer of the test in words, empty for a metric that is not tested."""
+        if not self.verdict or self.p_value is None:
+            return ""
+        return f"{self.verdict} (p = {self.p_value:.3g}, {self.test})"
+
 
 @dataclass(frozen=True)
 class TaskResults:
@@ -66,6 +73,21 @@ class TaskResults:
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
+
+
+def task_sentence(row: TaskRow) -> str:
+    """What a tested metric did, as a part of a sentence; empty for one that is not tested."""
+    if not row.conclusion or row.before is None:
+        return ""
+    return f"{row.name} {row.before.value:.3g} to {row.after.value:.3g}, {row.conclusion}"
+
+
+def shown_estimate(found: Estimate | None, *, sign: bool = False) -> str:
+    """Return a value with its interval, `0.520 [0.385, 0.652]`; nothing for None."""
+    if found is None:
+        return ""
+    form = ("+" if sign else "") + (".3f" if abs(found.value) < 1000 else ",.4g")
+    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def task_results_path(run: Path, now: datetime.datetime | None = None) -> Path:
