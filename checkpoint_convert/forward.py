@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from checkpoint_convert.checkpoint import IndexedCheckpoint, StoredTensor
 from checkpoint_convert.rows import Files, read_tensor
-from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.facts import Architecture, YarnRopeScaling
 from megatron_cpt.errors import ConversionError
 
 BLOCK_BYTES = 64 * 2**20
@@ -72,6 +72,7 @@ class StreamedModel:
             )
         angles = torch.outer(torch.arange(seq_length).float(), inverse_frequencies(arch))
         rotation = torch.cat([angles, angles], dim=-1)
+        rotation = torch.stack([rotation.cos(), rotation.sin()]) * attention_factor(arch)
         x = self.embed(tokens)
         for i in range(arch.num_layers):
             layer = f"model.layers.{i}"
@@ -108,13 +109,20 @@ class StreamedModel:
         return torch.cat([block for _, _, block in self.logit_blocks(self.hidden(tokens))], dim=-1)
 
 
+def attention_factor(arch: Architecture) -> float:
+    """What YaRN multiplies cosines and sines by."""
+    return arch.rope_scaling.attention_factor if isinstance(arch.rope_scaling, YarnRopeScaling) else 1.0
+
+
 def inverse_frequencies(arch: Architecture) -> torch.Tensor:
-    """(head_dim / 2,) rotary frequencies; with the `llama3` scaling of Llama 3.1 where the config asks for it."""
+    """(head_dim / 2,) rotary frequencies; with the `llama3` or YaRN scaling where the config asks for it."""
     exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
     frequencies = 1.0 / (arch.rope_theta**exponents)
     scaling = arch.rope_scaling
     if scaling is None:
         return frequencies
+    if isinstance(scaling, YarnRopeScaling):
+        return _yarn_frequencies(frequencies, scaling, arch)
     context = scaling.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
     smooth = (context / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -124,7 +132,25 @@ def inverse_frequencies(arch: Architecture) -> torch.Tensor:
     return torch.where((wavelengths <= long) & (wavelengths >= short), blended, stretched)
 
 
+def _yarn_frequencies(frequencies: torch.Tensor, scaling: YarnRopeScaling, arch: Architecture) -> torch.Tensor:
+    """Stretched in full from the dimension on that turns `beta_slow` times over the original positions."""
+
+    def dimension(turns: float) -> float:
+        ratio = math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
+        return arch.head_dim * ratio / (2 * math.log(arch.rope_theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, arch.head_dim - 1)
+    width = (high - low) or 0.001
+    stretched = ((torch.arange(len(frequencies)).float() - low) / width).clamp(0, 1)
+    return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
+
+
 def _rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of x (b, n, s, d), halves rotated against each other as Hugging Face stores them."""
     first, second = x.chunk(2, dim=-1)
-    return x * rotation.cos() + torch.cat([-second, first], dim=-1) * rotation.sin()
+    cosines, sines = rotation.unbind()
+    rotated: torch.Tensor = x * cosines + torch.cat([-second, first], dim=-1) * sines
+    return rotated

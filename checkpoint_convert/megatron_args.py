@@ -6,8 +6,8 @@ import argparse
 import logging
 
 from checkpoint_convert.checkpoint import MismatchError
-from checkpoint_convert.megatron_config import LLAMA3_SCALING
-from megatron_cpt.architecture.facts import Architecture
+from checkpoint_convert.megatron_config import LLAMA3_SCALING, yarn_fields
+from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling, YarnRopeScaling
 from megatron_cpt.architecture.tensors import MegatronTensor
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def megatron_args(
     gammas_less_one: bool = False,
 ) -> argparse.Namespace:
     """Names of Megatron-LM's command line, so that `--use-checkpoint-args` builds this model."""
-    dtype = next(iter(dtypes.values()))
+    dtype, scaling = next(iter(dtypes.values())), arch.rope_scaling
     args = argparse.Namespace(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -36,11 +36,11 @@ def megatron_args(
         norm_epsilon=arch.rms_norm_eps,
         normalization="RMSNorm",
         apply_layernorm_1p=gammas_less_one,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if isinstance(scaling, YarnRopeScaling) else "rope",
         rotary_base=int(arch.rope_theta) if arch.rope_theta.is_integer() else arch.rope_theta,
         rotary_percent=1.0,
-        use_rope_scaling=arch.rope_scaling is not None,
-        rope_scaling_factor=8.0 if arch.rope_scaling is None else arch.rope_scaling.factor,
+        use_rope_scaling=isinstance(scaling, Llama3RopeScaling),
+        rope_scaling_factor=scaling.factor if isinstance(scaling, Llama3RopeScaling) else 8.0,
         swiglu=True,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
@@ -55,7 +55,9 @@ def megatron_args(
         virtual_pipeline_model_parallel_size=vpp,
         iteration=iteration,
     )
-    if (scaling := arch.rope_scaling) is not None:
+    if isinstance(scaling, YarnRopeScaling):
+        vars(args).update(yarn_fields(scaling))
+    elif scaling is not None:
         constants = {name: getattr(scaling, name) for name in LLAMA3_SCALING}
         if constants != LLAMA3_SCALING:  # by names of our own, which the reader knows
             vars(args).update({f"rope_scaling_{name}": value for name, value in constants.items()})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from checkpoint_convert.checkpoint import MismatchError
 from checkpoint_convert.megatron_fields import FACTS, GAMMA_LESS_ONE, changes_the_model, is_known
 from checkpoint_convert.stored_model import HINT, StoredModel
-from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling
+from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling, RopeScaling, YarnRopeScaling
 from megatron_cpt.architecture.families import FAMILIES, architecture_from_config
 from megatron_cpt.architecture.families.family import Config
 from megatron_cpt.errors import ConversionError
@@ -57,7 +59,9 @@ def config_from_stored(stored: StoredModel, tokenizer_dir: Path | None) -> Confi
         eod = fields.get(_NULL_EOD)
         config["eos_token_id"] = config["vocab_size"] - 1 if eod is None else int(_number(stored, (_NULL_EOD,), eod))
     scaling = known.get("rope_scaling")
-    if scaling is not None:
+    if isinstance(scaling, YarnRopeScaling):
+        config["rope_scaling"] = {"rope_type": "yarn", **dataclasses.asdict(scaling)}
+    elif scaling is not None:
         names = ("factor", *LLAMA3_SCALING)
         config["rope_scaling"] = {"rope_type": "llama3", **{name: getattr(scaling, name) for name in names}}
     return config
@@ -121,7 +125,8 @@ def _placeholder(known: dict[str, Any]) -> Architecture:
     """An architecture with the known head size, for the switches that are compared with it."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 1, "intermediate_size": 1, "num_attention_heads": 1}
     config = {"model_type": "llama", **sizes, "vocab_size": 1, "max_position_embeddings": 1, "rms_norm_eps": 1e-6}
-    return replace(architecture_from_config(config), head_dim=known.get("head_dim", 1))
+    arch = architecture_from_config(config)
+    return replace(arch, head_dim=known.get("head_dim", 1), rope_scaling=known.get("rope_scaling"))
 
 
 def _known_facts(stored: StoredModel) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def _known_facts(stored: StoredModel) -> dict[str, Any]:
         known["tie_word_embeddings"] = bool(fields["share_embeddings_and_output_weights"])
     elif fields.get("untie_embeddings_and_output_weights") is not None:
         known["tie_word_embeddings"] = not fields["untie_embeddings_and_output_weights"]
-    if fields.keys() & {"use_rope_scaling", "rope_scaling", "scale_factor"}:
+    if fields.keys() & {"use_rope_scaling", "rope_scaling", "scale_factor"} or _has_yarn(fields):
         known["rope_scaling"] = _rope_scaling(fields)
     return known
 
@@ -156,8 +161,49 @@ def _number(stored: StoredModel, names: tuple[str, ...], value: Any) -> Any:
     return float(value) if names[0] in ("layernorm_epsilon", "rotary_base") else value
 
 
-def _rope_scaling(fields: dict[str, Any]) -> Llama3RopeScaling | None:
+def yarn_fields(scaling: YarnRopeScaling) -> dict[str, Any]:
+    """YaRN by the names of Megatron-LM's command line, and the attention factor by one of our own, exact."""
+    stretch = 0.1 * math.log(scaling.factor)  # Megatron-Core multiplies cosines and sines by 1 + mscale * stretch
+    return {
+        "rotary_scaling_factor": scaling.factor,
+        "yarn_original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "yarn_beta_fast": scaling.beta_fast,
+        "yarn_beta_slow": scaling.beta_slow,
+        "mscale": (scaling.attention_factor - 1) / stretch if stretch else 1.0,
+        "mscale_all_dim": 0.0,
+        "yarn_correction_range_round_to_int": scaling.truncate,
+        "yarn_attention_factor": scaling.attention_factor,
+    }
+
+
+def _has_yarn(fields: dict[str, Any]) -> bool:
+    return fields.get("position_embedding_type") == "yarn"
+
+
+def _yarn_scaling(fields: dict[str, Any]) -> YarnRopeScaling:
+    """The reverse of `yarn_fields`; ConversionError where one is missing."""
+    names = yarn_fields(YarnRopeScaling(2.0, 1, 32.0, 1.0, 1.0, truncate=True)).keys() - {"yarn_attention_factor"}
+    missing = sorted(name for name in names if fields.get(name) is None)
+    if missing:
+        raise ConversionError(
+            f"position_embedding_type is yarn, and nothing is said of {', '.join(missing)}", hint=HINT
+        )
+    factor, stated = float(fields["rotary_scaling_factor"]), fields.get("yarn_attention_factor")
+    over, under = (1 + 0.1 * fields[name] * math.log(factor) for name in ("mscale", "mscale_all_dim"))
+    return YarnRopeScaling(
+        factor,
+        int(fields["yarn_original_max_position_embeddings"]),
+        float(fields["yarn_beta_fast"]),
+        float(fields["yarn_beta_slow"]),
+        over / under if stated is None else float(stated),
+        bool(fields["yarn_correction_range_round_to_int"]),
+    )
+
+
+def _rope_scaling(fields: dict[str, Any]) -> RopeScaling | None:
     """Megatron-LM's `use_rope_scaling`, Megatron-Bridge's `rope_scaling` or its Llama 3.1 provider's own fields."""
+    if _has_yarn(fields):
+        return _yarn_scaling(fields)
     bridge_llama = fields.get("scale_factor") is not None
     if not (fields.get("use_rope_scaling") or fields.get("rope_scaling") or bridge_llama):
         return None

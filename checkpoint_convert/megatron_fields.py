@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.facts import Architecture, YarnRopeScaling
 
 # Architecture's field -> its name in Megatron-Bridge's `model` section, its name among Megatron-LM's args
 FACTS: dict[str, tuple[str, str]] = {
@@ -64,6 +64,11 @@ def _is_window_of(value: Any, arch: Architecture) -> bool:
     return bool(arch.sliding_window is not None and value[0] == arch.sliding_window - 1)
 
 
+def _is_rope_of(value: Any, arch: Architecture) -> bool:
+    """YaRN is a kind of its own to Megatron-Core."""
+    return bool(value == ("yarn" if isinstance(arch.rope_scaling, YarnRopeScaling) else "rope"))
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -91,7 +96,7 @@ SWITCHES: dict[str, tuple[Any, ...] | Callable[[Any, Architecture], bool]] = {
     "squared_relu": _OFF,
     "quick_geglu": _OFF,
     # positions
-    "position_embedding_type": ("rope",),
+    "position_embedding_type": _is_rope_of,
     "rotary_percent": (1.0, None),
     "rotary_interleaved": _OFF,
     "rotary_seq_len_interpolation_factor": (None, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ from checkpoint_convert.hf import add_safetensors, read_safetensors
 from checkpoint_convert.target import Target
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.linears import linears
+from megatron_cpt.architecture.rope import ROPE_KEYS, RopeChange
 from megatron_cpt.config.sections.lora import LoraConfig
 from megatron_cpt.errors import ConversionError
 from megatron_cpt.runs.adapters import PEFT_CONFIG
+
+log = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -145,16 +149,32 @@ def plan_peft(folder: Path, source: IndexedCheckpoint, dtypes: dict[str, str]) -
     shapes = {name: tensor.shape for name, tensor in source.weights.tensors.items()}
     add_safetensors(target, folder / ADAPTER_WEIGHTS, shapes, dtypes)
     config = adapter_config(source.lora, base_of(source))
+    if rope_of(source) is not None:
+        said = {key: source.config[key] for key in (*ROPE_KEYS, "max_position_embeddings") if key in source.config}
+        log.warning(
+            "the adapters were trained with other rotary positions than the base has, which peft's format does not "
+            "say: give the base's config.json %s, or take merge-lora",
+            json.dumps(said),
+        )
     target.small_files[folder / PEFT_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     return target
 
 
 def base_of(source: IndexedCheckpoint) -> str:
     """Return the `model.init_from` of the run that trained the adapters; empty when there is no run."""
+    return str(_model_of_run(source).get("init_from", ""))
+
+
+def rope_of(source: IndexedCheckpoint) -> RopeChange | None:
+    """Return the rotary positions that the run which trained the adapters gave its base, None where it kept them."""
+    rope = _model_of_run(source).get("rope")
+    return None if rope is None else RopeChange(**rope)
+
+
+def _model_of_run(source: IndexedCheckpoint) -> dict[str, Any]:
     if source.run_config is None:
-        return ""
-    run = yaml.safe_load(source.run_config.read_text(encoding="utf-8"))
-    return str(run.get("model", {}).get("init_from", ""))
+        return {}
+    return dict(yaml.safe_load(source.run_config.read_text(encoding="utf-8")).get("model", {}))
 
 
 def adapter_config(lora: LoraConfig, base: str) -> dict[str, Any]:

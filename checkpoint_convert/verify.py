@@ -117,7 +117,7 @@ def fixed_tokens(checkpoint: IndexedCheckpoint) -> torch.Tensor:
 @torch.no_grad()
 def compare_logits(a: IndexedCheckpoint, b: IndexedCheckpoint) -> dict[str, Any]:
     """Largest difference of the logits and both perplexities, a block of the vocabulary at a time."""
-    limit = min(min(x.arch.max_position_embeddings, x.arch.sliding_window or TEXT_TOKENS) for x in (a, b))
+    limit = min(min(x.arch.positions, x.arch.sliding_window or TEXT_TOKENS) for x in (a, b))
     tokens = fixed_tokens(a)[:, : min(limit, TEXT_TOKENS)]  # within the window full attention is what both compute
     with Files() as files:
         models = [StreamedModel(checkpoint, files) for checkpoint in (a, b)]

@@ -20,6 +20,21 @@ class Llama3RopeScaling:
 
 
 @dataclass(frozen=True)
+class YarnRopeScaling:
+    """YaRN (Peng et al., arXiv:2309.00071): wavelengths beyond a ramp are stretched by `factor`."""
+
+    factor: float
+    original_max_position_embeddings: int  # tokens
+    beta_fast: float  # the ramp's ends, in rotations over the original positions
+    beta_slow: float
+    attention_factor: float  # cosines and sines are multiplied by it
+    truncate: bool  # whether the ramp's ends are rounded to whole dimensions
+
+
+RopeScaling = Llama3RopeScaling | YarnRopeScaling
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A dense decoder with RMSNorm, rotary positions, grouped-query attention and a gated SiLU MLP."""
 
@@ -34,12 +49,20 @@ class Architecture:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3RopeScaling | None
+    rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
     sliding_window: int | None  # tokens, None when every layer attends to the whole sequence
     dtype: str  # of the stored weights: "bfloat16", "float16" or "float32"
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a sequence may have; with YaRN `max_position_embeddings` may not have been raised."""
+        scaling = self.rope_scaling
+        if not isinstance(scaling, YarnRopeScaling):
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, round(scaling.factor * scaling.original_max_position_embeddings))
 
     @property
     def num_parameters(self) -> int:

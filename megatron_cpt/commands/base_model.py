@@ -25,6 +25,7 @@ def place_of_base(src: Path, said: str, given: Path | None) -> Path:
 
 def check_base(source: IndexedCheckpoint, base: IndexedCheckpoint) -> None:
     """Raise ConversionError unless `base` is, by content, what the run of `source` started from."""
+    from checkpoint_convert.peft import rope_of
     from megatron_cpt.launch.identity import check_identity, identity_of
     from megatron_cpt.launch.origin import Origin
     from megatron_cpt.runs.folder import RunFolder
@@ -32,7 +33,7 @@ def check_base(source: IndexedCheckpoint, base: IndexedCheckpoint) -> None:
     run = RunFolder(source.path.parent.parent)
     if base.format in ("hf", "torch_dist") and (run.root / "identity.json").is_file():
         origin = Origin(base.format, base.path)
-        if changes := check_identity(run, identity_of(base.side_dir, origin)):
+        if changes := check_identity(run, identity_of(base.side_dir, origin, rope=rope_of(source))):
             said = "; ".join(map(str, changes))
             raise ConversionError(
                 f"{base.path} is not the model that {source.path} was trained on: {said}",

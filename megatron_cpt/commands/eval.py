@@ -159,7 +159,7 @@ def _settings(
     """Return how to measure: what was asked for, then what the run did, then this command's defaults."""
     from megatron_cpt.eval.settings import EvalSettings, settings_of_run
 
-    limit = found.arch.max_position_embeddings
+    limit = found.arch.positions
     if seq_length is not None and seq_length > limit:
         raise DataError(f"--seq-length {seq_length} is more than {model} attends to ({limit})", hint=f"at most {limit}")
     default = EvalSettings(min(DEFAULT_SEQ_LENGTH, limit), document_attention=False, max_tokens=None)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megatron_cpt.architecture.families import architecture_from_config
+from megatron_cpt.architecture.rope import with_rope
 from megatron_cpt.commands.base_model import check_base, place_of_base
 from megatron_cpt.console import print_summary
 from megatron_cpt.errors import ConversionError
@@ -62,7 +64,7 @@ def merge_lora(src: Path, dst: Path, base_model: Path | None, best: bool, as_jso
 def _with_adapters(src: Path, base_model: Path | None, best: bool) -> IndexedCheckpoint:
     """Open the base of the adapters in SRC, and say what is added to it."""
     from checkpoint_convert.open import open_checkpoint
-    from checkpoint_convert.peft import base_of, is_peft, merged, read_peft
+    from checkpoint_convert.peft import base_of, is_peft, merged, read_peft, rope_of
 
     if is_peft(src):
         peft = read_peft(src)
@@ -74,8 +76,9 @@ def _with_adapters(src: Path, base_model: Path | None, best: bool) -> IndexedChe
         raise ConversionError(
             f"{src} holds a whole model, and no adapters", hint="name a run with `lora`, or a folder that peft wrote"
         )
-    place = place_of_base(src, base_of(source), base_model)
-    base = open_checkpoint(place)
+    base, rope = open_checkpoint(place_of_base(src, base_of(source), base_model)), rope_of(source)
     check_base(source, base)
+    config = with_rope(base.config, rope)
+    base = replace(base, config=config, arch=replace(architecture_from_config(config), dtype=base.arch.dtype))
     merge = merged(base, source.path, source.lora, source.weights.tensors)
     return replace(base, merge=merge, run_config=source.run_config, iteration=source.iteration)

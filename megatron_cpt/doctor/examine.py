@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import check_datasets, plan_sources
@@ -23,7 +22,7 @@ from megatron_cpt.doctor.storage import check_storage, existing_parent
 from megatron_cpt.doctor.versions import check_versions
 from megatron_cpt.errors import CptError
 from megatron_cpt.launch.base_model import refuse_instruct_model
-from megatron_cpt.launch.origin import model_dir, resolve_origin
+from megatron_cpt.launch.origin import model_dir, resolve_origin, run_architecture
 from megatron_cpt.launch.place import rank_here, under_launcher
 from megatron_cpt.launch.preflight import CheckedRun, refuse_missing_trackers, standing_ledger
 
@@ -99,7 +98,7 @@ def examine_machine(
         UserError: the config is wrong, or there is no model that it names.
     """
     folder, origin = model_dir(config), resolve_origin(config.model.init_from)
-    arch = read_architecture(folder)
+    arch = run_architecture(config)
     derived = derive(config, arch, origin=named)
     return [
         *check_versions(),

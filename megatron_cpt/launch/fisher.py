@@ -73,14 +73,14 @@ def check_fisher_job(config: RunConfig, named: str, data: str, samples: int, fol
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} is not empty", hint="give a folder that does not exist")
     side_files, origin = side_files_dir(config.model), resolve_origin(config.model.init_from)
-    arch = read_architecture(side_files)
+    arch = read_architecture(side_files, config.model.rope_change)
     derive(config, arch, origin=named)
     if origin.kind == "missing":
         raise ConfigError(
             f"model.init_from = {config.model.init_from!r} does not exist",
             hint="name a Hugging Face directory, a torch_dist checkpoint or a run folder, or `random`",
         )
-    check_weights(origin, arch, side_files)
+    check_weights(config, origin)
     dataset = check_dataset("--data", data, config, arch, model_fingerprint(side_files))
     blocks = (dataset.tokens - 1) // config.batch.seq_length
     if blocks < samples:
@@ -88,13 +88,15 @@ def check_fisher_job(config: RunConfig, named: str, data: str, samples: int, fol
             f"{data} has {dataset.tokens:,} tokens, which make {blocks:,} samples of {config.batch.seq_length:,}",
             hint=f"--samples {blocks}" if blocks else "give more text, or a smaller batch.seq_length",
         )
-    return FisherJob(config, arch, origin, base_identity(side_files, origin, config.seed), dataset, samples, folder)
+    return FisherJob(config, arch, origin, base_identity(config, origin), dataset, samples, folder)
 
 
-def base_identity(side_files: Path, origin: Origin, seed: int) -> Identity:
-    """Return the identity of a base model, whose weights may be of any kind."""
-    weights = f"random {seed}" if origin.kind == "random" else weights_fingerprint(origin.weights)
-    return dataclasses.replace(identity_of(side_files), weights=weights)
+def base_identity(config: RunConfig, origin: Origin) -> Identity:
+    """Return the identity of a run's base model, whose weights may be of any kind."""
+    weights = f"random {config.seed}" if origin.kind == "random" else weights_fingerprint(origin.weights)
+    return dataclasses.replace(
+        identity_of(side_files_dir(config.model), rope=config.model.rope_change), weights=weights
+    )
 
 
 def check_fisher(run: CheckedRun) -> None:
@@ -110,7 +112,7 @@ def check_fisher(run: CheckedRun) -> None:
     record = read_fisher(asked.folder)
     if run.origin.kind == "missing":
         return  # check_reference says so
-    here = base_identity(side_files_dir(run.config.model), run.origin, run.config.seed)
+    here = base_identity(run.config, run.origin)
     if changes := Identity(**record.model).differences(here):
         listed = "\n".join(f"  {change}" for change in changes)
         raise ConfigError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.architecture.families import read_architecture
+from megatron_cpt.architecture.rope import RopeChange
 from megatron_cpt.corpus.tokenizers.load import tokenizer_fingerprint
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import CheckpointError, CptError
@@ -49,9 +50,11 @@ class Identity:
         return changes
 
 
-def identity_of(side_files: Path, origin: Origin | None = None, branch: Path | None = None) -> Identity:
-    """The identity of the model whose side files and weights lie there."""
-    facts = json.loads(json.dumps(dataclasses.asdict(read_architecture(side_files))))  # as they are read back
+def identity_of(
+    side_files: Path, origin: Origin | None = None, branch: Path | None = None, rope: RopeChange | None = None
+) -> Identity:
+    """The identity of the model whose side files and weights lie there, with the positions of `rope`."""
+    facts = json.loads(json.dumps(dataclasses.asdict(read_architecture(side_files, rope))))  # as they are read back
     weights = None if origin is None or origin.kind != "hf" else weights_fingerprint(origin.weights)
     marker = None if branch is None else hashlib.sha256((branch / MARKER).read_bytes()).hexdigest()
     return Identity(facts, _tokenizer_fingerprint(side_files), weights, marker)

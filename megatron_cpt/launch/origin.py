@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.sections.model import ModelConfig
 from megatron_cpt.errors import ConfigError
@@ -80,6 +82,33 @@ def side_files_dir(model: ModelConfig) -> Path:
         hint="name a Hugging Face directory, a torch_dist checkpoint or a run folder; to plan a job whose weights are "
         "on another machine, set model.architecture to a copy of its config.json",
     )
+
+
+def base_model(config: RunConfig) -> tuple[Path, Architecture]:
+    """The directory of the base model's config.json, and what it says: `model.rope` is not in it.
+
+    Where the base is gone these are the run's own.
+
+    Raises:
+        ConfigError: there is none, or it cannot be understood.
+    """
+    try:
+        folder = side_files_dir(config.model)
+    except ConfigError:
+        folder = model_dir(config)
+    return folder, read_architecture(folder)
+
+
+def run_architecture(config: RunConfig) -> Architecture:
+    """The model that the run trains: that of config.json, with the positions of `model.rope`.
+
+    Raises:
+        ConfigError: there is no config.json, or `model.rope` does not fit it.
+        ConversionError: it is not understood.
+    """
+    folder = model_dir(config)
+    own = folder == Path(config.folder) / "hf"  # in which model.rope is written already
+    return read_architecture(folder, None if own else config.model.rope_change)
 
 
 def model_dir(config: RunConfig) -> Path:

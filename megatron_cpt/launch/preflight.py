@@ -11,7 +11,6 @@ from checkpoint_convert.hf import read_hf
 from checkpoint_convert.megatron_config import check_facts, refuse_other_models, stores_gammas_less_one
 from checkpoint_convert.stored_model import read_stored_models
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
@@ -21,7 +20,7 @@ from megatron_cpt.errors import CheckpointError, ConfigError, ConversionError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
 from megatron_cpt.launch.environment import refuse_broken_environment
-from megatron_cpt.launch.origin import Origin, model_dir, resolve_origin
+from megatron_cpt.launch.origin import Origin, base_model, model_dir, resolve_origin, run_architecture
 from megatron_cpt.runs.checkpoints import complete_checkpoints, faults, free_bytes
 from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.runs.marker import Marker, read_marker
@@ -54,7 +53,7 @@ def check_run(config: RunConfig, named: str) -> CheckedRun:
     refuse_missing_trackers(config)
     origin, folder = resolve_origin(config.model.init_from), model_dir(config)
     refuse_instruct_model(config, folder)
-    arch = read_architecture(folder)
+    arch = run_architecture(config)
     derived = derive(config, arch, origin=named)
     return CheckedRun(config, arch, derived, check_datasets(config, arch, folder), origin, folder)
 
@@ -71,8 +70,8 @@ def refuse_missing_trackers(config: RunConfig) -> None:
         raise ConfigError(f"{needs}, not installed here", hint="pip install 'megatron-cpt[trackers]'")
 
 
-def check_weights(origin: Origin, arch: Architecture, model_dir: Path) -> None:
-    """Check what the first weights say of their model against its config.json, in `model_dir`.
+def check_weights(config: RunConfig, origin: Origin) -> None:
+    """Check what the first weights say of their model against its config.json.
 
     Of a Hugging Face folder the headers: half a model cannot start. Of a Megatron checkpoint the arguments that were
     stored beside the weights: names and shapes do not show all that Megatron-LM trained with.
@@ -80,13 +79,14 @@ def check_weights(origin: Origin, arch: Architecture, model_dir: Path) -> None:
     Raises:
         CheckpointError: a shard or a tensor is missing, surplus, misshapen or cut off; another model was trained.
     """
+    folder, arch = base_model(config)
     with as_checkpoint_error(origin.weights):
         if origin.kind == "hf":
             read_hf(origin.weights, arch)
         elif origin.kind == "torch_dist":
             stored = read_stored_models(origin.weights)
             refuse_other_models(stored, arch)
-            check_facts(stored, arch, model_dir / "config.json")
+            check_facts(stored, arch, folder / "config.json")
             if stores_gammas_less_one(stored):
                 raise ConversionError(
                     f"{origin.weights} stores the gammas of norms minus 1 (apply_layernorm_1p)",
@@ -112,7 +112,7 @@ def check_reference(run: CheckedRun) -> None:
             hint=f"bring the base model back, or set model.init_from to where it is now; forgetting.{asking}: null "
             "goes on without it",
         )
-    check_weights(run.origin, run.arch, run.model_dir)
+    check_weights(run.config, run.origin)
 
 
 def branch_point(config: RunConfig) -> tuple[Path, Marker] | None:

@@ -176,7 +176,8 @@ def _base_is_there(run: CheckedRun) -> bool:
 
 def _identity(run: CheckedRun) -> Identity:
     branch = branch_point(run.config) if run.config.checkpoint.branch_from is not None else None
-    return identity_of(side_files_dir(run.config.model), run.origin, branch and branch[0])
+    model = run.config.model
+    return identity_of(side_files_dir(model), run.origin, branch and branch[0], model.rope_change)
 
 
 def check_beginning(checked: CheckedRun) -> None:
@@ -197,7 +198,7 @@ def check_beginning(checked: CheckedRun) -> None:
             f"model.init_from = {checked.config.model.init_from!r} does not exist",
             hint="name a Hugging Face directory, a torch_dist checkpoint or a run folder, or `random`",
         )
-    check_weights(checked.origin, checked.arch, checked.model_dir)
+    check_weights(checked.config, checked.origin)
     if goes_on:
         return
     trained = max((row.get("consumed_tokens", 0) for row in read_rows(folder.metrics)[0]), default=0)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.mix import shares_at
 from megatron_cpt.config.phase import phase_at
@@ -34,7 +33,7 @@ from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
 from megatron_cpt.launch.environment import refuse_broken_environment
 from megatron_cpt.launch.fisher import check_fisher
-from megatron_cpt.launch.origin import model_dir, resolve_origin
+from megatron_cpt.launch.origin import model_dir, resolve_origin, run_architecture
 from megatron_cpt.launch.preflight import (
     CheckedRun,
     check_free_space,
@@ -115,13 +114,13 @@ def survey(config: RunConfig, named: str) -> Survey:
     findings = _Findings()
     _look_at_machine(config, findings)
     folder = model_dir(config)
-    arch = read_architecture(folder)
+    arch = run_architecture(config)
     with findings.of():
         refuse_instruct_model(config, folder)
     origin = resolve_origin(config.model.init_from)
     if not complete_checkpoints(Path(config.folder) / "checkpoints"):  # a new run needs its first weights whole
         with findings.of():
-            check_weights(origin, arch, folder)
+            check_weights(config, origin)
     datasets = _look_at_datasets(config, arch, folder, findings)
     try:
         derived = derive(config, arch, origin=named)

@@ -6,6 +6,7 @@ come from its config.json by way of `Architecture`. The models come back without
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.facts import Architecture, YarnRopeScaling
 from megatron_cpt.config.problems import raise_problems
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.sections.batch import sliding_window_problems
@@ -47,7 +48,7 @@ class CptModel(GPTModel):
 def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConfig:
     """Megatron-Core's config of the transformer, for this layout and precision."""
     parallel, dtype = config.parallel, DTYPES[config.precision.dtype]
-    return TransformerConfig(
+    engine_config = TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size,
@@ -89,6 +90,25 @@ def transformer_config(config: RunConfig, arch: Architecture) -> TransformerConf
         **_recompute(config),
         **_interleaving(config),
     )
+    vars(engine_config).update(_yarn(arch))
+    return engine_config
+
+
+def _yarn(arch: Architecture) -> dict[str, Any]:
+    """What GPTModel and the attention look for beside the fields of Megatron-Core's config."""
+    scaling = arch.rope_scaling
+    if not isinstance(scaling, YarnRopeScaling):
+        return {}
+    stretch = 0.1 * math.log(scaling.factor)  # Megatron-Core multiplies cosines and sines by 1 + mscale * stretch
+    return {
+        "yarn_rotary_scaling_factor": scaling.factor,
+        "yarn_original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "yarn_beta_fast": scaling.beta_fast,
+        "yarn_beta_slow": scaling.beta_slow,
+        "yarn_mscale": (scaling.attention_factor - 1) / stretch if stretch else 1.0,
+        "yarn_mscale_all_dim": 0.0,
+        "yarn_correction_range_round_to_int": scaling.truncate,
+    }
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -155,12 +175,15 @@ def _build_chunk(
         post_process=parallel_state.is_pipeline_last_stage(**where),
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if isinstance(arch.rope_scaling, YarnRopeScaling) else "rope",
         rotary_base=arch.rope_theta,
         vp_stage=vp_stage,
     )
     model.true_vocab_size = arch.vocab_size
-    if scaling := arch.rope_scaling:  # Megatron-Core's own switch knows the factor only
+    scaling = arch.rope_scaling
+    if isinstance(scaling, YarnRopeScaling):  # tables over the original positions, which only MLA's kernels read
+        del model.rotary_pos_emb.cos_cached, model.rotary_pos_emb.sin_cached
+    elif scaling is not None:  # Megatron-Core's own switch knows the factor only
         model.rotary_pos_emb.inv_freq = model.rotary_pos_emb._apply_scaling(
             model.rotary_pos_emb.inv_freq,
             factor=scaling.factor,

@@ -61,6 +61,10 @@ def _what(plan: Plan, schedule: str) -> Iterator[str]:
     parallel, batch = config.parallel, config.batch
     yield f"plan of {config.job_name}"
     yield _row("model", f"{arch.family}, {arch.num_parameters / 1e9:.2f} billion parameters ({arch.num_parameters:,})")
+    if config.model.rope is not None:
+        scaling = arch.rope_scaling
+        stretched = "" if scaling is None else f", stretched {scaling.factor:g} times"
+        yield _row("positions", f"{arch.positions:,}, rotary base {arch.rope_theta:g}{stretched} (model.rope)")
     yield _row("ranks", f"{derived.world_size} = {parallel.nodes} nodes x {parallel.gpus_per_node}")
     yield _row(
         "layout",

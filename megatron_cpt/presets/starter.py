@@ -33,7 +33,7 @@ def config_text(starter: Starter) -> str:
     """A run's config with a comment on what to edit."""
     parallel = starter.sections["parallel"]
     replicas = starter.gpus // (parallel.get("tp", 1) * parallel.get("pp", 1))
-    seq_length = min(SEQ_LENGTH, starter.arch.max_position_embeddings)
+    seq_length = min(SEQ_LENGTH, starter.arch.positions)
     lines = [
         f"# Continued pre-training of {starter.name} ({starter.arch.num_parameters / 1e9:.2f} billion parameters) on "
         f"{starter.gpus} GPU{'s' if starter.gpus > 1 else ''} of 80 GB.",

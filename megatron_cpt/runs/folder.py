@@ -22,7 +22,9 @@ from typing import Any
 import yaml
 
 from megatron_cpt import __version__
+from megatron_cpt.architecture.families import read_config
 from megatron_cpt.architecture.model_folder import side_files
+from megatron_cpt.architecture.rope import with_rope
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.sections.lora import LoraConfig
@@ -140,6 +142,9 @@ def create_run_folder(folder: RunFolder, config: RunConfig, side_files: Path | N
             path.mkdir(parents=True, exist_ok=True)
         if side_files is not None:
             _copy_side_files(side_files, folder.hf)
+            if (rope := config.model.rope_change) is not None:  # the run's own model from now on, and every export's
+                changed = with_rope(read_config(side_files), rope)
+                write_atomically(folder.hf / "config.json", (json.dumps(changed, indent=2) + "\n").encode())
         write_atomically(folder.resolved, resolved_yaml(config).encode())
     except OSError as error:
         raise _cannot_write(folder, error) from error

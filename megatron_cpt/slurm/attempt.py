@@ -20,13 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import CptError, LaunchError
-from megatron_cpt.launch.origin import model_dir
+from megatron_cpt.launch.origin import run_architecture
 from megatron_cpt.runs.checkpoints import complete_checkpoints
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FAILED, FINISHED, USER_ERROR
 from megatron_cpt.runs.folder import RunFolder, count_attempts
@@ -166,7 +165,7 @@ def _why_not(start: Start) -> str | None:
 def _check_time(start: Start) -> None:
     """Raise LaunchError when what is left of the time limit is shorter than one save."""
     config, rows = start.config, read_rows(start.folder.metrics)[0]
-    arch = read_architecture(model_dir(config))
+    arch = run_architecture(config)
     one = save_seconds(trainable_of(config, arch).checkpoint_bytes(), config.parallel.nodes, rows)
     check_time_limit(start.slurm.seconds_left, int(one), "what is left of the time limit")
 

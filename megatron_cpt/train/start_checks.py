@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
+from megatron_cpt.architecture.families import read_config
+from megatron_cpt.architecture.rope import RopeChange, with_rope
 from megatron_cpt.data.micro_batch import MicroBatch
 from megatron_cpt.errors import CheckpointError
 from megatron_cpt.launch.origin import Origin
@@ -67,7 +69,7 @@ def _compare_with_transformers(state: TrainState, batch: MicroBatch, loss: float
     if reason := _why_not(model_dir, state.arch.num_parameters * DTYPES[dtype].itemsize, state.arch.num_parameters):
         logger.info("first loss %.4f; not compared with transformers: %s", loss, reason)
         return
-    reference = transformers_loss(model_dir, batch, DTYPES[dtype])
+    reference = transformers_loss(model_dir, batch, DTYPES[dtype], state.config.model.rope_change)
     difference, bound = abs(loss - reference), LOSS_BOUND[dtype]
     logger.info("first loss %.4f, in transformers %.4f: they differ by %.1e", loss, reference, difference)
     if not difference <= bound:
@@ -93,11 +95,13 @@ def _why_not(model_dir: Path, weight_bytes: int, parameters: int) -> str | None:
 
 
 @torch.no_grad()
-def transformers_loss(model_dir: Path, batch: MicroBatch, dtype: torch.dtype) -> float:
+def transformers_loss(model_dir: Path, batch: MicroBatch, dtype: torch.dtype, rope: RopeChange | None = None) -> float:
     """Mean loss per counted token of the micro batch, computed by transformers on the CPU."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True).eval()
+    settings = with_rope(read_config(model_dir), rope)
+    config = AutoConfig.for_model(**settings)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, config=config, dtype=dtype, local_files_only=True).eval()
     logits = model(batch["tokens"].cpu()).logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].cpu().flatten(), reduction="none")
     mask = batch["loss_mask"].cpu().flatten()

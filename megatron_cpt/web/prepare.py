@@ -10,14 +10,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.architecture.families import read_architecture
 from megatron_cpt.config.derive import broken_rules
 from megatron_cpt.config.load import validate
 from megatron_cpt.config.problems import Problem
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.corpus.schema import Corpus, corpus_problems
 from megatron_cpt.errors import CptError
-from megatron_cpt.launch.origin import model_dir
+from megatron_cpt.launch.origin import run_architecture
 from megatron_cpt.launch.survey import survey
 from megatron_cpt.planner.hardware import DEFAULT, find_hardware
 from megatron_cpt.planner.page import plan_page
@@ -209,7 +208,7 @@ def _fixed_part(pattern: str) -> str:
 
 def _architecture(config: RunConfig) -> tuple[Architecture | None, list[Problem]]:
     try:
-        return read_architecture(model_dir(config)), []
+        return run_architecture(config), []
     except CptError as error:
         key = "model.init_from" if config.model.architecture is None else "model.architecture"
         return None, [Problem(key, None, error.message, error.hint or "")]

@@ -47,6 +47,8 @@ DROPOUT = {"model.dropout": 0.1}
 DOCUMENTS = {"model.document_attention": True}
 SELECTIVE = {"recompute.granularity": "selective", "recompute.modules": ["core_attn", "mlp"]}
 NO_DECAY = {"optimizer.weight_decay": 0.0}
+ABF = {"theta": 5e6, "max_position_embeddings": 1024}
+YARN = {"yarn_factor": 4.0, "original_max_position_embeddings": 64}
 FORWARD_KL = {"weight": 1.5}
 REVERSE_KL = {"weight": 2.0, "direction": "reverse", "temperature": 2.0, "sources": ("1",)}
 EWC = 2000.0  # with it the pull is about as strong as the gradient
@@ -60,6 +62,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("deep", 1, SINGLES, model="deep"),
     TrainRow("odd_vocab", 1, model="odd_vocab"),
     TrainRow("nine_heads", 1, model="nine_heads"),
+    TrainRow("base_yarn", 1, model="base_yarn"),
     TrainRow("base_bf16", 1, BF16, loss_bound=1e-2, grad_norm_bound=5e-2),
     TrainRow("base_documents", 1, DOCUMENTS, baseline="base_documents", documents=True),
     # one rank, another way of computing the same
@@ -171,6 +174,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("dp2_pp2_vpp2_overlap", 4, parallel(pp=2, vpp=2) | OVERLAP | SINGLES, bucket_elements=5000),
     TrainRow("kl_tp2_pp2", 4, parallel(tp=2, pp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL),
     TrainRow("kl_tp2_cp2", 4, parallel(tp=2, cp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL),
+    TrainRow("yarn_cp2_tp2_sp", 4, parallel(cp=2, tp=2), model="base_yarn"),
     # eight ranks: everything at once
     TrainRow("dp2_tp2_pp2", 8, parallel(tp=2, pp=2) | SINGLES),
     # negative controls
@@ -219,16 +223,18 @@ class LogitsRow:
     overrides: dict[str, Any] = field(default_factory=dict)
     bound: float = 1e-5
     sabotage: str | None = None
+    rope: dict[str, Any] | None = None  # model.rope; transformers reads the config.json that it gives
 
     @property
     def name(self) -> str:
         layout = "_".join(f"{key.removeprefix('parallel.')}{value}" for key, value in self.overrides.items())
-        return "-".join(filter(None, ["logits", self.model, layout or "single", self.sabotage]))
+        rope = None if self.rope is None else "_".join(f"{key}{value}" for key, value in self.rope.items())
+        return "-".join(filter(None, ["logits", self.model, layout or "single", rope, self.sabotage]))
 
 
 FAMILY_MODELS = (
-    "qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "llama2", "llama_tied", "llama3_rope", "mistral", "mistral_tied",
-    "odd_vocab",
+    "qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "llama2", "llama_tied", "llama3_rope", "qwen2_yarn",
+    "llama_tied_yarn", "mistral", "mistral_tied", "odd_vocab",
 )  # fmt: skip
 
 LOGITS_ROWS: tuple[LogitsRow, ...] = (
@@ -242,4 +248,10 @@ LOGITS_ROWS: tuple[LogitsRow, ...] = (
     LogitsRow("qwen2", 1, sabotage="gate_and_up_swapped"),
     LogitsRow("qwen2", 1, sabotage="wrong_rope_base"),
     LogitsRow("llama3_rope", 1, sabotage="no_rope_scaling"),
+    LogitsRow("qwen2_yarn", 1, sabotage="no_rope_scaling"),
+    LogitsRow("llama_tied_yarn", 1, sabotage="yarn_without_attention_factor"),
+    LogitsRow("qwen2", 1, rope=ABF),
+    LogitsRow("qwen3", 1, rope=YARN),
+    LogitsRow("llama3_rope", 1, rope=ABF),
+    LogitsRow("qwen2", 1, rope=ABF, sabotage="wrong_rope_base"),
 )

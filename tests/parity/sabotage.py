@@ -176,6 +176,11 @@ def no_rope_scaling() -> Any:
     return _other_architecture(rope_scaling=None)
 
 
+def yarn_without_attention_factor() -> Any:
+    original = build._yarn
+    return mock.patch.object(build, "_yarn", lambda arch: original(arch) | {"yarn_mscale": 0.0})
+
+
 def _other_architecture(**changes: Any) -> Any:
     original = build._build_chunk
     return mock.patch.object(
@@ -234,5 +239,6 @@ SABOTAGES = {
         gate_and_up_swapped,
         wrong_rope_base,
         no_rope_scaling,
+        yarn_without_attention_factor,
     )
 }

@@ -42,6 +42,9 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 2.0,  # not Llama's own 4.0, which Megatron-Core has built in
     "original_max_position_embeddings": 32,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 20000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_YARN_IN_FULL = _YARN | {"factor": 8.0, "original_max_position_embeddings": 32, "attention_factor": 1.4}
+_YARN_IN_FULL |= {"beta_fast": 8.0, "beta_slow": 0.5, "truncate": False}
 _NARROW = {"hidden_size": 32, "intermediate_size": 64}
 # name -> (family, what differs from _SIZES)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,6 +70,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "reference": ("qwen2", _NARROW),
     "reference_odd_vocab": ("llama", {"vocab_size": 515}),
     "reference_tied": ("qwen3", {**_NARROW, "head_dim": 16, "tie_word_embeddings": True}),
+    # positions that were stretched
+    "base_yarn": ("qwen2", {**_NARROW, "rope_parameters": _YARN}),
+    "qwen2_yarn": ("qwen2", {"rope_parameters": _YARN}),
+    "llama_tied_yarn": ("llama", {"rope_parameters": _YARN_IN_FULL, "tie_word_embeddings": True}),
 }
 
 

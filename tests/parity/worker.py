@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
@@ -23,7 +24,8 @@ adapt_megatron_core_to_cpu()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
-from megatron_cpt.architecture.families import read_architecture  # noqa: E402
+from megatron_cpt.architecture.families import read_architecture, read_config  # noqa: E402
+from megatron_cpt.architecture.rope import with_rope  # noqa: E402
 from megatron_cpt.config.derive import derive  # noqa: E402
 from megatron_cpt.config.load import build_config  # noqa: E402
 from megatron_cpt.config.sections.forgetting import EwcConfig, ForgettingConfig, KlConfig  # noqa: E402
@@ -70,6 +72,8 @@ def config_of(row: TrainRow | LogitsRow, models_dir: Path) -> Any:
         **BASE_PRECISION,
         **row.overrides,
     }
+    if isinstance(row, LogitsRow) and row.rope is not None:
+        base["model.rope"] = row.rope
     tree: dict[str, Any] = {}
     for key, value in base.items():
         section, _, name = key.partition(".")
@@ -189,7 +193,7 @@ def run_logits(row: LogitsRow, models_dir: Path) -> dict[str, Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     config = config_of(row, models_dir)
-    arch = read_architecture(models_dir / row.model)
+    arch = read_architecture(models_dir / row.model, config.model.rope_change)
     derive(config, arch)
     init_parallel_groups(config)
     with SABOTAGES[row.sabotage]() if row.sabotage else contextlib.nullcontext():
@@ -214,10 +218,20 @@ def run_logits(row: LogitsRow, models_dir: Path) -> dict[str, Any]:
     if parallel_state.is_pipeline_last_stage():
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(outputs[0])[..., : arch.vocab_size]
         with torch.no_grad():
-            reference = hf_model(row.model, seed=list(MODELS).index(row.model))(tokens).logits
+            reference = _in_transformers(row, config, models_dir)(tokens).logits
         difference = (logits - reference.to(state.device)).abs().max().view(1)
     torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX)
     return {"difference": difference.item()}
+
+
+def _in_transformers(row: LogitsRow, config: Any, models_dir: Path) -> torch.nn.Module:
+    model = hf_model(row.model, seed=list(MODELS).index(row.model))
+    if row.rope is None:
+        return model
+    changed = AutoConfig.for_model(**with_rope(read_config(models_dir / row.model), config.model.rope_change))
+    stretched = type(model)(changed).float().eval()
+    stretched.load_state_dict(model.state_dict())
+    return stretched
 
 
 def run_damaged_load(models_dir: Path) -> dict[str, Any]:

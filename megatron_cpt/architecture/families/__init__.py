@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.families import llama, mistral, qwen2, qwen3
 from megatron_cpt.architecture.families.family import Config, Family, build_architecture, named_dtype
+from megatron_cpt.architecture.rope import RopeChange, with_rope
 from megatron_cpt.errors import ConversionError
 
 FAMILIES: dict[str, Family] = {
@@ -52,14 +53,17 @@ def read_config(model_dir: Path) -> Config:
     return config
 
 
-def read_architecture(model_dir: Path) -> Architecture:
-    """Facts of the model in a Hugging Face directory; the dtype is read from the weights if need be."""
+def read_architecture(model_dir: Path, rope: RopeChange | None = None) -> Architecture:
+    """Facts of the model in a Hugging Face directory; the dtype is read from the weights if need be.
+
+    `rope`: other rotary positions than its config.json says.
+    """
     config = read_config(model_dir)
     if named_dtype(config) is None:
         dtype = _dtype_of_weights(model_dir)
         config = config | ({"dtype": dtype} if dtype else {})
     try:
-        return architecture_from_config(config)
+        return architecture_from_config(with_rope(config, rope))
     except ConversionError as error:  # its sentences begin with config.json: say which
         named = error.message.replace("config.json", str(model_dir / "config.json"), 1)
         raise ConversionError(named, hint=error.hint) from error

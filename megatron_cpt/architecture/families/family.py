@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling
+from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.architecture.rope import rope_facts
 from megatron_cpt.errors import ConversionError
 
 Kind = Literal["plain", "qkv", "gated", "vocab"]
@@ -19,7 +20,6 @@ Split = Literal["rows", "columns"]
 Config = dict[str, Any]  # the content of a config.json
 
 DTYPES = ("bfloat16", "float16", "float32")
-DEFAULT_ROPE_THETA = 10000.0  # of transformers, for every family
 
 
 @dataclass(frozen=True)
@@ -132,39 +132,6 @@ def refuse(config: Config, key: str, because: str) -> None:
             f"config.json asks for {key} = {config[key]!r}: {because}",
             hint="this model cannot be converted without changing what it computes",
         )
-
-
-def rope_facts(config: Config) -> tuple[float, Llama3RopeScaling | None]:
-    """Rotary base and scaling, with the precedence of transformers 5.
-
-    `rope_scaling`, where it says anything, replaces `rope_parameters` as a whole; a base inside either wins over
-    `rope_theta` beside it.
-    """
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(scaling, dict):
-        raise ConversionError(f"config.json says rope_scaling {scaling!r}: not an object", hint="fetch it again")
-    if any(isinstance(value, dict) for value in scaling.values()):
-        raise ConversionError("config.json gives different rope_parameters per layer type: not supported")
-    theta = scaling["rope_theta"] if "rope_theta" in scaling else config.get("rope_theta", DEFAULT_ROPE_THETA)
-    if theta is None or isinstance(theta, bool) or not float(theta) > 0:
-        raise ConversionError(f"config.json says rope_theta = {theta}: not above 0", hint="fetch it again")
-    for place in (scaling, config):
-        if place.get("partial_rotary_factor") not in (None, 1):
-            factor = place["partial_rotary_factor"]
-            raise ConversionError(f"config.json asks for partial_rotary_factor = {factor}: not supported")
-    kind = scaling["rope_type"] if "rope_type" in scaling else scaling.get("type", "default")
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise ConversionError(
-            f"config.json asks for rope scaling {kind!r}: only 'default' and 'llama3' are supported",
-            hint="if the model was trained without it, remove the entry from config.json",
-        )
-    numbers = ("factor", "low_freq_factor", "high_freq_factor")
-    return float(theta), Llama3RopeScaling(
-        **{key: float(require(scaling, key)) for key in numbers},
-        original_max_position_embeddings=int(require(scaling, "original_max_position_embeddings")),
-    )
 
 
 def qwen_sliding_window(config: Config) -> int | None:

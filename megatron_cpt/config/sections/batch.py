@@ -110,12 +110,12 @@ def _ramp_problems(batch: BatchConfig, parallel: ParallelConfig) -> Iterator[Pro
 
 def _length_problems(seq_length: int, arch: Architecture) -> Iterator[Problem]:
     """Rules that tie the length of a sequence, in tokens, to the model."""
-    if seq_length > arch.max_position_embeddings:
+    if seq_length > arch.positions:
         yield Problem(
             "batch.seq_length",
             seq_length,
-            f"exceeds the model's {arch.max_position_embeddings:,} positions",
-            f"at most {arch.max_position_embeddings}",
+            f"exceeds the model's {arch.positions:,} positions",
+            f"at most {arch.positions}, or model.rope for more",
         )
     yield from sliding_window_problems(seq_length, arch)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling
+from megatron_cpt.architecture.facts import Architecture, Llama3RopeScaling, YarnRopeScaling
 from megatron_cpt.architecture.families import FAMILIES, architecture_from_config, read_architecture
 from megatron_cpt.errors import ConversionError
 
@@ -36,6 +36,10 @@ ROPES: list[Any] = [
     {"rope_type": "default", "partial_rotary_factor": 0.5},
     {"rope_type": "default", "partial_rotary_factor": 1.0, "rope_theta": 1e6},
     {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 5e5, "mscale": 2.0},
+    {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 32, "mscale": 2.0, "mscale_all_dim": 0.7},
+    {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 64, "attention_factor": 1.5, "beta_fast": 9},
+    {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 64, "truncate": False, "beta_slow": 0.5},
 ]
 KEYS: dict[str, list[Any]] = {
     "rope_scaling": ROPES,
@@ -81,6 +85,7 @@ def random_config(draw: random.Random) -> dict[str, Any]:
 def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any] | None:
     """The facts by our names; None when transformers refuses the config."""
     from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     read_config = copy.deepcopy(config)
     try:
@@ -102,6 +107,16 @@ def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any] | None:
                 for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
             }
         )
+    if rope["rope_type"] == "yarn":
+        read.head_dim = head_dim  # where config.json says null
+        scaling = YarnRopeScaling(
+            factor=rope["factor"],
+            original_max_position_embeddings=rope["original_max_position_embeddings"],
+            beta_fast=rope.get("beta_fast") or 32,
+            beta_slow=rope.get("beta_slow") or 1,
+            attention_factor=ROPE_INIT_FUNCTIONS["yarn"](read, "cpu")[1],
+            truncate=rope.get("truncate", True),
+        )
     facts = {
         "num_layers": read.num_hidden_layers,
         "hidden_size": read.hidden_size,
@@ -119,7 +134,7 @@ def as_transformers_reads(config: dict[str, Any]) -> dict[str, Any] | None:
     }
     if read.dtype is not None:
         facts["dtype"] = str(read.dtype).removeprefix("torch.")
-    changes = rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) not in (
+    changes = rope["rope_type"] not in ("default", "llama3", "yarn") or rope.get("partial_rotary_factor", 1.0) not in (
         None,
         1.0,
     )

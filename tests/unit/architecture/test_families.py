@@ -71,7 +71,7 @@ def test_sliding_window(family: str, changes: dict[str, Any], window: int | None
         ("llama", {"model_type": "gpt2"}, "model_type"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
-        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "per layer type"),

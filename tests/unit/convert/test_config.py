@@ -30,6 +30,7 @@ from tests.unit.convert.test_foreign import global_tensors, stacked, write_legac
 from tests.unit.convert.tiny_checkpoints import assert_same_weights, write_hf
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3["original_max_position_embeddings"] = 8192
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
@@ -340,6 +341,26 @@ def test_a_scaling_with_other_constants_survives_its_way_through_args(tmp_path: 
     convert(open_checkpoint(hf), tmp_path / "ckpt", Options(to="torch_dist"))
     shutil.rmtree(tmp_path / "ckpt" / "hf")
     assert open_checkpoint(tmp_path / "ckpt").arch == read_architecture(hf)
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_factor": 1.3, "beta_fast": 8.0, "truncate": False}])
+def test_yarn_survives_its_way_through_args(tmp_path: Path, more: dict[str, Any]) -> None:
+    hf = write_hf(tmp_path / "base", "qwen2", rope_scaling=YARN | more)
+    convert(open_checkpoint(hf), tmp_path / "ckpt", Options(to="torch_dist"))
+    shutil.rmtree(tmp_path / "ckpt" / "hf")
+    assert open_checkpoint(tmp_path / "ckpt").arch == read_architecture(hf)
+
+
+def test_yarn_on_one_side_only_is_refused() -> None:
+    plain, stretched = (architecture_from_config(LLAMA_CONFIG | more) for more in ({}, {"rope_scaling": YARN}))
+    fields = vars(megatron_args(stretched, {"x": "bfloat16"}, 1, 1, None, 7))
+    check([StoredModel(Path("common.pt"), fields)], stretched)
+    with pytest.raises(ConversionError, match="position_embedding_type = 'yarn'"):
+        check([StoredModel(Path("common.pt"), fields)], plain)
+    with pytest.raises(ConversionError, match="position_embedding_type = 'rope'"):
+        check([StoredModel(Path("common.pt"), {"position_embedding_type": "rope"})], stretched)
+    with pytest.raises(MismatchError, match="rope_scaling"):
+        check([StoredModel(Path("common.pt"), fields | {"yarn_beta_fast": 16.0})], stretched)
 
 
 def test_a_field_that_is_not_on_the_list_is_named_in_the_receipt(

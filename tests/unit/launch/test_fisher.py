@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     write_model(tmp_path / "model")
     write_model(tmp_path / "other", seed=1)
     write_dataset(tmp_path / "data", random_documents(60, 128, 1))
-    identity = base_identity(tmp_path / "model", resolve_origin(str(tmp_path / "model")), 1234)
+    identity = base_identity(build_config(tiny_run(tmp_path)), resolve_origin(str(tmp_path / "model")))
     (tmp_path / "fisher").mkdir()
     (tmp_path / "fisher" / "__0_0.distcp").write_bytes(b"12345")
     record = FisherRecord(dataclasses.asdict(identity), "data", "", 4, 256, 64, 1234, "", {}, {"__0_0.distcp": 5})

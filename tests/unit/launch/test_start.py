@@ -77,6 +77,29 @@ def test_a_moved_base_continues_and_another_content_at_the_same_path_does_not(in
     assert json.loads((accepted.folder.hf / "config.json").read_text())["rope_theta"] == 10000.0  # the run's own
 
 
+def test_the_runs_own_copy_of_the_model_has_its_positions(inputs: Path) -> None:
+    before = json.loads((inputs / "model" / "config.json").read_text())
+    longer = {"model": {"rope": {"yarn_factor": 4}}, "batch": {"seq_length": 1024, "global_batch_size": 2}}
+    run = start(inputs, **longer)
+    save(run)
+    own = json.loads((run.folder.hf / "config.json").read_text())
+    assert own["max_position_embeddings"] == 4 * before["max_position_embeddings"] == run.checked.arch.positions
+    assert own["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    assert json.loads((inputs / "model" / "config.json").read_text()) == before
+    assert start(inputs, **longer).checked.arch == run.checked.arch  # from its own copy
+    with pytest.raises(CheckpointError, match="holds another run") as caught:
+        start(inputs, **longer | {"model": {"rope": {"theta": 1e6, "max_position_embeddings": 2048}}})
+    assert "model: rope_scaling" in caught.value.message
+
+
+def test_a_sequence_beyond_the_models_positions_needs_a_rope_that_says_so(inputs: Path) -> None:
+    with pytest.raises(ConfigError, match="exceeds the model's 512 positions") as caught:
+        start(inputs, batch={"seq_length": 1024, "global_batch_size": 2})
+    assert "model.rope" in str(caught.value)
+    with pytest.raises(ConfigError, match="exceeds the model's 768 positions"):
+        start(inputs, batch={"seq_length": 1024, "global_batch_size": 2}, model={"rope": {"yarn_factor": 1.5}})
+
+
 @pytest.mark.parametrize("with_identity", [True, False])
 def test_another_architecture_of_the_same_sizes_is_named(with_identity: bool, inputs: Path) -> None:
     run = start(inputs)
