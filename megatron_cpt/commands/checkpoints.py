@@ -66,7 +66,7 @@ def checkpoints(
 
 def _retention(folder: RunFolder, keep_last: int | None, keep_every: str | None) -> Retention:
     """The run's own retention, with what the flags replace."""
-    retention = Retention.from_config(read_resolved(folder).checkpoint)
+    retention = Retention.from_config(read_resolved(folder))
     if keep_last is not None:
         retention = replace(retention, keep_last=keep_last)
     if keep_every is not None:
@@ -101,7 +101,9 @@ def _retention_text(retention: Retention, keep_last: int | None, keep_every: str
     tokens = "none" if every is None else f"{every:,} tokens"
     return (
         f"kept: the newest {retention.keep_last} ({_source(keep_last, '--keep-last')}), "
-        f"one every: {tokens} ({_source(keep_every, '--keep-every')}), and the best"
+        f"one every: {tokens} ({_source(keep_every, '--keep-every')}), "
+        + (f"one at the end of each of {len(retention.phase_ends)} phases, " if retention.phase_ends else "")
+        + "and the best"
     )
 
 

@@ -10,15 +10,13 @@ from typing import Any
 import click
 
 from megatron_cpt.config.load import load_config
-from megatron_cpt.config.mix import shares_at
-from megatron_cpt.config.phase import Phase, phase_at
+from megatron_cpt.config.phases import draw_rates, phase_at, sample_rates
 from megatron_cpt.launch.survey import raise_findings, survey
 from megatron_cpt.planner.hardware import DEFAULT, find_hardware, known_hardware
 from megatron_cpt.planner.page import plan_page, search_page
 from megatron_cpt.planner.pictures import Course, write_picture
 from megatron_cpt.planner.plan import Plan, blocking_findings, make_plan, plan_json
 from megatron_cpt.planner.search import search, search_json
-from megatron_cpt.train.schedule import draw_schedule, sample_schedule
 
 
 @click.command()
@@ -75,7 +73,7 @@ def plan(
     made = make_plan(survey(config, str(config_path)), gpu, price_per_gpu_hour)
     raise_findings(blocking_findings(made, strict=strict and not searches), str(config_path))
     found = search(config, made.survey.arch, gpu, gpus) if searches else None
-    page = plan_page(made, draw_schedule(_phase(made)))
+    page = plan_page(made, draw_rates(made.survey.config, made.survey.ledger.tokens))
     if picture is not None:
         write_picture(made, _course(made), page, picture)
     if as_json:
@@ -86,19 +84,18 @@ def plan(
             click.echo(f"wrote {picture}")
 
 
-def _phase(plan: Plan) -> Phase:
-    return phase_at(plan.survey.config, plan.survey.ledger.tokens)
+def _rates(plan: Plan, points: int) -> list[tuple[int, float]]:
+    return sample_rates(plan.survey.config, plan.survey.ledger.tokens, points)
 
 
 def _course(plan: Plan) -> Course:
-    phase, size = _phase(plan), plan.survey.config.batch.size
-    samples = sample_schedule(phase, 401)
+    config, samples, sources = plan.survey.config, _rates(plan, 401), plan.survey.sources
     return Course(
         [tokens for tokens, _ in samples],
         [rate for _, rate in samples],
-        [size.at(tokens) for tokens, _ in samples],
-        shares_at(phase.mix, plan.survey.ledger.tokens),
-        shares_at(phase.mix, phase.end_tokens),
+        [phase_at(config, tokens).batch_size.at(tokens) for tokens, _ in samples],
+        {source.name: source.first_share for source in sources},
+        {source.name: source.last_share for source in sources},
     )
 
 
@@ -110,7 +107,7 @@ def _contract(plan: Plan) -> dict[str, Any]:
         "run_dir": config.folder,
         **{key: value for key, value in dataclasses.asdict(derived).items() if key != "notes"},
         "architecture": dataclasses.asdict(plan.survey.arch),
-        "learning_rates": [{"consumed_tokens": tokens, "lr": lr} for tokens, lr in sample_schedule(_phase(plan), 21)],
+        "learning_rates": [{"consumed_tokens": tokens, "lr": lr} for tokens, lr in _rates(plan, 21)],
         **plan_json(plan),
         "config": config.model_dump(mode="json"),
     }

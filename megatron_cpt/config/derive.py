@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.config.phases import phase_problems
 from megatron_cpt.config.problems import Problem, raise_problems
 from megatron_cpt.config.run_config import RunConfig
 
@@ -67,7 +68,7 @@ def derive(config: RunConfig, arch: Architecture | None = None, origin: str = "c
 def broken_rules(config: RunConfig, arch: Architecture | None = None) -> list[Problem]:
     """Return every rule across the fields that `config` breaks, those of the model where `arch` is known."""
     run = config.sections
-    return [problem for section in run for problem in section.problems(run, arch)]
+    return [*(problem for section in run for problem in section.problems(run, arch)), *phase_problems(config)]
 
 
 def _notes(config: RunConfig) -> Iterator[str]:

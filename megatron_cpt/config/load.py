@@ -88,7 +88,7 @@ def validate(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> tuple[Run
     for override in overrides:
         _apply_override(tree, override, problems)
     try:
-        return RunConfig.model_validate(tree), problems
+        return RunConfig.model_validate(tree).with_phase_sum(), problems
     except pydantic.ValidationError as error:
         return None, problems + recognised(field_problems(error, known_paths()), frozenset(known_paths()))
 

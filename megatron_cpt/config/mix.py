@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 
@@ -26,8 +26,20 @@ class MixPiece:
 
 def shares_at(mix: tuple[MixPiece, ...], tokens: int) -> dict[str, float]:
     """Return each source's share at `tokens`, counted as the pieces count."""
-    piece = next(piece for piece in reversed(mix) if piece.start_tokens <= tokens)
+    piece = next((piece for piece in reversed(mix) if piece.start_tokens <= tokens), mix[0])
     return piece.shares_at(tokens)
+
+
+def beginning_at(mix: Iterable[MixPiece], tokens: int) -> tuple[MixPiece, ...]:
+    """Return the pieces as they are when their count begins at `tokens` of the run."""
+    return tuple(
+        replace(
+            piece,
+            start_tokens=piece.start_tokens + tokens,
+            end_tokens=None if piece.end_tokens is None else piece.end_tokens + tokens,
+        )
+        for piece in mix
+    )
 
 
 def written(number: float) -> Fraction:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.phase import Phase
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.blend import Blend
 from megatron_cpt.data.datasets import Datasets, SourcePlan
@@ -39,43 +39,46 @@ class StepPlan:
 
     samples: tuple[Sample, ...]
     ledger: Ledger
+    seq_length: int
+    shares: dict[str, float]  # of each source, as the blend says in the middle of the step
 
 
 class BatchStream:
     """Reads samples. It has no position of its own: everything follows from the ledger it is handed."""
 
-    def __init__(
-        self, blend: Blend, streams: dict[str, EpochStream], seq_length: int, *, documents_apart: bool = False
-    ) -> None:
-        self.blend = blend
+    def __init__(self, streams: dict[str, EpochStream], *, documents_apart: bool = False) -> None:
         self.documents_apart = documents_apart
         self.streams = streams
-        self.seq_length = seq_length
+        self._blend: Blend | None = None
 
-    def plan_step(self, ledger: Ledger, global_batch_size: int) -> StepPlan:
-        """The next `global_batch_size` samples after `ledger`."""
+    def plan_step(self, ledger: Ledger, phase: Phase) -> StepPlan:
+        """The samples of the next step after `ledger`, in `phase`."""
+        if self._blend is None or self._blend.mix != phase.mix:
+            self._blend = Blend(phase.mix)
+        blend, length, count = self._blend, phase.seq_length, phase.batch_size.at(ledger.tokens)
+        ledger = ledger.in_blend(blend.key)
         drawn: Counter[str] = Counter()
         samples = []
-        ledger = ledger.in_blend(self.blend.key)
-        for number, source in enumerate(self.blend.draw(ledger, global_batch_size, self.seq_length), ledger.samples):
-            samples.append(Sample(number, source, ledger.sources[source].tokens + drawn[source] * self.seq_length))
+        for number, source in enumerate(blend.draw(ledger, count, length), ledger.samples):
+            samples.append(Sample(number, source, ledger.sources[source].tokens + drawn[source] * length))
             drawn[source] += 1
-        return StepPlan(tuple(samples), ledger.advanced(drawn, self.seq_length))
+        shares = blend.shares_at(ledger.tokens + count * length // 2)
+        return StepPlan(tuple(samples), ledger.advanced(drawn, length), length, shares)
 
     def micro_batches(self, plan: StepPlan, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[MicroBatch]:
         """This data-parallel rank's share of the step, in order."""
         for start in range(dp_rank * micro_batch_size, len(plan.samples), micro_batch_size * dp_size):
-            yield self._read(plan.samples[start : start + micro_batch_size])
+            yield self._read(plan.samples[start : start + micro_batch_size], plan.seq_length)
 
-    def _read(self, samples: tuple[Sample, ...]) -> MicroBatch:
-        pairs = [self.streams[s.source].read(s.offset_tokens, self.seq_length) for s in samples]
+    def _read(self, samples: tuple[Sample, ...], seq_length: int) -> MicroBatch:
+        pairs = [self.streams[s.source].read(s.offset_tokens, seq_length) for s in samples]
         tokens = torch.stack([tokens for tokens, _ in pairs])
         names = list(self.streams)
         batch: MicroBatch = {
             "tokens": tokens,
             "labels": torch.stack([labels for _, labels in pairs]),
             "loss_mask": torch.ones(tokens.shape, dtype=torch.float32),
-            "position_ids": torch.arange(self.seq_length).expand(len(samples), -1).contiguous(),
+            "position_ids": torch.arange(seq_length).expand(len(samples), -1).contiguous(),
             "source": torch.tensor([names.index(sample.source) for sample in samples]),
         }
         if self.documents_apart:
@@ -90,7 +93,7 @@ class BatchStream:
                 "sample": sample.number,
                 "source": sample.source,
                 "position_tokens": sample.offset_tokens,
-                "documents": self.streams[sample.source].documents(sample.offset_tokens, self.seq_length),
+                "documents": self.streams[sample.source].documents(sample.offset_tokens, plan.seq_length),
             }
             for sample in plan.samples
         ]
@@ -106,8 +109,7 @@ def open_batches(
     }
     # From the first epoch on: the run may have to fall back to an older checkpoint than the one it was planned from.
     build_indices([(streams[plan.name], _last_epoch(plan) + 1) for plan in plans], cache_dir)
-    blend, apart = Blend(phase_at(config, ledger.tokens).mix), config.model.document_attention
-    return BatchStream(blend, streams, config.batch.seq_length, documents_apart=apart)
+    return BatchStream(streams, documents_apart=config.model.document_attention)
 
 
 def _last_epoch(plan: SourcePlan) -> int:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from megatron_cpt.architecture.facts import Architecture
-from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.phases import phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest, manifest_hash, read_manifest
@@ -234,13 +233,20 @@ def _sequences_lie_in_order(reader: IndexedReader, chunk: int = 1 << 20) -> bool
 
 
 def needed_tokens(config: RunConfig, ledger: Ledger) -> dict[str, int]:
-    """Return the tokens that each source gives from `ledger` to the end of the budget, to within one sample."""
-    phase, seq_length = phase_at(config, ledger.tokens), config.batch.seq_length
-    due = Blend(phase.mix).due_tokens(ledger, phase.end_tokens)
-    return {
-        source.name: max(0, round(due.get(source.name, Fraction(0)) / seq_length)) * seq_length
-        for source in config.data.train
-    }
+    """Return the tokens that each source gives from `ledger` to the end of the budget, to within a step a phase."""
+    needed = dict.fromkeys((source.name for source in config.data.train), 0)
+    end, standing = config.steps(ledger.tokens).train_tokens, ledger
+    while standing.tokens < end:
+        phase = phase_at(config, standing.tokens)
+        blend = Blend(phase.mix)
+        samples = {
+            name: max(0, round(due / phase.seq_length))
+            for name, due in blend.due_tokens(standing, phase.end_tokens).items()
+        }
+        for name, count in samples.items():
+            needed[name] += count * phase.seq_length
+        standing = replace(standing.in_blend(blend.key).advanced(samples, phase.seq_length), tokens=phase.end_tokens)
+    return needed
 
 
 def plan_sources(config: RunConfig, datasets: Datasets, ledger: Ledger) -> tuple[SourcePlan, ...]:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.phases import phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.doctor.check import Check
 from megatron_cpt.errors import CptError
@@ -112,7 +112,7 @@ def _first_loss(run: PreparedRun) -> Check:
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(config.data.cache_dir or folder)
         batches = open_batches(config, run.checked.datasets, run.ledger, run.plans, cache)
-        step = batches.plan_step(run.ledger, phase_at(config).batch_size.at(0))
+        step = batches.plan_step(run.ledger, phase_at(config))
         rank, size = parallel_state.get_data_parallel_rank(), run.checked.derived.data_parallel_size
         batch = next(batches.micro_batches(step, config.batch.micro_batch_size, rank, size))
     loss = check_start(state, batch, run.checked.origin)

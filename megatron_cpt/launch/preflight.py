@@ -16,6 +16,7 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.data.datasets import Datasets, check_datasets
 from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.data.phase_budgets import with_token_budgets
 from megatron_cpt.errors import CheckpointError, ConfigError, ConversionError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
@@ -51,6 +52,7 @@ def check_run(config: RunConfig, named: str) -> CheckedRun:
     refuse_broken_environment()
     check_engine()
     refuse_missing_trackers(config)
+    config = with_token_budgets(config)
     origin, folder = resolve_origin(config.model.init_from), model_dir(config)
     refuse_instruct_model(config, folder)
     arch = run_architecture(config)

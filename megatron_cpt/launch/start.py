@@ -83,7 +83,7 @@ def load_run(config: RunConfig, named: str) -> PreparedRun:
     """
     checked = check_run(config, named)
     ledger = standing_ledger(checked)
-    return PreparedRun(checked, ledger, plan_sources(config, checked.datasets, ledger))
+    return PreparedRun(checked, ledger, plan_sources(checked.config, checked.datasets, ledger))
 
 
 def load_prepared(folder: RunFolder) -> PreparedRun:
@@ -112,7 +112,7 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
     check_fisher(run.checked)
     check_free_space(run.checked)
     fresh = not complete_checkpoints(folder.checkpoints)
-    create_run_folder(folder, config, run.checked.model_dir if fresh else None)
+    create_run_folder(folder, run.checked.config, run.checked.model_dir if fresh else None)
     if fresh:
         write_identity(folder, _identity(run.checked))
     record_attempt(folder, changes)

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.derive import Derived, derive
 from megatron_cpt.config.mix import shares_at
-from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.phases import phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.datasets import (
     Dataset,
@@ -28,6 +28,7 @@ from megatron_cpt.data.datasets import (
     plan_sources,
 )
 from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.data.phase_budgets import with_token_budgets
 from megatron_cpt.errors import ConfigError, CptError, UserError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
@@ -113,6 +114,8 @@ def survey(config: RunConfig, named: str) -> Survey:
     """
     findings = _Findings()
     _look_at_machine(config, findings)
+    with findings.of():
+        config = with_token_budgets(config)
     folder = model_dir(config)
     arch = run_architecture(config)
     with findings.of():

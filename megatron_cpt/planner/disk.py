@@ -42,4 +42,4 @@ def _kept(config: RunConfig, saves: int) -> int:
     """What the retention keeps, the best one, and the one being written."""
     checkpoint = config.checkpoint
     multiples = config.budget.train_tokens // checkpoint.keep_every if checkpoint.keep_every else 0
-    return min(saves, checkpoint.keep_last + multiples + (checkpoint.best_by is not None) + 1)
+    return min(saves, checkpoint.keep_last + multiples + len(config.phases) + (checkpoint.best_by is not None) + 1)

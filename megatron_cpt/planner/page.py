@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
+from megatron_cpt.config.learning_rate import learning_rate
+from megatron_cpt.config.mix import shares_at
+from megatron_cpt.config.phases import phase_at
 from megatron_cpt.launch.survey import SourceNeed
 from megatron_cpt.planner.memory import GIB
 from megatron_cpt.planner.plan import TIGHT, Plan
@@ -78,12 +81,33 @@ def _what(plan: Plan, schedule: str) -> Iterator[str]:
         f"{derived.gradient_accumulation_steps} micro-batches of {batch.micro_batch_size}",
     )
     yield _row("budget", f"{derived.train_tokens:,} tokens = {derived.train_iters:,} iterations")
+    yield from _phases(plan)
     if plan.survey.ledger.tokens:
         yield _row("trained so far", f"{plan.survey.ledger.tokens:,} tokens")
     yield _row("warm-up", f"{derived.warmup_tokens:,} tokens")
     yield _row("schedule", f"{config.schedule.kind}, lr {config.optimizer.lr:g} to {config.optimizer.min_lr:g}")
     yield _row("", schedule)
     yield _row("run folder", config.folder)
+
+
+def _phases(plan: Plan) -> Iterator[str]:
+    config, start = plan.survey.config, 0
+    for asked in config.phases:
+        phase = phase_at(config, start)
+        first, last = (shares_at(phase.mix, tokens) for tokens in (start, phase.end_tokens))
+        shares = ", ".join(
+            f"{name} {share:.0%}" + (f" to {last[name]:.0%}" if last[name] != share else "")
+            for name, share in first.items()
+            if share or last[name]
+        )
+        rates = [learning_rate(phase, tokens) for tokens in (start, phase.end_tokens)]
+        yield _row(
+            f"phase {phase.name}",
+            f"{start:,} to {phase.end_tokens:,} tokens, a step of {phase.batch_size.full} samples x {phase.seq_length} "
+            "tokens",
+        )
+        yield _row("", f"lr {rates[0]:.3g} to {rates[1]:.3g} ({asked.rate.course}); {shares or 'no data'}")
+        start = phase.end_tokens
 
 
 def _memory(plan: Plan) -> Iterator[str]:

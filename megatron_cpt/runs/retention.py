@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.config.sections.checkpoint import CheckpointConfig
+from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.runs.marker import Marker
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Kept: the newest, the first at or after each multiple of some tokens, and the best one by validation."""
+    """Kept: the newest, the first at or after each multiple of some tokens and each end of a phase, the best one."""
 
     keep_last: int
     keep_every_tokens: int | None = None
+    phase_ends: tuple[int, ...] = ()  # tokens of the run
 
     @classmethod
-    def from_config(cls, config: CheckpointConfig) -> Retention:
-        return cls(config.keep_last, config.keep_every)
+    def from_config(cls, config: RunConfig) -> Retention:
+        return cls(config.checkpoint.keep_last, config.checkpoint.keep_every, config.phase_ends)
 
     def removable(self, saved: Sequence[tuple[Path, Marker]], best_iteration: int | None) -> list[Path]:
         """Return those of `saved` (complete checkpoints, newest first) that need not stay."""
@@ -32,4 +33,6 @@ class Retention:
                 if multiple > 0 and multiple not in seen:
                     kept.add(path)
                 seen.add(multiple)
+        for end in self.phase_ends:
+            kept |= {path for path, _ in [saved_at for saved_at in saved if saved_at[1].consumed_tokens >= end][-1:]}
         return [path for path, _ in saved if path not in kept]

@@ -50,4 +50,8 @@ def _checkpoint_row(checkpoint: SavedCheckpoint, verify: bool, best: bool) -> di
 
 
 def retention_json(retention: Retention) -> dict[str, Any]:
-    return {"keep_last": retention.keep_last, "keep_every_tokens": retention.keep_every_tokens}
+    return {
+        "keep_last": retention.keep_last,
+        "keep_every_tokens": retention.keep_every_tokens,
+        "phase_ends": list(retention.phase_ends),
+    }

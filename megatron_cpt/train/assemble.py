@@ -122,12 +122,11 @@ def _shared_attempt(folder: RunFolder) -> int:
 
 def _open_reporter(job: CheckedRun, folder: RunFolder, attempt: int, ledger: Ledger) -> StepReporter:
     names = [dataset.name for dataset in job.datasets.train]
-    seq_length = job.config.batch.seq_length
     if dist.get_rank() != 0:
-        return StepReporter(trainable_of(job.config, job.arch), job.derived, seq_length, names, None, None)
+        return StepReporter(trainable_of(job.config, job.arch), job.derived, names, None, None)
     metrics = MetricsFile(folder.metrics, attempt, open_trackers(job.config, folder))
     view = ConsoleView(open_console(), job.derived.train_tokens, ledger.tokens)
-    return StepReporter(trainable_of(job.config, job.arch), job.derived, seq_length, names, metrics, view)
+    return StepReporter(trainable_of(job.config, job.arch), job.derived, names, metrics, view)
 
 
 def _first_line(job: CheckedRun, position: Position, checkpoint: Path | None) -> str:

@@ -90,7 +90,7 @@ class CheckpointManager:
         self.config = config
         self.lease = lease  # of rank 0
         self.root = folder.checkpoints
-        self._space = CheckpointSpace(folder.checkpoints, Retention.from_config(config.checkpoint), first_bytes)
+        self._space = CheckpointSpace(folder.checkpoints, Retention.from_config(config), first_bytes)
         self.attempt = attempt
         self.last_saved = -1  # iteration
         self._staging = None if torch.cuda.is_available() else Staging()

@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.config.derive import Derived
-from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.learning_rate import learning_rate
+from megatron_cpt.config.phases import phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.data.batches import BatchStream
 from megatron_cpt.data.validation import ValidationSet
@@ -24,7 +25,6 @@ from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.control import Control
 from megatron_cpt.train.metrics_rows import StepRecord, StepReporter
 from megatron_cpt.train.position import Position
-from megatron_cpt.train.schedule import learning_rate
 from megatron_cpt.train.start_checks import check_start
 from megatron_cpt.train.state import TrainState
 from megatron_cpt.train.step import evaluate_step, train_step
@@ -57,15 +57,19 @@ def train(run: LoopContext, position: Position) -> int:
     config, derived, state, failure = run.config, run.derived, run.state, run.config.failure
     micro, dp = config.batch.micro_batch_size, derived.data_parallel_size
     if position.iteration == 0:
-        first = run.batches.plan_step(position.ledger, phase_at(config).batch_size.at(0))
+        first = run.batches.plan_step(position.ledger, phase_at(config))
         check_start(state, next(run.batches.micro_batches(first, micro, run.dp_rank, dp)), run.origin)
         position = evaluate(run, position)
+    entered = ""
     while position.ledger.tokens < config.budget.train_tokens:  # whole steps from where the run stands
         run.watchdog.enter("step")
         clock = LapClock()
         before = position.ledger.tokens
         phase = phase_at(config, before)
-        plan = run.batches.plan_step(position.ledger, phase.batch_size.at(before))
+        if phase.name != entered:
+            entered = phase.name
+            run.report.event("phase", position, f"phase {entered}, to {phase.end_tokens:,} tokens", phase=entered)
+        plan = run.batches.plan_step(position.ledger, phase)
         micro_batches = list(run.batches.micro_batches(plan, micro, run.dp_rank, dp))
         clock.lap("data")
 
@@ -79,14 +83,13 @@ def train(run: LoopContext, position: Position) -> int:
 
         after = position.ledger.tokens
         passed = {"before_tokens": before, "after_tokens": after, "iteration": position.iteration}
-        last = after >= config.budget.train_tokens
+        last, phase_ends = after >= config.budget.train_tokens, after >= phase.end_tokens
         request = run.control.agree()
         finish_save(run, position)
         clock.lap("other")
 
         show = last or config.log.every.due(**passed)
-        shares = run.batches.blend.shares_at(round(middle))
-        run.report.step(StepRecord(position, result, lr, after - before, len(plan.samples), shares, clock, show))
+        run.report.step(StepRecord(position, result, lr, plan, phase.name, clock, show))
         if result.refused is not None:
             run.report.skipped(position, f"step skipped: {result.refused}", run.batches.documents(plan))
         if position.guard.must_roll_back(failure):
@@ -99,14 +102,19 @@ def train(run: LoopContext, position: Position) -> int:
             run.report.event("killed", position, text, reason=request.reason)
             return DO_NOT_RESTART
         best = False
-        if last or (config.eval.every is not None and config.eval.every.due(**passed)):
+        if phase_ends or (config.eval.every is not None and config.eval.every.due(**passed)):
             admitted = pass_gate(run, evaluate(run, position))
             if admitted is None:
                 return DO_NOT_RESTART
             position, best = admitted
         save_due = best or (config.checkpoint.save_every is not None and config.checkpoint.save_every.due(**passed))
-        if last or save_due or request.save or request.stop:
-            save(run, position, wait=last or request.stop)
+        stops = phase.stops and phase_ends
+        if phase_ends or save_due or request.save or request.stop:
+            save(run, position, wait=last or stops or request.stop)
+        if stops:
+            text = f"phase {phase.name} is done and saved; start again to begin the next one"
+            run.report.event("stopped", position, text, reason=f"the end of phase {phase.name}", by_person=True)
+            return STOPPED
         if request.stop and not last:
             text = f"stopping after {request.reason}; start again to continue"
             run.report.event("stopped", position, text, reason=request.reason, by_person=request.by_person)

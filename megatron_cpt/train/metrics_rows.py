@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from megatron_cpt.config.derive import Derived
 from megatron_cpt.config.trainable import Trainable
+from megatron_cpt.data.batches import StepPlan
 from megatron_cpt.train.clock import LapClock
 from megatron_cpt.train.console_view import ConsoleView
 from megatron_cpt.train.metrics import MetricsFile
@@ -28,9 +28,8 @@ class StepRecord:
     position: Position  # after the step
     result: StepResult
     lr: float
-    tokens: int
-    samples: int
-    scheduled_shares: Mapping[str, float]  # of each source, in the middle of the step
+    plan: StepPlan
+    phase: str  # its name, empty in a run without phases
     clock: LapClock
     show: bool  # whether its row is due; a skipped step is always shown
 
@@ -42,7 +41,6 @@ class StepReporter:
         self,
         trainable: Trainable,
         derived: Derived,
-        seq_length: int,
         source_names: list[str],
         metrics: MetricsFile | None,
         view: ConsoleView | None,
@@ -51,7 +49,7 @@ class StepReporter:
         self.source_names = source_names
         self.metrics = metrics
         self.view = view
-        self._flops = trainable.flops_per_token(seq_length)
+        self._trainable = trainable
         self._peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self._validated = ""  # name of the set that is measured now
         self._rate: float | None = None  # tokens per second, smoothed
@@ -59,7 +57,7 @@ class StepReporter:
     def step(self, record: StepRecord) -> None:
         result, position = record.result, record.position
         step_seconds = record.clock.total
-        rate = record.tokens / step_seconds
+        rate = len(record.plan.samples) * record.plan.seq_length / step_seconds
         self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
         if self.metrics is None or not (record.show or result.refused is not None):
             return
@@ -67,6 +65,7 @@ class StepReporter:
         row: dict[str, Any] = {
             "iteration": position.iteration,
             "consumed_tokens": position.ledger.tokens,
+            **({"phase": record.phase} if record.phase else {}),
             "loss": result.loss,
             "loss_by_source": {
                 name: loss / tokens
@@ -80,12 +79,12 @@ class StepReporter:
             "lr": record.lr,
             "grad_norm": result.grad_norm,
             "skipped": result.refused is not None,
-            "global_batch_size": record.samples,
+            "global_batch_size": len(record.plan.samples),
             "step_seconds": round(step_seconds, 4),
             **{f"{part}_seconds": seconds for part, seconds in record.clock.rounded().items()},
             "tokens_per_second": round(rate, 1),
             "tokens_per_second_per_gpu": round(rate / self.derived.world_size, 1),
-            "mfu": self._mfu(rate),
+            "mfu": self._mfu(rate, record.plan.seq_length),
             "peak_memory_gib": round(peak_memory_gib(), 3),
             "remaining_tokens": remaining,
             "eta_seconds": round(remaining / self._rate, 1),
@@ -102,7 +101,7 @@ class StepReporter:
         return {
             "tokens_by_source": read,
             "share_by_source": {name: round(tokens / whole, 6) for name, tokens in given.items()},
-            "scheduled_share_by_source": {name: round(share, 6) for name, share in record.scheduled_shares.items()},
+            "scheduled_share_by_source": {name: round(share, 6) for name, share in record.plan.shares.items()},
         }
 
     def validation(self, position: Position, name: str, loss: float, tokens: int, seconds: float) -> None:
@@ -149,10 +148,12 @@ class StepReporter:
         if self.metrics is not None:
             self.metrics.close()
 
-    def _mfu(self, tokens_per_second: float) -> float | None:
+    def _mfu(self, tokens_per_second: float, seq_length: int) -> float | None:
         if self._peak is None:
             return None
-        return round(tokens_per_second * self._flops / (self._peak * self.derived.world_size), 4)
+        return round(
+            tokens_per_second * self._trainable.flops_per_token(seq_length) / (self._peak * self.derived.world_size), 4
+        )
 
 
 def peak_memory_gib() -> float:

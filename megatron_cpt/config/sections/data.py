@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
@@ -78,16 +78,20 @@ class DataConfig(Section):
 
     def mix(self) -> tuple[MixPiece, ...]:
         """Return every source's share over the consumed tokens; the pieces follow on each other, the last for ever."""
-        if self.schedule is None:
-            domain = None if self.replay_ratio is None else 1 - written(self.replay_ratio)
+        return self.mix_of(self.replay_ratio, self.schedule)
+
+    def mix_of(self, replay_ratio: float | None, schedule: Curriculum | None) -> tuple[MixPiece, ...]:
+        """Return the shares of these sources under another ratio or schedule, whose tokens count from its beginning."""
+        if schedule is None:
+            domain = None if replay_ratio is None else 1 - written(replay_ratio)
             shares = normalised(self._weights(domain))
             return (MixPiece(0, None, shares, shares),)
-        points = [(point.tokens, normalised(self._point_weights(point))) for point in self.schedule.points]
+        points = [(point.tokens, normalised(self._point_weights(point))) for point in schedule.points]
         if points[0][0] > 0:
             points.insert(0, (0, points[0][1]))
         pieces = []
         for (start, first), (end, last) in pairwise(points):
-            pieces.append(MixPiece(start, end, first, last if self.schedule.shape == "linear" else first))
+            pieces.append(MixPiece(start, end, first, last if schedule.shape == "linear" else first))
         return (*pieces, MixPiece(points[-1][0], None, points[-1][1], points[-1][1]))
 
     def _point_weights(self, point: CurriculumPoint) -> dict[str, Fraction]:
@@ -108,17 +112,24 @@ class DataConfig(Section):
         names = [source.name for source in self.train]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield Problem("data.train", None, f"two sources are named {name!r}", "give each source its own name")
-        if self.replay_ratio is not None and self.schedule is not None:
+        yield from self.mix_problems("data", self.replay_ratio, self.schedule)
+
+    def mix_problems(self, path: str, replay_ratio: float | None, schedule: Curriculum | None) -> Iterator[Problem]:
+        """Yield what is wrong with a ratio or a schedule for these sources, under the keys of `path`."""
+        if replay_ratio is not None and schedule is not None:
             hint = "leave out one of them; a schedule says the share of the domain at each of its points"
-            yield Problem("data.replay_ratio", self.replay_ratio, "and data.schedule both say the blend", hint)
-        if self.replay_ratio is not None:
-            yield from self._role_problems("data.replay_ratio", 1 - self.replay_ratio)
-        for number, point in enumerate(self.schedule.points if self.schedule is not None else ()):
-            yield from self._point_problems(f"data.schedule.points.{number}", point)
-        for earlier, later in pairwise(self.schedule.points if self.schedule is not None else ()):
+            yield Problem(f"{path}.replay_ratio", replay_ratio, f"and {path}.schedule both say the blend", hint)
+        if replay_ratio is not None:
+            yield from self._role_problems(f"{path}.replay_ratio", 1 - replay_ratio)
+        points = schedule.points if schedule is not None else ()
+        for number, point in enumerate(points):
+            yield from self._point_problems(f"{path}.schedule.points.{number}", point)
+        for earlier, later in pairwise(points):
             if later.tokens <= earlier.tokens:
                 rule = f"a point at {later.tokens:,} tokens follows one at {earlier.tokens:,}"
-                yield Problem("data.schedule.points", None, rule, "list them in the order of their tokens, each once")
+                yield Problem(
+                    f"{path}.schedule.points", None, rule, "list them in the order of their tokens, each once"
+                )
 
     def _role_problems(self, path: str, domain: float) -> Iterator[Problem]:
         for role, share in (("domain", domain), ("replay", 1 - domain)):
@@ -132,9 +143,10 @@ class DataConfig(Section):
         elif point.domain is not None:
             yield from self._role_problems(f"{path}.domain", point.domain)
         else:
-            yield from self._share_problems(f"{path}.shares", point.shares or {})
+            yield from self.share_problems(f"{path}.shares", point.shares or {})
 
-    def _share_problems(self, path: str, shares: dict[str, float]) -> Iterator[Problem]:
+    def share_problems(self, path: str, shares: Mapping[str, float]) -> Iterator[Problem]:
+        """Yield what is wrong with shares by name, written at `path`."""
         names = [source.name for source in self.train]
         for unknown in (name for name in shares if name not in names):
             near = near_match(unknown, names)

@@ -11,7 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_cpt.budget import BatchSize
 from megatron_cpt.config.load import build_config
+from megatron_cpt.config.phases import phase_at
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.corpus.dataset.manifest import bin_path, manifest_hash, read_manifest
 from megatron_cpt.data.datasets import Dataset, Datasets, plan_sources
@@ -22,7 +24,7 @@ from tests.synthetic_data import EOD, random_documents, write_dataset
 
 adapt_megatron_core_to_cpu()
 
-from megatron_cpt.data.batches import BatchStream, open_batches  # noqa: E402
+from megatron_cpt.data.batches import BatchStream, StepPlan, open_batches  # noqa: E402
 from megatron_cpt.data.micro_batch import document_ids  # noqa: E402
 from megatron_cpt.data.validation import ValidationSet  # noqa: E402
 
@@ -51,11 +53,22 @@ def datasets_of(config: RunConfig) -> Datasets:
     return Datasets(tuple(one(s.name, s.prefix) for s in config.data.train), ())
 
 
-def open_run(config: RunConfig, folder: Path, ledger: Ledger | None = None) -> tuple[BatchStream, Ledger]:
+class Opened:
+    """The data of a run, whose steps have as many samples as a test says."""
+
+    def __init__(self, config: RunConfig, stream: BatchStream) -> None:
+        self.config, self.streams, self.micro_batches = config, stream.streams, stream.micro_batches
+        self.documents, self._plan = stream.documents, stream.plan_step
+
+    def plan_step(self, ledger: Ledger, samples: int) -> StepPlan:
+        return self._plan(ledger, replace(phase_at(self.config, ledger.tokens), batch_size=BatchSize(samples)))
+
+
+def open_run(config: RunConfig, folder: Path, ledger: Ledger | None = None) -> tuple[Opened, Ledger]:
     datasets = datasets_of(config)
     ledger = (ledger or Ledger()).with_sources(datasets.manifests(), config.batch.seq_length)
     plans = plan_sources(config, datasets, ledger)
-    return open_batches(config, datasets, ledger, plans, folder / "cache"), ledger
+    return Opened(config, open_batches(config, datasets, ledger, plans, folder / "cache")), ledger
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +79,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def consume(stream: BatchStream, ledger: Ledger, batches: list[int]) -> tuple[list[object], Ledger]:
+def consume(stream: Opened, ledger: Ledger, batches: list[int]) -> tuple[list[object], Ledger]:
     seen: list[object] = []
     for size in batches:
         plan = stream.plan_step(ledger, size)
@@ -291,7 +304,9 @@ def test_each_source_ends_its_documents_with_its_own_eod(data: Path, tmp_path: P
     other = replace(datasets.train[1], eod_id=3)
     ledger = Ledger().with_sources(datasets.manifests(), SEQ)
     datasets = Datasets((datasets.train[0], other), ())
-    stream = open_batches(config, datasets, ledger, plan_sources(config, datasets, ledger), tmp_path / "cache")
+    stream = Opened(
+        config, open_batches(config, datasets, ledger, plan_sources(config, datasets, ledger), tmp_path / "cache")
+    )
     seen = set()
     for batch in stream.micro_batches(stream.plan_step(ledger, 40), 4, 0, 1):
         for row, source in enumerate(batch["source"].tolist()):

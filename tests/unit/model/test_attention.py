@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from megatron_cpt.architecture.families import read_architecture
+from megatron_cpt.budget import BatchSize
+from megatron_cpt.config.phases import phase_at
 from megatron_cpt.corpus.dataset.manifest import read_manifest, write_manifest
 from megatron_cpt.data.batches import open_batches
 from megatron_cpt.data.datasets import check_datasets, plan_sources
@@ -106,7 +108,9 @@ def test_no_source_sees_an_earlier_document_whatever_its_eod(model_dir: Path, tm
     datasets = check_datasets(config, replace(arch, vocab_size=max(arch.vocab_size, 128)), tmp_path)
     ledger = Ledger().with_sources(datasets.manifests(), config.batch.seq_length)
     stream = open_batches(config, datasets, ledger, plan_sources(config, datasets, ledger), tmp_path / "cache")
-    (batch,) = stream.micro_batches(stream.plan_step(ledger, 8), 8, 0, 1)
+    (batch,) = stream.micro_batches(
+        stream.plan_step(ledger, replace(phase_at(config), batch_size=BatchSize(8))), 8, 0, 1
+    )
     model = build_model(config, arch)[0].eval()
     load_hf_weights([model], model_dir, arch)
 

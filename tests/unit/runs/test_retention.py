@@ -23,8 +23,9 @@ def test_the_newest_the_milestones_and_the_best_stay() -> None:
     assert kept(Retention(2, 300)) == [3, 6, 9, 10]
     assert kept(Retention(2, 250)) == [3, 5, 8, 9, 10]  # the first at or after each multiple
     assert kept(Retention(99)) == list(range(1, 11))
+    assert kept(Retention(1, phase_ends=(250, 700, 5000))) == [3, 7, 10]  # the first at or after each end
 
 
 def test_the_config_says_what_stays() -> None:
     raw = {"job_name": "t", "model": {"init_from": "m"}, "checkpoint": {"keep_last": 1, "keep_every": 500}}
-    assert Retention.from_config(build_config(raw).checkpoint) == Retention(1, 500)
+    assert Retention.from_config(build_config(raw)) == Retention(1, 500)

@@ -191,7 +191,7 @@ def test_prune_keeps_what_the_runs_own_config_keeps(tmp_path: Path, capsys: pyte
     code, out = call(capsys, "checkpoints", str(tmp_path), "--prune", "--json")
     found = json.loads(out)
     assert [row["iteration"] for row in found["checkpoints"]] == [2, 4, 5, 6]
-    assert found["retention"] == {"keep_last": 2, "keep_every_tokens": 2000}
+    assert found["retention"] == {"keep_last": 2, "keep_every_tokens": 2000, "phase_ends": []}
     code, out = call(capsys, "checkpoints", str(tmp_path), "--prune", "--keep-every", "none")
     assert code == 0 and "--keep-every instead of the run's config" in out
     assert out.count("removed") == 2

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.config.derive import derive
+from megatron_cpt.config.learning_rate import learning_rate
 from megatron_cpt.config.load import build_config
-from megatron_cpt.config.phase import phase_at
+from megatron_cpt.config.phases import draw_rates, phase_at, sample_rates
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
-from megatron_cpt.train.schedule import draw_schedule, learning_rate, sample_schedule
 
 TOTAL, WARMUP, LR, MIN = 1024 * 1000, 1024 * 100, 1e-4, 1e-5
 
@@ -168,6 +168,6 @@ def test_impossible_ramps_are_refused(first: int | None, tokens: int, parallel: 
 
 
 def test_the_drawing_shows_the_shape() -> None:
-    drawn = draw_schedule(phase_at(config("wsd", decay_tokens=TOTAL // 2)), columns=11)
+    drawn = draw_rates(config("wsd", decay_tokens=TOTAL // 2), 0, columns=11)
     assert drawn == " █████▇▅▄▂▁"
-    assert sample_schedule(phase_at(config("constant", warmup=0)), 3) == [(0, LR), (TOTAL // 2, LR), (TOTAL, LR)]
+    assert sample_rates(config("constant", warmup=0), 0, 3) == [(0, LR), (TOTAL // 2, LR), (TOTAL, LR)]

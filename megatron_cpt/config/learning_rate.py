@@ -33,7 +33,7 @@ def learning_rate(phase: Phase, consumed_tokens: float) -> float:
     t = consumed_tokens - schedule.start_tokens
     if t < warmup:
         return schedule.warmup_from_lr + (peak - schedule.warmup_from_lr) * max(0.0, t) / warmup
-    end = phase.end_tokens - schedule.start_tokens
+    end = phase.rate_end_tokens - schedule.start_tokens
     left = end - t  # tokens until the end; below 0 only past it
     decay = phase.decay_tokens
     match schedule.kind:
@@ -51,19 +51,6 @@ def learning_rate(phase: Phase, consumed_tokens: float) -> float:
                 return float(schedule.constant_lr * (floor / schedule.constant_lr) ** _share(decay - left, decay))
             cooled = _share(t - warmup, schedule.cooldown_tokens)
             return _between(peak, schedule.constant_lr, cooled, SHAPES["cosine"])
-
-
-def sample_schedule(phase: Phase, points: int) -> list[tuple[int, float]]:
-    """Return (consumed tokens, rate) at equal distances up to the end of the phase, both ends included."""
-    positions = [phase.end_tokens * i // (points - 1) for i in range(points)]
-    return [(tokens, learning_rate(phase, tokens)) for tokens in positions]
-
-
-def draw_schedule(phase: Phase, columns: int = 60) -> str:
-    """Draw the schedule as one line of bars, as high as the rate is of the peak."""
-    bars = " ▁▂▃▄▅▆▇█"
-    rates = [rate / phase.optimizer.lr for _, rate in sample_schedule(phase, columns)]
-    return "".join(bars[round(min(1.0, rate) * (len(bars) - 1))] for rate in rates)
 
 
 def _share(done: float, whole: int) -> float:
