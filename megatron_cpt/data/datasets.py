@@ -238,14 +238,9 @@ def needed_tokens(config: RunConfig, ledger: Ledger) -> dict[str, int]:
     end, standing = config.steps(ledger.tokens).train_tokens, ledger
     while standing.tokens < end:
         phase = phase_at(config, standing.tokens)
-        blend = Blend(phase.mix)
-        samples = {
-            name: max(0, round(due / phase.seq_length))
-            for name, due in blend.due_tokens(standing, phase.end_tokens).items()
-        }
-        for name, count in samples.items():
-            needed[name] += count * phase.seq_length
-        standing = replace(standing.in_blend(blend.key).advanced(samples, phase.seq_length), tokens=phase.end_tokens)
+        for name, due in Blend(phase.mix).due_tokens(standing, phase.end_tokens).items():
+            needed[name] += max(0, round(due / phase.seq_length)) * phase.seq_length
+        standing = replace(standing, tokens=phase.end_tokens, blend=None)  # from here on nothing is given yet
     return needed
 
 
