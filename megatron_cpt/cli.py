@@ -51,6 +51,7 @@ COMMANDS: dict[str, Entry] = {
     "index": Entry("Run", f"{_COMMANDS}.index:index", "Build a run's data indices before its job starts."),
     "fisher": Entry("Run", f"{_COMMANDS}.fisher:fisher", "Estimate how much each weight matters, for forgetting.ewc."),
     "ewc-pilot": Entry("Run", f"{_COMMANDS}.ewc_pilot:ewc_pilot", "Choose forgetting.ewc.strength by short runs."),
+    "kl-targets": Entry("Run", f"{_COMMANDS}.kl_targets:kl_targets", "Store what the base says, for forgetting.kl."),
     "train": Entry("Run", f"{_COMMANDS}.train:train", "Start or continue the run that a config describes."),
     "submit": Entry("Run", f"{_COMMANDS}.submit:submit", "Submit a run, corpus, conversion or evaluation to Slurm."),
     "status": Entry("Run", f"{_COMMANDS}.status:status", "Show where a run stands: tokens, rate, time left, errors."),

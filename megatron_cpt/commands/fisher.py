@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
+from megatron_cpt.commands.rank_job import speaks_for_all, start_ranks, told_to_parent
 from megatron_cpt.config.load import load_config
 from megatron_cpt.console import ProgressBar, print_summary
-from megatron_cpt.errors import CptError, LaunchError
 from megatron_cpt.launch.fisher import FisherJob, check_fisher_job, read_fisher
-from megatron_cpt.launch.local import CONSOLE_FD, run_ranks
 from megatron_cpt.launch.place import adopt_slurm_ranks, check_world_size, rank_here, under_launcher
 from megatron_cpt.runs.checkpoints import format_bytes
-from megatron_cpt.runs.folder import RunFolder
-from megatron_cpt.runs.rank_errors import ATTEMPT_LOGS, RankError, leave_rank_error, rank_error_path
 
 
 @click.command()
@@ -49,20 +42,15 @@ def fisher(config_path: Path, overrides: tuple[str, ...], data: str, folder: Pat
     os.environ.update(adopt_slurm_ranks())
     named = str(config_path)
     if under_launcher():
-        with _told_to_parent():
+        with told_to_parent():
             job = check_fisher_job(load_config(config_path, overrides), named, data, samples, folder)
             _estimate(job)
-        if rank_here() == 0 and CONSOLE_FD not in os.environ:  # else the parent speaks
+        if speaks_for_all():
             _print(folder, as_json)
         return 0
     job = check_fisher_job(load_config(config_path, overrides), named, data, samples, folder)
-    if job.config.parallel.nodes > 1:
-        raise LaunchError(
-            f"parallel.nodes = {job.config.parallel.nodes}: one machine cannot start the others",
-            hint="start this command under srun or torchrun on every node, one process per GPU",
-        )
     arguments = [str(config_path), *overrides, "--data", data, "--to", str(folder), "--samples", str(samples)]
-    _start_ranks(job, arguments)
+    start_ranks(job.config, "fisher", arguments, folder.with_name(f"{folder.name}.work"))
     _print(folder, as_json)
     return 0
 
@@ -76,27 +64,6 @@ def _print(folder: Path, as_json: bool) -> None:
         else f"{folder}: Fisher values of {record.tokens:,} tokens in {record.samples:,} samples, {size}\n"
         f"use them with forgetting.ewc.fisher={folder}"
     )
-
-
-def _start_ranks(job: FisherJob, arguments: Sequence[str]) -> None:
-    """Run this command once per rank of this machine; logs stay where one failed."""
-    work = RunFolder(job.folder.with_name(f"{job.folder.name}.work"))
-    work.logs.mkdir(parents=True, exist_ok=True)
-    command = (sys.executable, "-m", "megatron_cpt", "fisher")
-    run_ranks(work, arguments, job.config.parallel.world_size, command, {ATTEMPT_LOGS: str(work.logs)})
-    shutil.rmtree(work.root)
-
-
-@contextlib.contextmanager
-def _told_to_parent() -> Iterator[None]:
-    """Leave an error of this rank for the process that started the ranks, if it was one of ours."""
-    try:
-        yield
-    except CptError as error:
-        if (logs := os.environ.get(ATTEMPT_LOGS)) is not None:
-            told = RankError(error.message, error.hint, error.exit_code)
-            leave_rank_error(rank_error_path(Path(logs), rank_here()), told)
-        raise
 
 
 def _estimate(job: FisherJob) -> None:

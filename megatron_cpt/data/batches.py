@@ -8,7 +8,7 @@ samples [(i * dp + r) * mbs, + mbs) of the step, so a step has the same samples 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,10 @@ class BatchStream:
     def micro_batches(self, plan: StepPlan, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[MicroBatch]:
         """This data-parallel rank's share of the step, in order."""
         for start in range(dp_rank * micro_batch_size, len(plan.samples), micro_batch_size * dp_size):
-            yield self._read(plan.samples[start : start + micro_batch_size], plan.seq_length)
+            yield self.read(plan.samples[start : start + micro_batch_size], plan.seq_length)
 
-    def _read(self, samples: tuple[Sample, ...], seq_length: int) -> MicroBatch:
+    def read(self, samples: Sequence[Sample], seq_length: int) -> MicroBatch:
+        """Return the micro-batch of these samples."""
         pairs = [self.streams[s.source].read(s.offset_tokens, seq_length) for s in samples]
         tokens = torch.stack([tokens for tokens, _ in pairs])
         names = list(self.streams)
@@ -80,6 +81,7 @@ class BatchStream:
             "loss_mask": torch.ones(tokens.shape, dtype=torch.float32),
             "position_ids": torch.arange(seq_length).expand(len(samples), -1).contiguous(),
             "source": torch.tensor([names.index(sample.source) for sample in samples]),
+            "offset_tokens": torch.tensor([sample.offset_tokens for sample in samples]),
         }
         if self.documents_apart:
             ends = torch.tensor([[self.streams[sample.source].dataset.eod_id] for sample in samples])

@@ -23,6 +23,7 @@ class MicroBatch(TypedDict):
     loss_mask: Tensor  # float32 [b, s], 1 where the label counts
     position_ids: Tensor  # int64 [b, s]
     source: NotRequired[Tensor]  # int64 [b]: index of the data source, for the loss per source
+    offset_tokens: NotRequired[Tensor]  # int64 [b]: where the sample begins in the stream of its source
     document_ids: NotRequired[Tensor]  # int64 [b, s]: no token attends beyond the place where this changes
     term_tensors: NotRequired[dict[str, Tensor]]  # what loss terms bring along (`train.terms`)
 
@@ -35,6 +36,7 @@ SEQUENCE_AXES: dict[str, int | None] = {
     "loss_mask": 1,
     "position_ids": 1,
     "source": None,
+    "offset_tokens": None,
     "document_ids": None,
 }
 _ON_CPU = ("document_ids",)  # attention reads them there

@@ -13,11 +13,12 @@ from torch import Tensor
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.sections.optimizer import OptimizerConfig
+from megatron_cpt.data.micro_batch import MicroBatch
 from megatron_cpt.dry_run.fake_world import META, Place
 from megatron_cpt.dry_run.live_bytes import storage_bytes
 from megatron_cpt.dry_run.shards import Shard, shards_of
 from megatron_cpt.forgetting.ewc import WeightPenalty
-from megatron_cpt.forgetting.kl import KlToBase
+from megatron_cpt.forgetting.kl import KlTerm, KlToBase, KlToStored
 from megatron_cpt.forgetting.reference import FrozenReference, build_reference
 from megatron_cpt.model.load_megatron import model_shards
 from megatron_cpt.model.owned_parameters import owned_parameters
@@ -85,17 +86,29 @@ def build_rank(config: RunConfig, arch: Architecture, modules: LayerModules | No
     return state
 
 
-def build_terms(config: RunConfig, arch: Architecture, modules: LayerModules | None) -> tuple[KlToBase, ...]:
+def build_terms(config: RunConfig, arch: Architecture, modules: LayerModules | None) -> tuple[KlTerm, ...]:
     """Build the loss terms of the rank that this process is, with their reference; all tokens count in them."""
     asked = config.forgetting.active_kl
     if asked is None:
         return ()
+    asked = asked.model_copy(update={"sources": None})
+    if not config.forgetting.runs_reference:
+        return (_StoredAsShapes(asked, {}, (), arch.vocab_size),)
     with META:
         reference = FrozenReference(build_reference(for_the_cluster(config), arch, modules))
-    return (KlToBase(asked.model_copy(update={"sources": None}), reference, (), arch.vocab_size),)
+    return (KlToBase(asked, reference, (), arch.vocab_size),)
 
 
-def note_rank(state: TrainState, place: Place, asked: OptimizerConfig, terms: Sequence[KlToBase] = ()) -> BuiltRank:
+class _StoredAsShapes(KlToStored):
+    """The term with targets of no values."""
+
+    def _targets(self, batch: MicroBatch, row: int) -> tuple[Tensor, Tensor]:
+        length, top_k = batch["tokens"].shape[1], self.asked.offline_top_k or 0
+        ids = torch.empty(length, top_k, dtype=torch.int32, device=META)
+        return ids, torch.empty(length, top_k + 1, dtype=torch.float16, device=META)
+
+
+def note_rank(state: TrainState, place: Place, asked: OptimizerConfig, terms: Sequence[KlTerm] = ()) -> BuiltRank:
     """Return what there is to know of a built rank. `asked` is the section of the run's own config."""
     chunks = [unwrap(chunk) for chunk in state.chunks]
     saved = shards_of(saved_state(state))
@@ -108,7 +121,7 @@ def note_rank(state: TrainState, place: Place, asked: OptimizerConfig, terms: Se
     )
 
 
-def static_bytes(state: TrainState, asked: OptimizerConfig, terms: Sequence[KlToBase] = ()) -> StaticBytes:
+def static_bytes(state: TrainState, asked: OptimizerConfig, terms: Sequence[KlTerm] = ()) -> StaticBytes:
     """Count the storages of weights, gradient sums, optimizer state, penalties and the frozen references of `terms`.
 
     Moments count in the dtype that `asked` names, and the offloaded share of the state counts in the host's memory.
@@ -124,7 +137,7 @@ def static_bytes(state: TrainState, asked: OptimizerConfig, terms: Sequence[KlTo
     return StaticBytes(sum(weights.values()), sum(gradients.values()), main + moments - host, host, reference, penalty)
 
 
-def known_storages(state: TrainState, terms: Sequence[KlToBase] = ()) -> set[int]:
+def known_storages(state: TrainState, terms: Sequence[KlTerm] = ()) -> set[int]:
     """Return the storages that `static_bytes` counts."""
     tensors = [p for chunk in state.chunks for p in chunk.parameters()]
     tensors += [buffer.grad_data for buffer in _buffers(state)]
@@ -137,8 +150,9 @@ def _penalty_tensors(state: TrainState) -> list[Tensor]:
     return [tensor for penalty in state.penalties for tensor in getattr(penalty, "tensors", ())]
 
 
-def _reference_parameters(terms: Sequence[KlToBase]) -> list[Tensor]:
-    return [parameter for term in terms for chunk in term.reference.chunks for parameter in chunk.parameters()]
+def _reference_parameters(terms: Sequence[KlTerm]) -> list[Tensor]:
+    references = [term.reference for term in terms if isinstance(term, KlToBase)]
+    return [parameter for reference in references for chunk in reference.chunks for parameter in chunk.parameters()]
 
 
 def _buffers(state: TrainState) -> Iterator[Any]:

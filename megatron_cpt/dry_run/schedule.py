@@ -14,7 +14,7 @@ from megatron_cpt.data.micro_batch import MicroBatch
 from megatron_cpt.dry_run.fake_world import META
 from megatron_cpt.dry_run.live_bytes import LiveBytes, Message, Part
 from megatron_cpt.dry_run.rank import known_storages
-from megatron_cpt.forgetting.kl import KlToBase
+from megatron_cpt.forgetting.kl import KlTerm
 from megatron_cpt.train.state import TrainState, unwrap
 from megatron_cpt.train.step import run_schedule
 
@@ -38,7 +38,7 @@ def enough_micro_batches(micro_batches: int, pp: int) -> int:
 
 
 def run_step(
-    state: TrainState, config: RunConfig, micro_batches: int, *, on_gpu: bool, terms: Sequence[KlToBase] = ()
+    state: TrainState, config: RunConfig, micro_batches: int, *, on_gpu: bool, terms: Sequence[KlTerm] = ()
 ) -> ScheduleRun:
     """Run `micro_batches` through the schedule of the rank that this process is, with the loss terms of its rank.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_cpt.planner.memory import KL_PART_ELEMENTS
 
-_PADDING = -1e30  # a logit whose probability is 0, and which can be subtracted without making a NaN
+PADDING = -1e30  # a logit whose probability is 0, and which can be subtracted without making a NaN
 PART_ELEMENTS = KL_PART_ELEMENTS  # of the fp32 copies that are worked on at once
 
 
@@ -71,7 +71,7 @@ class _VocabParallelKl(torch.autograd.Function):
                 own = logits_sbv[where].to(torch.float32, copy=True)
                 other = reference_sbv[where].to(torch.float32, copy=True)
                 if real_rows < own.shape[1]:
-                    own[:, max(0, real_rows) :] = other[:, max(0, real_rows) :] = _PADDING
+                    own[:, max(0, real_rows) :] = other[:, max(0, real_rows) :] = PADDING
                 divergence, gradient = _divergence(own.div_(temperature), other.div_(temperature), reverse, group)
                 divergence_sb[where] = divergence * temperature**2
                 gradient_sbv[where] = gradient.mul_(temperature)
@@ -87,22 +87,23 @@ class _VocabParallelKl(torch.autograd.Function):
 
 def _divergence(own: Tensor, other: Tensor, reverse: bool, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Return the divergence of n tokens, [n], and its gradient by `own`, [n, rows]; both inputs are used up."""
-    tops = _reduced(torch.stack([own.amax(dim=1), other.amax(dim=1)]), dist.ReduceOp.MAX, group)
+    tops = reduced(torch.stack([own.amax(dim=1), other.amax(dim=1)]), dist.ReduceOp.MAX, group)
     own.sub_(tops[0].unsqueeze(1))
     other.sub_(tops[1].unsqueeze(1))
     sums = torch.stack([own.exp().sum(dim=1), other.exp().sum(dim=1)])
-    logs = _reduced(sums, dist.ReduceOp.SUM, group).log_()
+    logs = reduced(sums, dist.ReduceOp.SUM, group).log_()
     q = other.sub_(logs[1].unsqueeze(1)).exp()
     ratio = other.neg_().add_(own.sub_(logs[0].unsqueeze(1)))  # log p - log q
     p = own.exp_()
     if reverse:
-        divergence = _reduced((p * ratio).sub_(p).add_(q).sum(dim=1), dist.ReduceOp.SUM, group)
+        divergence = reduced((p * ratio).sub_(p).add_(q).sum(dim=1), dist.ReduceOp.SUM, group)
         return divergence, p.mul_(ratio.sub_(divergence.unsqueeze(1)))
-    divergence = _reduced((q * ratio).add_(q).sub_(p).sum(dim=1), dist.ReduceOp.SUM, group).neg_()
+    divergence = reduced((q * ratio).add_(q).sub_(p).sum(dim=1), dist.ReduceOp.SUM, group).neg_()
     return divergence, p.sub_(q)
 
 
-def _reduced(values: Tensor, operation: Any, group: dist.ProcessGroup | None) -> Tensor:
+def reduced(values: Tensor, operation: Any, group: dist.ProcessGroup | None) -> Tensor:
+    """Return `values` reduced over the ranks of `group`, in place."""
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(values, op=operation, group=group)
     return values

@@ -104,10 +104,10 @@ def check_reference(run: CheckedRun) -> None:
         CheckpointError: they are not whole.
     """
     forgetting = run.config.forgetting
-    if forgetting.active_kl is None and forgetting.active_ewc is None:
+    if not forgetting.runs_reference and forgetting.active_ewc is None:
         return
     if run.origin.kind == "missing":
-        asking = "kl" if forgetting.active_kl is not None else "ewc"
+        asking = "kl" if forgetting.runs_reference else "ewc"
         raise ConfigError(
             f"forgetting.{asking} compares with the weights of model.init_from = {run.config.model.init_from!r}, which "
             "does not exist",

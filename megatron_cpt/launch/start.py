@@ -17,6 +17,7 @@ from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.errors import CheckpointError, ConfigError, CptError, LaunchError
 from megatron_cpt.launch.fisher import check_fisher
 from megatron_cpt.launch.identity import Identity, check_identity, identity_of, write_identity
+from megatron_cpt.launch.kl_targets import check_targets
 from megatron_cpt.launch.origin import side_files_dir
 from megatron_cpt.launch.place import check_variables, check_world_size, under_launcher
 from megatron_cpt.launch.preflight import (
@@ -110,6 +111,7 @@ def prepare(config: RunConfig, named: str, *, accept_changes: bool = False) -> P
     check_beginning(run.checked)
     check_reference(run.checked)
     check_fisher(run.checked)
+    check_targets(run.checked, run.ledger, run.plans)
     check_free_space(run.checked)
     fresh = not complete_checkpoints(folder.checkpoints)
     create_run_folder(folder, run.checked.config, run.checked.model_dir if fresh else None)

@@ -34,6 +34,7 @@ from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.engine import check_engine
 from megatron_cpt.launch.environment import refuse_broken_environment
 from megatron_cpt.launch.fisher import check_fisher
+from megatron_cpt.launch.kl_targets import check_targets
 from megatron_cpt.launch.origin import model_dir, resolve_origin, run_architecture
 from megatron_cpt.launch.preflight import (
     CheckedRun,
@@ -225,7 +226,9 @@ def _sources(run: CheckedRun, ledger: Ledger, findings: _Findings) -> tuple[Sour
     known: Mapping[str, SourcePlan] = {}
     long_enough = tuple(d for d in run.datasets.train if d.tokens > run.config.batch.seq_length)
     with findings.of():
-        known = {plan.name: plan for plan in plan_sources(run.config, Datasets(long_enough, ()), ledger)}
+        plans = plan_sources(run.config, Datasets(long_enough, ()), ledger)
+        known = {plan.name: plan for plan in plans}
+        check_targets(run, ledger, plans)
     return tuple(
         SourceNeed(
             name,

@@ -41,6 +41,7 @@ class Layout:
     lora_targets: tuple[LinearName, ...] = LINEAR_NAMES
     lora_dropout: float = 0.0
     reference: bool = False  # a frozen model beside the trained one, for forgetting.kl
+    target_tokens: int = 0  # of forgetting.kl.offline_top_k, stored for each token
     penalty_bytes: int = 0  # per parameter that the optimizer updates, for forgetting.ewc
 
     @classmethod
@@ -76,7 +77,8 @@ class Layout:
             lora_rank=config.lora.rank,
             lora_targets=config.lora.targets,
             lora_dropout=config.lora.dropout,
-            reference=config.forgetting.active_kl is not None,
+            reference=config.forgetting.runs_reference,
+            target_tokens=_target_tokens(config),
             penalty_bytes=_penalty_bytes(config),
         )
 
@@ -104,6 +106,11 @@ class Layout:
     def recomputes(self, module: str) -> bool:
         """Whether `selective` recomputes the module; `full` is asked for by `recompute`."""
         return module in self.recompute_modules
+
+
+def _target_tokens(config: RunConfig) -> int:
+    asked = config.forgetting.active_kl
+    return 0 if asked is None else asked.offline_top_k or 0
 
 
 def _penalty_bytes(config: RunConfig) -> int:

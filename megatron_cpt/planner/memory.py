@@ -36,7 +36,7 @@ CONTEXT_BYTES = 2.82 * GIB
 GROUP_BYTES = 0.3 * GIB
 FRAGMENTATION = 0.02
 # The divergence works on a part of a sample's tokens at a time, with so many fp32 copies of it:
-# forgetting/vocab_parallel_kl.py.
+# forgetting/vocab_parallel_kl.py, and forgetting/topk_kl.py likewise.
 KL_PART_ELEMENTS = 2**24
 _KL_COPIES = 5
 
@@ -190,7 +190,7 @@ def _peak(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]
     rows = arch.padded_vocab_size(layout.tp) / layout.tp
     kept = _tokens(layout) * (4 * rows + 2 * _item(layout) * h / _norm_split(layout))
     in_loss = one = _tokens(layout) * _item(layout) * rows
-    if layout.reference:
+    if layout.reference or layout.target_tokens:
         in_loss = _in_divergence(layout, rows)
     full_width = _item(layout) * _tokens(layout) * h  # the gradient of the last norm's output, of all tokens
     # the gradient of the output layer, before it is added to the fp32 sum
@@ -205,12 +205,13 @@ def _peak(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]
 def _in_divergence(layout: Layout, rows: float) -> float:
     """Beyond what the loss keeps: in the divergence, or in the cross entropy after it.
 
-    The first holds the logits of both models and the gradient, the second the logits, that gradient, and in bf16 a copy
-    of the logits, which in fp32 becomes the probabilities.
+    The first holds the logits of both models, or stored targets, and the gradient; the second the logits, that
+    gradient, and in bf16 a copy of the logits, which in fp32 becomes the probabilities.
     """
     one = _tokens(layout) * _item(layout) * rows
     part = 4 * min(KL_PART_ELEMENTS, layout.seq_length / layout.cp * rows)
-    return max(3 * one + _KL_COPIES * part - 4 * _tokens(layout) * rows, (3 if _item(layout) == 2 else 2) * one)
+    held = 3 if layout.reference else 2
+    return max(held * one + _KL_COPIES * part - 4 * _tokens(layout) * rows, (3 if _item(layout) == 2 else 2) * one)
 
 
 def _layer_transient(arch: Architecture, layout: Layout) -> float:

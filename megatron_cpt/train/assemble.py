@@ -63,9 +63,9 @@ def train_run(
     if held:
         owned = owned_parameters([unwrap(chunk) for chunk in state.chunks], state.optimizer)
         state.penalties = weight_penalties(config, job.arch, owned)
-    if config.forgetting.active_kl is not None:
+    if config.forgetting.runs_reference:
         _say(f"loading the frozen reference {config.model.init_from}")
-    terms = kl_terms(config, job.arch, job.origin, list(batches.streams))
+    terms = kl_terms(config, job.arch, job.origin, job.datasets.train)
     clock.lap("model")
     if chosen is not None:
         _say(f"loading {chosen[0]}")

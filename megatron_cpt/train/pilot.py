@@ -60,6 +60,11 @@ def shortened(config: RunConfig, train_tokens: int, run_dir: Path, changes: Mapp
             "a pilot begins at the base model, and checkpoint.branch_from begins elsewhere",
             hint="checkpoint.branch_from=null, with model.init_from the model to begin with",
         )
+    if config.phases:
+        raise ConfigError(
+            "a pilot shortens one budget, and this config has phases",
+            hint="phases=[] with budget.train_tokens, for the pilot",
+        )
     tree = config.model_dump(mode="json")
     scale = train_tokens / config.budget.train_tokens
     for section, key in (

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from megatron_cpt.commands.ewc_pilot import ewc_pilot
 from megatron_cpt.commands.fisher import fisher
+from megatron_cpt.commands.kl_targets import kl_targets
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.runs.checkpoints import complete_checkpoints, read_best
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART
@@ -260,3 +261,54 @@ def test_the_pilot_measures_strengths_once_and_proposes_one(
     arguments[-1] = "2000"  # another length: another pilot
     propose()
     assert len(started) == 4
+
+
+def test_stored_targets_train_as_the_base_beside_the_model_and_a_killed_store_goes_on(
+    pool: RankPool, inputs: Path, tmp_path: Path
+) -> None:
+    for path in inputs.glob("general.*"):
+        shutil.copy(path, tmp_path)  # the targets are written beside it
+    train = [
+        {"name": "domain", "prefix": str(inputs / "domain")},
+        {"name": "general", "prefix": str(tmp_path / "general")},
+    ]
+    data = {"train": train, "cache_dir": str(tmp_path / "index_cache"), "max_epochs": 9}
+    layouts = {"beside": {"gpus_per_node": 1}, "stored": {"gpus_per_node": 2, "tp": 2, "sequence_parallel": False}}
+    for run, layout in layouts.items():
+        kl = KL | ({"offline_top_k": 128} if run == "stored" else {})
+        config = write_config(
+            inputs,
+            tmp_path,
+            run,
+            {"kl": kl},
+            data=data,
+            parallel=layout,
+            model={"init_from": str(inputs / "model"), "check_start": False},
+        )
+
+    def store() -> list[bytes]:
+        arguments = [str(config), "parallel.gpus_per_node=1", "parallel.tp=1"]
+        done = CliRunner().invoke(kl_targets, arguments, standalone_mode=False)
+        assert done.return_value == 0, done.exception
+        return [(tmp_path / f"general.kl.{ending}").read_bytes() for ending in ("ids", "logq", "json")]
+
+    whole = store()
+    record = json.loads(whole[2])
+    assert record["tokens"] > 1024 and not (tmp_path / "domain.kl.json").exists()
+    (tmp_path / "general.kl.json").write_text(json.dumps(record | {"tokens": 512}))  # as a kill leaves it
+    for ending, bytes_per_token in (("ids", 4 * 128), ("logq", 2 * 129)):
+        with (tmp_path / f"general.kl.{ending}").open("r+b") as file:
+            file.seek(512 * bytes_per_token)
+            file.write(bytes(64 * bytes_per_token))
+    assert store() == whole
+
+    for run, layout in layouts.items():
+        ranks, log = layout["gpus_per_node"], tmp_path / "log"
+        assert pool.run(tmp_path / f"{run}.yaml", ranks=int(ranks), log=log) == [0] * int(ranks), log.read_text()[
+            -3000:
+        ]
+    stored, beside = (rows(tmp_path / run) for run in ("stored", "beside"))
+    for step, (loss, norm, terms) in stored.items():  # the targets are rounded to float16
+        assert (loss, norm) == (pytest.approx(beside[step][0], abs=1e-4), pytest.approx(beside[step][1], rel=1e-3))
+        assert terms["kl"] == pytest.approx(beside[step][2]["kl"], rel=1e-3, abs=2e-5)
+    assert stored[STEPS][2]["kl"] > 1e-3

@@ -30,7 +30,7 @@ class TrainRow:
     l2sp: float = 0.0  # strength of the penalty on the distance from another model's weights
     ewc: float = 0.0  # strength of EWC; the Fisher values are estimated by the row itself
     kl: dict[str, Any] | None = None  # forgetting.kl; the sources are named "0" and "1"
-    kl_reference: str = "reference"  # a model
+    kl_reference: str = "reference"  # a model; with offline_top_k its targets are stored first
     bucket_elements: int | None = None
 
 
@@ -52,6 +52,7 @@ YARN = {"yarn_factor": 4.0, "original_max_position_embeddings": 64}
 FORWARD_KL = {"weight": 1.5}
 REVERSE_KL = {"weight": 2.0, "direction": "reverse", "temperature": 2.0, "sources": ("1",)}
 EWC = 2000.0  # with it the pull is about as strong as the gradient
+OFFLINE_KL = {"weight": 1.5, "offline_top_k": 16}
 OVERLAP = parallel(overlap_grad_reduce=True, overlap_param_gather=True)
 
 # fmt: off
@@ -95,6 +96,9 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("kl_tied", 1, NO_DECAY, model="base_tied", kl=FORWARD_KL, kl_reference="reference_tied"),
     TrainRow("kl_odd_vocab", 1, NO_DECAY, model="odd_vocab", kl=FORWARD_KL, kl_reference="reference_odd_vocab"),
     TrainRow("kl_to_itself", 1, NO_DECAY, baseline="kl_to_itself", kl=FORWARD_KL, kl_reference="base"),
+    TrainRow("kl_offline", 1, NO_DECAY, kl=OFFLINE_KL),
+    TrainRow("kl_offline_reverse", 1, NO_DECAY, kl=REVERSE_KL | {"offline_top_k": 24}),
+    TrainRow("kl_offline_whole", 1, NO_DECAY, kl=FORWARD_KL | {"offline_top_k": 512}),
     TrainRow("kl_without_weight", 1, kl={"weight": 1e-30}, kl_reference="base"),
     # two ranks
     TrainRow("tp2", 2, parallel(tp=2, sequence_parallel=False)),
@@ -152,6 +156,16 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
             ("pp2_vpp2", parallel(pp=2, vpp=2) | SINGLES),
         )
     ),
+    *(
+        TrainRow(f"kl_offline_{layout}", 2, overrides | NO_DECAY, baseline="kl_offline", kl=OFFLINE_KL)
+        for layout, overrides in (
+            ("tp2", parallel(tp=2)), ("pp2", parallel(pp=2)), ("cp2", parallel(cp=2)), ("dp2", {}),
+        )
+    ),
+    TrainRow(
+        "kl_offline_reverse_tp2", 2, parallel(tp=2) | NO_DECAY, baseline="kl_offline_reverse",
+        kl=REVERSE_KL | {"offline_top_k": 24},
+    ),
     TrainRow(
         "kl_tied_pp2", 2, parallel(pp=2) | NO_DECAY, model="base_tied", baseline="kl_tied", kl=FORWARD_KL,
         kl_reference="reference_tied",
@@ -196,6 +210,10 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("sabotage_ewc", 1, NO_DECAY, baseline="ewc", ewc=EWC, sabotage="fisher_of_batches"),
     TrainRow("sabotage_ewc_norms", 2, parallel(tp=2) | NO_DECAY, baseline="ewc", ewc=EWC, sabotage="fisher_of_a_part"),
     TrainRow("sabotage_kl", 2, parallel(tp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL, sabotage="kl_of_own_rows"),
+    TrainRow(
+        "sabotage_kl_offline", 2, parallel(tp=2) | NO_DECAY, baseline="kl_offline", kl=OFFLINE_KL,
+        sabotage="targets_of_own_rows",
+    ),
     TrainRow(
         "sabotage_kl_order", 2, parallel(pp=2) | NO_DECAY,
         baseline="kl", kl=FORWARD_KL, sabotage="reference_of_another_micro_batch",

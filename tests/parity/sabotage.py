@@ -121,7 +121,13 @@ def fisher_of_a_part() -> Any:
 
 def kl_of_own_rows() -> Any:
     """Each tensor-parallel rank normalises over its own rows of the vocabulary."""
-    return mock.patch.object(vocab_parallel_kl, "_reduced", lambda values, operation, group: values)
+    return mock.patch.object(vocab_parallel_kl, "reduced", lambda values, operation, group: values)
+
+
+def targets_of_own_rows() -> Any:
+    """Each tensor-parallel rank takes the stored tokens for rows of its own part of the vocabulary."""
+    right = kl.topk_kl
+    return mock.patch.object(kl, "topk_kl", lambda *args, **options: right(*args, **options | {"first_row": 0}))
 
 
 def reference_of_another_micro_batch() -> Any:
@@ -230,6 +236,7 @@ SABOTAGES = {
         fisher_of_batches,
         fisher_of_a_part,
         kl_of_own_rows,
+        targets_of_own_rows,
         reference_of_another_micro_batch,
         kl_of_every_source,
         kl_of_padding,

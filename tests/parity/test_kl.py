@@ -71,3 +71,16 @@ def test_a_model_does_not_part_from_itself_before_its_first_step(parity_results:
     assert abs(itself[0]) < 1e-6 < itself[-1]
     # negative control: other weights of the same shape are far away from the first step on
     assert parity_results(1)["kl"]["terms"][0]["kl"] > 0.01
+
+
+def test_stored_targets_of_the_whole_vocabulary_are_the_model_itself(parity_results: RESULTS) -> None:
+    """But for their rounding to float16, whose error is up to 2^-11 of a logarithm of a probability."""
+    stored, beside = (parity_results(1)[row] for row in ("kl_offline_whole", "kl"))
+    assert stored["loss"] == pytest.approx(beside["loss"], abs=1e-4)
+    assert stored["grad_norm"] == pytest.approx(beside["grad_norm"], rel=1e-3)
+    terms = [[terms["kl"] for terms in measured["terms"]] for measured in (stored, beside)]
+    assert terms[0] == pytest.approx(terms[1], rel=1e-3)
+    # with fewer tokens told apart the divergence is smaller, and another gradient
+    fewer = parity_results(1)["kl_offline"]
+    assert 0 < fewer["terms"][0]["kl"] < 0.9 * terms[1][0]
+    assert abs(fewer["grad_norm"][0] - beside["grad_norm"][0]) > 1e-2 * beside["grad_norm"][0]

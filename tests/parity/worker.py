@@ -34,7 +34,8 @@ from megatron_cpt.data.micro_batch import MicroBatch  # noqa: E402
 from megatron_cpt.errors import CheckpointError  # noqa: E402
 from megatron_cpt.forgetting.ewc import WeightPenalty, weight_penalties  # noqa: E402
 from megatron_cpt.forgetting.fisher import estimate_fisher, for_fisher  # noqa: E402
-from megatron_cpt.forgetting.kl import KlToBase  # noqa: E402
+from megatron_cpt.forgetting.kl import KlToBase, KlToStored  # noqa: E402
+from megatron_cpt.forgetting.kl_store import KlStore, top_log_probabilities  # noqa: E402
 from megatron_cpt.forgetting.reference import load_reference  # noqa: E402
 from megatron_cpt.launch.fisher import FisherJob  # noqa: E402
 from megatron_cpt.launch.identity import identity_of  # noqa: E402
@@ -55,6 +56,7 @@ from tests.parity.terms import SecondCrossEntropy  # noqa: E402
 from tests.parity.tiny_models import MODELS, hf_model  # noqa: E402
 
 SEQ_LENGTH, GLOBAL_BATCH, LR = 32, 4, 5e-4
+NOT_OF_FISHER = ("document_ids", "source", "offset_tokens")
 FISHER_SAMPLES = 5  # odd, so that one of two data-parallel ranks has nothing left at the end
 
 
@@ -100,6 +102,7 @@ def sample(step: int, index: int, vocab_size: int) -> dict[str, torch.Tensor]:
         "position_ids": torch.arange(SEQ_LENGTH),
         "document_ids": begins.cumsum(0),
         "source": torch.tensor(index % 2),
+        "offset_tokens": torch.tensor((step * GLOBAL_BATCH + index) * SEQ_LENGTH),
     }
 
 
@@ -113,7 +116,34 @@ def batches(config: Any, vocab_size: int, documents: bool) -> Iterator[MicroBatc
             yield cast(MicroBatch, {key: torch.stack([one[key] for one in samples]) for key in keys})
 
 
+@torch.no_grad()
+def stored_targets(row: TrainRow, arch: Any, models_dir: Path) -> KlStore:
+    """What the reference says of all samples, from transformers: the same under every layout."""
+    asked = KlConfig(**cast(dict[str, Any], row.kl))
+    top_k, tokens = asked.offline_top_k or 0, STEPS * GLOBAL_BATCH * SEQ_LENGTH
+    folder = models_dir / f"targets_{row.ranks}_{torch.distributed.get_rank()}"
+    folder.mkdir(exist_ok=True)
+    (folder / "ids").write_bytes(bytes(4 * top_k * tokens))
+    (folder / "logq").write_bytes(bytes(2 * (top_k + 1) * tokens))
+    store = KlStore(folder / "ids", folder / "logq", tokens, top_k, "r+")
+    dense = hf_model(row.kl_reference, seed=list(MODELS).index(row.kl_reference))
+    for step in range(STEPS):
+        samples = [sample(step, index, arch.vocab_size) for index in range(GLOBAL_BATCH)]
+        logits = dense(torch.stack([one["tokens"] for one in samples])).logits
+        ids, log_q = top_log_probabilities(
+            logits, top_k, first_row=0, real_rows=arch.vocab_size, temperature=asked.temperature
+        )
+        for index, one in enumerate(samples):
+            store.write(
+                range(int(one["offset_tokens"]), int(one["offset_tokens"]) + SEQ_LENGTH), ids[index], log_q[index]
+            )
+    return store
+
+
 def terms_of(row: TrainRow, config: Any, arch: Any, models_dir: Path) -> tuple[LossTerm, ...]:
+    if row.kl is not None and "offline_top_k" in row.kl:
+        store = stored_targets(row, arch, models_dir)
+        return (KlToStored(KlConfig(**row.kl), {"0": store, "1": store}, ["0", "1"], arch.vocab_size),)
     if row.kl is not None:
         reference = load_reference(config, arch, Origin("hf", models_dir / row.kl_reference))
         return (KlToBase(KlConfig(**row.kl), reference, ["0", "1"], arch.vocab_size),)
@@ -136,7 +166,7 @@ def fisher_of(row: TrainRow, config: Any, arch: Any, models_dir: Path) -> Path:
 
 def fisher_sample(number: int) -> MicroBatch:
     one = sample(1000, number, 512)
-    return cast(MicroBatch, {key: one[key].unsqueeze(0) for key in one if key not in ("document_ids", "source")})
+    return cast(MicroBatch, {key: one[key].unsqueeze(0) for key in one if key not in NOT_OF_FISHER})
 
 
 def penalties_of(

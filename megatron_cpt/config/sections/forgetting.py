@@ -35,6 +35,12 @@ class KlConfig(Section):
     sources: tuple[str, ...] | None = Field(
         None, min_length=1, description="Names of data.train whose tokens count, such as the replay; default: all."
     )
+    offline_top_k: int | None = Field(
+        None,
+        ge=1,
+        description="Compare with so many of the base's likeliest tokens, and with the rest as one, from what "
+        "`megatron-cpt kl-targets` stored beside the datasets; unset runs the base beside the model.",
+    )
 
 
 class GateConfig(Section):
@@ -93,12 +99,21 @@ class ForgettingConfig(Section):
         return self.kl if self.kl is not None and self.kl.weight > 0 else None
 
     @property
+    def runs_reference(self) -> bool:
+        """Whether the base model runs beside the trained one."""
+        return self.active_kl is not None and self.active_kl.offline_top_k is None
+
+    @property
     def active_ewc(self) -> EwcConfig | None:
         """The penalty on the weights where it has any effect."""
         return self.ewc if self.ewc is not None and self.ewc.strength > 0 else None
 
     def problems(self, run: Sections, arch: Architecture | None) -> Iterator[Problem]:
         yield from self._unknown_sources([source.name for source in run[DataConfig].train])
+        asked = self.active_kl
+        if asked is not None and arch is not None and (asked.offline_top_k or 0) > arch.vocab_size:
+            rule = f"is more than the vocabulary of {arch.vocab_size:,}"
+            yield Problem("forgetting.kl.offline_top_k", asked.offline_top_k, rule, "such as 32")
         if self.active_ewc is not None:
             yield from self._out_of_reach(run)
         if self.gate is not None:

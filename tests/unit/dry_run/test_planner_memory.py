@@ -46,6 +46,8 @@ LAYOUTS = [
     "forgetting.kl.weight=0.5 lora.rank=64",
     "forgetting.kl.weight=0.5 parallel.tp=8 parallel.pp=1",
     "forgetting.kl.weight=0.5 parallel.tp=2 parallel.pp=16 batch.micro_batch_size=2",
+    "forgetting.kl.weight=0.5 forgetting.kl.offline_top_k=32",
+    "forgetting.kl.weight=0.5 forgetting.kl.offline_top_k=32 precision.dtype=fp32 parallel.tp=2 parallel.pp=16",
     "forgetting.ewc.strength=0.5 forgetting.ewc.fisher=somewhere",
     "forgetting.ewc.strength=0.5 precision.dtype=fp32 parallel.distributed_optimizer=false",
     "forgetting.kl.weight=0.5 precision.dtype=fp32 parallel.nodes=8 parallel.cp=2",
