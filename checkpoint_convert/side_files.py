@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from checkpoint_convert.checkpoint import IndexedCheckpoint
+from checkpoint_convert.measurements import evaluation_rows
 from megatron_cpt.architecture.families.family import Config
 from megatron_cpt.architecture.model_folder import side_files
 
@@ -131,10 +132,14 @@ def model_card(source: IndexedCheckpoint, tool: str) -> str:
     if source.lora:
         lines += ["Low-rank adapters alone, without the base model's weights.", ""]
     lines += ["## Training", "", *_training_rows(run), "", "## Data", "", *_data_rows(run), ""]
+    mixed = source.merge is not None and source.merge.other is not None
+    if source.run_config is not None and not mixed:
+        measured = evaluation_rows(source.run_config.parent, source.iteration)
+        lines += ["## Evaluation", "", *measured, ""] if measured else []
     lines += [
         "## To be written by you",
         "",
-        "Intended use, evaluation, limits, licence of the data and of the base model.",
+        "Intended use, limits, licence of the data and of the base model.",
     ]
     return "\n".join(lines) + "\n"
 

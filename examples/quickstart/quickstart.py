@@ -81,6 +81,28 @@ def pipeline(size: str) -> list[Step]:
             results / "generated.json",
         ),
     ]
+
+    # 6. What can it do now that it could not before? Four-choice items out of the held-out documents, put to both by
+    # Megatron-Core, from the checkpoint as it is; one metric, named beforehand, is tested. Then one page about it all.
+    tasks = work / "tasks"
+    asked = ["--tasks", ",".join(str(tasks / f"{task}.yaml") for task in ("hpo_terms", "factbook_next"))]
+    primary = ["--primary", "hpo_terms:acc", "--offline", "--json"]
+    steps += [
+        Step(
+            "Make tasks of held-out documents",
+            [*python, str(here / "items.py"), str(work)],
+            [tasks],
+            [here / name for name in ("items.py", "hpo_terms.yaml", "factbook_next.yaml")],
+        ),
+        Step(
+            "Put the tasks to both",
+            [*cpt, "eval", "tasks", str(run_dir), "--base", str(model), *asked, *primary],
+            [],
+            [],
+            results / "tasks.json",
+        ),
+        Step("Report", [*cpt, "report", str(run_dir)], [run_dir / "report.html"]),
+    ]
     return steps
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cpt.runs.metrics import read_metrics
+from megatron_cpt.runs.task_results import Estimate, shown_estimate
 
 SETS = {"domain": "medical_valid", "general": "general_valid"}  # name in the config -> dataset
 TITLES = {"domain": "domain: medical", "general": "general: The World Factbook"}
@@ -29,12 +30,15 @@ def show(work: Path, state: dict[str, dict[str, Any]], console: Console) -> None
         f"{domain['after']:,.2f} on the exported model.\n",
         highlight=False,
     )
+    console.print(tasks_table(numbers))
+    console.print(f"{numbers['tasks']['conclusion']}; in brackets 95 % intervals\n", highlight=False)
     console.print(cost_table(numbers))
     generated = numbers["generated"]
     console.print(f"\nThe prompt [bold]{generated['prompt'].strip()}[/bold], continued greedily", highlight=False)
     for moment, text in (("before", generated["before"]), ("after", generated["after"])):
         console.print(f"  [bold]{moment:<6}[/bold] {' '.join(text.split())}", highlight=False, markup=True)
     console.print(f"\nThe curves are in {work / 'report.png'}, all numbers in {work / 'report.json'}.")
+    console.print(f"The page about the run, for whoever decides: {work / 'run' / 'report.html'}", highlight=False)
     console.print(NEXT.format(export=work / "export"), highlight=False)
 
 
@@ -68,8 +72,16 @@ def collect(work: Path, state: dict[str, dict[str, Any]], metrics: list[dict[str
         "perplexity": perplexity,
         "plan": json.loads((work / "results" / "plan.json").read_text()),
         "steps": {title: {k: v for k, v in record.items() if k != "fingerprint"} for title, record in state.items()},
+        "tasks": _tasks(json.loads((work / "results" / "tasks.json").read_text())),
         "generated": {"prompt": generated["prompt"], "before": before, "after": after},
     }
+
+
+def _tasks(told: dict[str, Any]) -> dict[str, Any]:
+    rows = told["rows"]
+    tested = next(row for row in rows if row["is_primary"])
+    verdict = f"{tested['verdict']} (p = {tested['p_value']:.3g}, {tested['test']})"
+    return {"rows": rows, "conclusion": f"{tested['task']}: {tested['metric']}, named beforehand: {verdict}"}
 
 
 def _of_dataset(measured: dict[str, Any], dataset: str) -> dict[str, Any]:
@@ -96,6 +108,19 @@ def perplexity_table(numbers: dict[str, Any]) -> Table:
             f"{row['tokens']:,}",
         )
     return table
+
+
+def tasks_table(numbers: dict[str, Any]) -> Table:
+    table = Table(title="Four-choice items out of held-out documents", title_justify="left")
+    for column in ("", "items", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in numbers["tasks"]["rows"]:
+        shown = [shown_estimate(Estimate(**row[key]), sign=key == "difference") for key in _MOMENTS]
+        table.add_row(f"{row['task']}: {row['metric']}", f"{row['items']:,}", *shown)
+    return table
+
+
+_MOMENTS = ("before", "after", "difference")
 
 
 def cost_table(numbers: dict[str, Any]) -> Table:

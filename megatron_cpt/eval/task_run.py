@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def measure_tasks(request: TaskRequest) -> TaskResults | None:
     if rank != 0:
         return None
     seconds = {"tasks": loaded, **{name: one.seconds for name, one in zip(models, measured, strict=True)}}
-    return _results(request, tasks, primary, measured, seconds)
+    return _results(request, tasks, primary, measured, seconds, found[-1].iteration)
 
 
 def check_same_tokenizer(found: Sequence[IndexedCheckpoint]) -> None:
@@ -215,6 +215,7 @@ def _results(
     primary: tuple[str, str],
     measured: Sequence[_Measured],
     seconds: dict[str, float],
+    iteration: int | None,
 ) -> TaskResults:
     after = measured[-1]
     before = measured[0] if len(measured) > 1 else None
@@ -226,7 +227,10 @@ def _results(
     by_name = {named.name: named.task for named in tasks}
     first = next((key for key in after.values if key[0] == primary[0] and _bare(key[1]) == primary[1]), None)
     rows = tuple(
-        _row(key, by_name[key[0]], None if before is None else before.values[key], values, is_primary=key == first)
+        replace(
+            _row(key, by_name[key[0]], None if before is None else before.values[key], values, is_primary=key == first),
+            iteration=iteration,
+        )
         for key, values in after.values.items()
         if _bare(key[1]) in by_name[key[0]].aggregation()
     )
@@ -264,8 +268,8 @@ def _row(key: tuple[str, str], task: Any, before: list[Any] | None, after: list[
     if before is None:
         return row
     changed = difference(before, after, aggregate, higher_is_better=higher)
-    return TaskRow(
-        *(key[0], key[1], len(after), higher, is_primary, measured),
+    return replace(
+        row,
         before=estimate(before, aggregate),
         difference=changed.estimate,
         p_value=changed.p_value,

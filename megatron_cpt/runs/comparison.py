@@ -68,8 +68,13 @@ def compared_run(root: Path, rows: Sequence[Row]) -> ComparedRun:
         loss=summary.loss,
         tokens_per_second=statistics.median(rates) if rates else None,
         step_hours=sum(finite(row.get("step_seconds")) or 0.0 for row in steps) / 3600,
-        validation={name: _change(measured) for name, measured in validation_rows(rows).items()},
+        validation=validation_changes(rows),
     )
+
+
+def validation_changes(rows: Sequence[Row]) -> dict[str, ValidationChange]:
+    """Return what happened to the loss on each validation set."""
+    return {name: _change(measured) for name, measured in validation_rows(rows).items()}
 
 
 def _change(measured: list[Row]) -> ValidationChange:

@@ -44,6 +44,7 @@ class TaskRow:
     p_value: float | None = None
     test: str | None = None
     verdict: str | None = None  # in words, of the primary metric
+    iteration: int | None = None  # of the run's checkpoint that was measured
 
     @property
     def name(self) -> str:
@@ -128,7 +129,7 @@ def _row(told: dict[str, Any]) -> TaskRow:
 def task_measurements(run: Path) -> list[TaskResults]:
     """Return the measurements in a run's folder, the oldest first."""
     found = [read_task_results(path) for path in sorted((run / "eval").glob("tasks_*.json"))]
-    return [results for results in found if results is not None]
+    return sorted((results for results in found if results is not None), key=lambda results: results.written)
 
 
 def newest_task_rows(run: Path) -> list[TaskRow]:

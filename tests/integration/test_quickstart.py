@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".quickstart" / "tiny"
-STEPS = 10
+STEPS = 13
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -101,6 +101,15 @@ def test_export_opens_with_transformers_and_is_the_trained_model(report: dict[st
     assert one_process["loss"] == pytest.approx(in_loop[-1]["loss"], abs=1e-6)
     assert exported["loss"] == pytest.approx(in_loop[-1]["loss"], abs=2e-3)  # bfloat16, other kernels
     assert abs(in_loop[-1]["loss"] - in_loop[-2]["loss"]) > 0.02  # negative control: half trained is far outside
+
+
+def test_tasks_were_put_to_both_models_and_stand_in_the_report(report: dict[str, Any]) -> None:
+    items = {name: (WORK / "tasks" / f"{name}.jsonl").read_text() for name in ("hpo_terms", "factbook_next")}
+    assert [text.count("\n") for text in items.values()] == [100, 100]
+    rows = report["tasks"]["rows"]
+    assert [f"{row['task']}: {row['metric']}" for row in rows if row["is_primary"]] == ["hpo_terms: acc"]
+    assert all(row["before"]["low"] <= row["before"]["value"] <= row["before"]["high"] for row in rows)
+    assert "hpo_terms: acc" in (WORK / "run" / "report.md").read_text()
 
 
 def test_the_second_run_skips_every_finished_step(first_run: subprocess.CompletedProcess[str]) -> None:

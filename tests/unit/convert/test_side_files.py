@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from checkpoint_convert.open import open_checkpoint
 from checkpoint_convert.side_files import has_tokenizer, target_config
 from checkpoint_convert.verify import verify
 from megatron_cpt.architecture.model_folder import side_files
+from megatron_cpt.runs.task_results import Estimate, TaskResults, TaskRow, task_results_path, write_task_results
+from tests.tiny_runs import step
 from tests.unit.convert.tiny_checkpoints import mark_complete, write_hf
 
 
@@ -109,6 +112,22 @@ def test_the_card_of_a_run_from_random_weights_names_no_base_model(tmp_path: Pat
     convert(open_checkpoint(run_of(tmp_path, init_from="random")), tmp_path / "out", Options(to="hf"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model" not in card and "pre-training from random weights" in card and "continued" not in card
+
+
+def test_the_card_carries_what_was_measured_of_these_weights_and_of_no_later_ones(tmp_path: Path) -> None:
+    run = run_of(tmp_path, init_from="base/model")
+    losses = ((0, 3.0), (3, 2.0), (9, 1.0))
+    rows = [step(at, event="validation", name="domain", loss=loss) for at, loss in losses]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    low, high, change = Estimate(0.6, 0.46, 0.72), Estimate(0.76, 0.63, 0.86), Estimate(0.16, 0.01, 0.3)
+    tested = TaskRow("terms", "acc", 50, True, True, high, low, change, 0.0386, "McNemar exact", "better", 3)
+    later = replace(tested, task="other", iteration=9)
+    write_task_results(task_results_path(run), TaskResults("m", "b", {}, (tested, later)))
+    convert(open_checkpoint(run), tmp_path / "out", Options(to="hf"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| domain | 20.09 | 7.39 |" in card
+    assert "| terms: acc | 50 | 0.600 [0.460, 0.720] | 0.760 [0.630, 0.860] | +0.160 [+0.010, +0.300] | better" in card
+    assert "other" not in card
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o027, 0o077])
