@@ -179,6 +179,14 @@ class IndexedCheckpoint:
     unknown_fields: tuple[str, ...] = ()  # `name = value` of what Megatron stored and `megatron_fields` does not know
 
     @property
+    def run_dir(self) -> Path | None:
+        """The folder of the run that these weights are a checkpoint or an export of; None when they lie elsewhere."""
+        for folder in (self.path, *self.path.absolute().parents[:3]):
+            if (folder / "resolved.yaml").is_file() and (folder / "checkpoints").is_dir():
+                return folder
+        return None
+
+    @property
     def gammas_less_one(self) -> bool:
         """Whether the norms' gammas are stored minus 1."""
         return any(tensor.less_one for tensor in self.weights.tensors.values())

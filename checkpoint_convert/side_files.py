@@ -133,8 +133,8 @@ def model_card(source: IndexedCheckpoint, tool: str) -> str:
         lines += ["Low-rank adapters alone, without the base model's weights.", ""]
     lines += ["## Training", "", *_training_rows(run), "", "## Data", "", *_data_rows(run), ""]
     mixed = source.merge is not None and source.merge.other is not None
-    if source.run_config is not None and not mixed:
-        measured = evaluation_rows(source.run_config.parent, source.iteration)
+    if source.run_dir is not None and not mixed:
+        measured = evaluation_rows(source.run_dir, source.iteration)
         lines += ["## Evaluation", "", *measured, ""] if measured else []
     lines += [
         "## To be written by you",

@@ -104,7 +104,7 @@ def tasks(
     found = open_checkpoint(model)
     request = _request(found, model, base, wanted, engine, tp, pp, dtype, seq_length)
     request = _with(request, limit=limit, fewshot=fewshot, offline=offline, primary=primary)
-    path = output or (None if found.run_config is None else task_results_path(found.run_config.parent))
+    path = output or (None if found.run_dir is None else task_results_path(found.run_dir))
     results = _measured(request)
     if path is not None:
         write_task_results(path, results)

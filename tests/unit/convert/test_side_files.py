@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def test_the_card_carries_what_was_measured_of_these_weights_and_of_no_later_one
     tested = TaskRow("terms", "acc", 50, True, True, high, low, change, 0.0386, "McNemar exact", "better", 3)
     later = replace(tested, task="other", iteration=9)
     write_task_results(task_results_path(run), TaskResults("m", "b", {}, (tested, later)))
+    saved = run / "checkpoints" / "iter_0000003"
+    shutil.copyfile(run / "resolved.yaml", saved / "resolved.yaml")  # as the trainer saves it with each checkpoint
     convert(open_checkpoint(run), tmp_path / "out", Options(to="hf"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| domain | 20.09 | 7.39 |" in card

@@ -14,7 +14,9 @@ from click.testing import CliRunner
 
 from megatron_cpt.cli import cli
 from megatron_cpt.errors import UserError
+from megatron_cpt.eval.settings import settings_of_run
 from megatron_cpt.runs.task_results import newest_task_rows, read_task_results
+from tests.tiny_runs import write_run
 from tests.unit.eval.conftest import write_tokenizer
 from tests.unit.eval.test_task_files import TASK, write_task
 
@@ -111,6 +113,18 @@ def test_a_measurement_of_a_run_lies_in_its_folder_and_the_newest_counts(tmp_pat
         (folder / f"tasks_{stamp}.json").write_text(text)
     (folder / "tasks_3.json").write_text('{"format": 1')
     assert [(row.task, row.after.value) for row in newest_task_rows(tmp_path / "run")] == [("one", 0.7), ("two", 0.5)]
+
+
+def test_an_export_below_its_run_is_measured_as_the_run_trained_and_noted_there(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "checkpoints").mkdir()
+    export = shutil.copytree(model_dir, run / "export" / "hf")
+    told = json.loads(_tasks(export, "--tasks", write_task(tmp_path), "--json"))
+    assert Path(told["file"]).parent == run / "eval"
+    assert told["conditions"]["seq_length"] == min(64, settings_of_run(run / "resolved.yaml").seq_length)
+    assert [row.task for row in newest_task_rows(run)] == ["mine", "mine"]
 
 
 def test_base_and_model_of_different_tokenizers_are_refused(model_dir: Path, tmp_path: Path) -> None:
