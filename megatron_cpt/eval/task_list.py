@@ -18,11 +18,15 @@ _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRA
 
 @dataclass(frozen=True)
 class NamedTask:
-    """A task to measure: lm-eval's object, and which of its metrics are looked at, the most important one first."""
+    """A task to measure: lm-eval's object, and which of its metrics are looked at, the most important one first.
+
+    `group` is the group or tag by which it was named, None where it was named itself.
+    """
 
     name: str
     task: Any
     metrics: tuple[str, ...]
+    group: str | None = None
 
 
 def is_file_name(name: str) -> bool:
@@ -50,14 +54,15 @@ def load_tasks(names: Sequence[str], *, offline: bool) -> list[NamedTask]:
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are of defaults that are meant
     manager = TaskManager(include_defaults=not all(map(is_file_name, names)))
-    found: dict[str, Any] = {}
+    found: dict[str, NamedTask] = {}
     for name in names:
         loaded = _load_file(manager, Path(name)) if is_file_name(name) else _load_known(manager, name, offline)
         for task_name, task in loaded["tasks"].items():
             if task_name in found:
                 raise ConfigError(f"the task {task_name!r} is named twice", hint="--tasks names each task once")
-            found[task_name] = task
-    return [NamedTask(name, task, tuple(task.aggregation())) for name, task in found.items()]
+            group = name if len(loaded["tasks"]) > 1 else None
+            found[task_name] = NamedTask(task_name, task, tuple(task.aggregation()), group)
+    return [*found.values()]
 
 
 def _load_file(manager: Any, path: Path) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,21 +18,19 @@ import numpy as np
 from checkpoint_convert.checkpoint import IndexedCheckpoint
 from checkpoint_convert.open import open_checkpoint
 from megatron_cpt import __version__
-from megatron_cpt.config.problems import near_match
 from megatron_cpt.console import ProgressBar
 from megatron_cpt.corpus.tokenizers.load import load_tokenizer, tokenizer_fingerprint
-from megatron_cpt.errors import CheckpointError, ConfigError, CptError, DataError
+from megatron_cpt.errors import CheckpointError, DataError
 from megatron_cpt.eval.layout_model import PRECISION, Layout, eval_config, joined_ranks, open_layout_model
-from megatron_cpt.eval.paired import difference, estimate
 from megatron_cpt.eval.scorer import TaskModel
 from megatron_cpt.eval.task_list import NamedTask, load_tasks
-from megatron_cpt.runs.task_results import TaskResults, TaskRow
+from megatron_cpt.eval.task_rows import Values, find_primary, task_rows
+from megatron_cpt.runs.task_results import TaskResults
 from megatron_cpt.runtime.cpu import adapt_megatron_core_to_cpu
 
 logger = logging.getLogger(__name__)
 
 _SEED = 1234  # of the examples in a prompt, lm-eval's own
-Values = dict[tuple[str, str], list[Any]]  # task, metric -> one value an item
 
 
 @dataclass(frozen=True)
@@ -114,26 +111,6 @@ def check_same_tokenizer(found: Sequence[IndexedCheckpoint]) -> None:
             f"{found[0].path} and {found[-1].path} have different tokenizers: the items would not be the same for both",
             hint="give the base that this model was trained from",
         )
-
-
-def find_primary(tasks: Sequence[NamedTask], named: str | None) -> tuple[str, str]:
-    """Return the task and the metric that is tested: `named` as "task:metric" or "task", else the first of all.
-
-    Raises:
-        ConfigError: there is no such task or metric.
-    """
-    if named is None:
-        return tasks[0].name, tasks[0].metrics[0]
-    task_name, _, metric = named.partition(":")
-    for task in tasks:
-        if task.name == task_name and (not metric or metric in task.metrics):
-            return task.name, metric or task.metrics[0]
-    known = [f"{task.name}:{metric}" for task in tasks for metric in task.metrics]
-    near = near_match(named, known)
-    raise ConfigError(
-        f"--primary: {named!r} is measured by none of the tasks",
-        hint=f"did you mean {near!r}?" if near else f"there are: {', '.join(known[:10])}",
-    )
 
 
 @contextmanager
@@ -224,16 +201,7 @@ def _results(
             "the two models were not asked the same items: a task draws its own at random",
             hint="measure such a task without --base",
         )
-    by_name = {named.name: named.task for named in tasks}
-    first = next((key for key in after.values if key[0] == primary[0] and _bare(key[1]) == primary[1]), None)
-    rows = tuple(
-        replace(
-            _row(key, by_name[key[0]], None if before is None else before.values[key], values, is_primary=key == first),
-            iteration=iteration,
-        )
-        for key, values in after.values.items()
-        if _bare(key[1]) in by_name[key[0]].aggregation()
-    )
+    rows = task_rows(tasks, primary, None if before is None else before.values, after.values)
     kept = {
         f"{task}: {metric}": {
             **({} if before is None else {"before": [*map(_plain, before.values[task, metric])]}),
@@ -250,49 +218,13 @@ def _results(
             **{k: v for k, v in asdict(request).items() if k not in ("model", "base", "primary", "offline")},
             "lm_eval": lm_eval.__version__,
         },
-        rows=rows,
+        rows=tuple(replace(row, iteration=iteration) for row in rows),
         truncated_items=after.truncated,
         values=kept,
         seconds={name: round(value, 3) for name, value in seconds.items()},
         written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         version=__version__,
     )
-
-
-def _row(key: tuple[str, str], task: Any, before: list[Any] | None, after: list[Any], *, is_primary: bool) -> TaskRow:
-    aggregate, higher = _aggregate(task, _bare(key[1])), bool(task.higher_is_better().get(_bare(key[1]), True))
-    measured = estimate(after, aggregate)
-    if not math.isfinite(measured.value):
-        raise CptError(f"{key[1]} of {key[0]} is {measured.value}", hint="are the weights of the model finite?")
-    row = TaskRow(key[0], key[1], len(after), higher, is_primary, measured)
-    if before is None:
-        return row
-    changed = difference(before, after, aggregate, higher_is_better=higher)
-    return replace(
-        row,
-        before=estimate(before, aggregate),
-        difference=changed.estimate,
-        p_value=changed.p_value,
-        test=changed.test,
-        verdict=_verdict(changed, len(after), higher_is_better=higher) if is_primary else None,
-    )
-
-
-def _verdict(changed: Any, items: int, *, higher_is_better: bool) -> str:
-    if not changed.is_distinguishable:
-        return f"not distinguishable at n = {items}"
-    return "better" if (changed.estimate.value > 0) == higher_is_better else "worse"
-
-
-def _aggregate(task: Any, metric: str) -> Callable[[list[Any]], float] | None:
-    """The function that makes a metric of the items' values; None where it is their mean."""
-    function = task.aggregation()[metric]
-    return None if getattr(function, "__name__", "") == "mean" else function
-
-
-def _bare(metric: str) -> str:
-    """A metric without the filter that its answers went through."""
-    return metric.partition(",")[0]
 
 
 def _plain(value: Any) -> Any:

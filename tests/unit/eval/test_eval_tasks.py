@@ -166,6 +166,21 @@ def test_generated_and_rolling_tasks_are_measured_too(model_dir: Path, tmp_path:
     assert text["higher_is_better"] is False
 
 
+def test_the_ranks_of_a_layout_answer_as_transformers_does(model_dir: Path, base: Path, tmp_path: Path) -> None:
+    """Two processes, of which the second knows neither the tasks nor the tokenizer."""
+    task = {key: TASK[key] for key in ("dataset_path", "dataset_kwargs", "test_split")} | {
+        "task": "text", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }  # fmt: skip
+    asked = [model_dir, "--base", base, "--tasks", write_task(tmp_path, task), "--dtype", "fp32", "--json"]
+    ranks = json.loads(_tasks(*asked, "--engine", "megatron", "--pp", 2))["values"]["text: bits_per_byte"]
+    alone = json.loads(_tasks(*asked))["values"]["text: bits_per_byte"]
+    assert alone["before"] != alone["after"]
+    for moment in ("before", "after"):
+        pairs = zip(ranks[moment], alone[moment], strict=True)
+        assert max(abs(one[0] - other[0]) for one, other in pairs) < 1e-3
+
+
 @pytest.mark.slow
 def test_tasks_of_lm_eval_are_known_by_name(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its index of all tasks takes seconds to build."""
