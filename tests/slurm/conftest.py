@@ -39,8 +39,11 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model`, the dataset `data`, and the site's file `cluster.env`."""
-    folder = tmp_path_factory.mktemp("inputs")
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def write_inputs(folder: Path) -> Path:
+    """Write `model`, the dataset `data`, and the site's file `cluster.env`. Return the folder."""
     write_model(folder / "model")
     write_dataset(folder / "data", random_documents(800, 128, 1))
     programs = Path(sys.executable).parent
@@ -93,9 +96,9 @@ class Job:
         rows = read_rows(self.run.metrics)[0]
         return any(row.get("start") == attempt and "loss" in row and row["iteration"] >= iteration for row in rows)
 
-    def wait_for_step(self, iteration: int, attempt: int = 1) -> None:
+    def wait_for_step(self, iteration: int, attempt: int = 1, seconds: float = 180) -> None:
         what = f"step {iteration} of attempt {attempt}"
-        until(lambda: self.has_reached(iteration, attempt), what, 180, self.describe)
+        until(lambda: self.has_reached(iteration, attempt), what, seconds, self.describe)
 
     def ended(self, job: str | None = None, seconds: float = 240) -> int:
         return self.cluster.exit_code(job or self.job, seconds)
