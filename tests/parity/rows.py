@@ -188,6 +188,8 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("dp2_pp2_vpp2_overlap", 4, parallel(pp=2, vpp=2) | OVERLAP | SINGLES, bucket_elements=5000),
     TrainRow("kl_tp2_pp2", 4, parallel(tp=2, pp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL),
     TrainRow("kl_tp2_cp2", 4, parallel(tp=2, cp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL),
+    TrainRow("kl_reverse_tp2_cp2", 4, parallel(tp=2, cp=2) | NO_DECAY, baseline="kl_reverse", kl=REVERSE_KL),
+    TrainRow("ewc_tp2_pp2", 4, parallel(tp=2, pp=2) | NO_DECAY, baseline="ewc", ewc=EWC),
     TrainRow("yarn_cp2_tp2_sp", 4, parallel(cp=2, tp=2), model="base_yarn"),
     # eight ranks: everything at once
     TrainRow("dp2_tp2_pp2", 8, parallel(tp=2, pp=2) | SINGLES),
