@@ -77,9 +77,11 @@ class _TopKKl(torch.autograd.Function):
                 own[:, :rows].copy_(logits_sbv[where])
                 own[:, min(rows, max(0, real_rows)) :] = PADDING
                 index = torch.where((index >= 0) & (index < rows), index, rows)
-                divergence, gradient = _divergence(own.div_(temperature), index, log_q_sbk[where], reverse, group)
+                if temperature != 1.0:  # else it would be a pass for nothing
+                    own.div_(temperature)
+                divergence, gradient = _divergence(own, index, log_q_sbk[where], reverse, group)
                 divergence_sb[where] = divergence * temperature**2
-                gradient_sbv[where] = gradient[:, :rows].mul_(temperature)
+                gradient_sbv[where] = gradient[:, :rows] if temperature == 1.0 else gradient[:, :rows].mul_(temperature)
         ctx.save_for_backward(gradient_sbv)
         return divergence_sb
 

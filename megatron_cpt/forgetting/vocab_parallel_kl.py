@@ -72,9 +72,12 @@ class _VocabParallelKl(torch.autograd.Function):
                 other = reference_sbv[where].to(torch.float32, copy=True)
                 if real_rows < own.shape[1]:
                     own[:, max(0, real_rows) :] = other[:, max(0, real_rows) :] = PADDING
-                divergence, gradient = _divergence(own.div_(temperature), other.div_(temperature), reverse, group)
+                if temperature != 1.0:  # else it would be a pass over both for nothing
+                    own.div_(temperature)
+                    other.div_(temperature)
+                divergence, gradient = _divergence(own, other, reverse, group)
                 divergence_sb[where] = divergence * temperature**2
-                gradient_sbv[where] = gradient.mul_(temperature)
+                gradient_sbv[where] = gradient if temperature == 1.0 else gradient.mul_(temperature)
         ctx.save_for_backward(gradient_sbv)
         return divergence_sb
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +84,23 @@ def whole(pool: RankPool, inputs: Path, ewc: dict[str, Any], tmp_path_factory: p
     return folder / "whole"
 
 
-def test_a_run_with_kl_and_a_penalty_continues_bit_by_bit(
+def killed_after(pool: RankPool, config: Path, run: Path, iteration: int, ranks: int, log: Path) -> None:
+    """Start the run, and kill -9 its ranks as soon as it shows the iteration."""
+    started = pool.start(config, ranks=ranks, log=log)
+    while not (run / "metrics.jsonl").is_file() or max(rows(run), default=0) < iteration:
+        assert not pool.have_ended(), log.read_text()[-3000:]
+        time.sleep(0.005)
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert pool.wait() == [-signal.SIGKILL] * ranks
+
+
+def test_a_run_with_kl_and_a_penalty_killed_continues_bit_by_bit(
     pool: RankPool, inputs: Path, ewc: dict[str, Any], tmp_path: Path, whole: Path
 ) -> None:
     config, log = write_config(inputs, tmp_path, "cut", {"kl": KL, "ewc": ewc}), tmp_path / "log"
-    assert pool.run(config, "budget.train_tokens=2048", ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
+    killed_after(pool, config, tmp_path / "cut", 3, 2, log)
     assert pool.run(config, ranks=2, log=log) == [0, 0], log.read_text()[-3000:]
     assert rows(tmp_path / "cut") == rows(whole)
     terms = [terms for _, _, terms in rows(whole).values()]
@@ -205,9 +221,9 @@ def test_a_gate_that_rolls_back_goes_on_from_the_best_at_a_lower_rate_and_resume
     rates = {row["iteration"]: row["lr"] for row in read_metrics(run / "metrics.jsonl") if "event" not in row}
     assert (rates[at], rates[at + 1]) == (4e-3, 1e-3)
     assert rows(run)[12]  # the data went on to the end of the budget
-    # cut off behind the return and started again, it decides and trains as the whole run did
+    # killed behind the return and started again, it decides and trains as the whole run did
     cut = gated(inputs, tmp_path, "cut", **options)
-    assert pool.run(cut, f"budget.train_tokens={512 * (at + 2)}", ranks=1, log=log) == [0]
+    killed_after(pool, cut, tmp_path / "cut", at + 1, 1, log)
     assert pool.run(cut, ranks=1, log=log) == [0], log.read_text()[-3000:]
     assert rows(tmp_path / "cut") == rows(run)
     memory = complete_checkpoints(tmp_path / "cut" / "checkpoints")[0][1].memory["gate"]
