@@ -1,7 +1,11 @@
-"""Slurm's own commands, called: sbatch, squeue, sinfo. Each has a timeout, and each failure is one clear error."""
+"""Slurm's own commands, called: sbatch, scancel, squeue, sinfo. Each has a timeout, each failure is one clear error.
+
+Sites wrap these commands, for a banner or their accounting: an answer is taken from among other lines, never guessed.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,7 +25,8 @@ def check_client(site: Site) -> None:
         )
     if site.partition is not None:
         known = sorted(set(call(["sinfo", "--noheader", "--all", "--format=%R"], site).split()))
-        unknown = [name for name in site.partition.split(",") if name not in known]
+        # Without an answer it is for sbatch to say.
+        unknown = [name for name in site.partition.split(",") if known and name not in known]
         if unknown:
             raise LaunchError(f"the cluster has no partition {', '.join(unknown)}", hint=f"one of {', '.join(known)}")
     if site.container_image is not None and "--container-image" not in call(["srun", "--help"], site):
@@ -40,9 +45,54 @@ def submit_script(path: Path, site: Site, options: Sequence[str] = ()) -> str:
     """Submit the batch script. Return the id of its job.
 
     Raises:
-        LaunchError: Slurm does not accept it.
+        LaunchError: Slurm does not accept it, or does not say the job's id.
     """
-    return _sbatch(["--parsable", *options, str(path)], site).strip().split(";")[0]
+    answer = _sbatch(["--parsable", *options, str(path)], site)
+    ids = re.findall(r"^(?:Submitted batch job )?(\d+)(?:;\S+)?\s*$", answer, re.MULTILINE)
+    if len(ids) != 1:
+        raise LaunchError(
+            f"sbatch did not say one job id, but {answer.strip()[-200:]!r}",
+            hint="`squeue --me` shows whether the job is in the queue; scancel it before you submit again",
+        )
+    return str(ids[0])
+
+
+def cancel(jobs: Sequence[str], site: Site) -> None:
+    """Take jobs out of the queue.
+
+    Raises:
+        LaunchError: Slurm does not do it.
+    """
+    if jobs:
+        call(["scancel", *jobs], site)
+
+
+def jobs_of(option: str, columns: Sequence[str], site: Site, seconds: int = SECONDS) -> list[list[str]]:
+    """What squeue says of the jobs that `option` selects, finished ones too: a row per job, a text per column.
+
+    Args:
+        option: `--me`, `--jobs=1,2`.
+        columns: letters of squeue's `--format`; the first is `i`, the job's id, and the last may hold any text.
+
+    Raises:
+        LaunchError: squeue cannot be asked, or its answer is no list of jobs.
+    """
+    form = "|".join(f"%{letter}" for letter in columns)
+    try:
+        lines = call(["squeue", "--states=all", f"--format={form}", option], site, seconds=seconds).splitlines()
+    except LaunchError as error:
+        if "Invalid job id" in error.message:  # the only job is long forgotten
+            return []
+        raise
+    # The header is asked for: it tells a queue without jobs from an answer that is none.
+    header = next((number for number, line in enumerate(lines) if line.startswith("JOBID|")), len(lines))
+    rows = [line.split("|", len(columns) - 1) for line in lines[header + 1 :] if line.strip()]
+    if header == len(lines) or any(len(row) != len(columns) for row in rows):
+        raise LaunchError(
+            f"squeue did not answer with a list of jobs, but {' '.join(lines)[:200]!r}",
+            hint="`which squeue` says which one it is; `squeue --me` shows what it prints",
+        )
+    return rows
 
 
 def _sbatch(arguments: Sequence[str], site: Site, text: str | None = None) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.runs.folder import RunFolder
-from megatron_cpt.slurm.client import call
+from megatron_cpt.slurm.client import jobs_of
 from megatron_cpt.slurm.journal import Event, read_journal, restarts
 from megatron_cpt.slurm.preflight import excluded_nodes
 from megatron_cpt.slurm.site import Site
 
 _SECONDS = 10  # status must answer, whatever the controller does
+_COLUMNS = "iTrNSLo"  # those of QueuedJob, then the path of the job's script
 _WAITING = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
 
 
@@ -51,14 +52,22 @@ def slurm_view(folder: RunFolder) -> SlurmView | None:
     events = read_journal(folder)
     if not events and not script_path(folder).is_file():
         return None
-    jobs, problem = _jobs_of(folder, events)
+    jobs: list[QueuedJob] = []
+    problem = None
+    try:
+        jobs = _jobs_of(folder, events, Site())
+    except LaunchError as error:
+        problem = error.message if "squeue" in error.message else f"squeue: {error.message}"
     return SlurmView(jobs, restarts(events), excluded_nodes(folder), problem)
 
 
-def waiting_jobs(folder: RunFolder) -> list[str]:
-    """Ids of the run's jobs that are queued or running."""
-    jobs, _ = _jobs_of(folder, read_journal(folder))
-    return [job.job for job in jobs]
+def waiting_jobs(folder: RunFolder, site: Site) -> list[str]:
+    """Ids of the run's jobs that are queued or running.
+
+    Raises:
+        LaunchError: Slurm does not say.
+    """
+    return [job.job for job in _jobs_of(folder, read_journal(folder), site)]
 
 
 def script_path(folder: RunFolder) -> Path:
@@ -66,33 +75,15 @@ def script_path(folder: RunFolder) -> Path:
     return folder.root / "submit.sbatch"
 
 
-def _jobs_of(folder: RunFolder, events: list[Event]) -> tuple[list[QueuedJob], str | None]:
-    """The run's jobs that are queued or running, and why Slurm could not be asked.
+def _jobs_of(folder: RunFolder, events: list[Event], site: Site) -> list[QueuedJob]:
+    """The run's jobs that are queued or running.
 
     A job of the journal is known by its id, whoever submitted it; one that was submitted by hand, and has not begun, by
     its script, among the jobs of this user.
     """
     known = list(dict.fromkeys(str(event["job"]) for event in events if event.get("job")))[-50:]
     script = script_path(folder).absolute()
-    found: dict[str, QueuedJob] = {}
-    try:
-        if known:
-            found |= {job.job: job for job, _ in _ask(f"--jobs={','.join(known)}")}
-        if script.is_file():
-            found |= {job.job: job for job, command in _ask("--me") if Path(command) == script}
-    except LaunchError as error:
-        return [], error.message if "squeue" in error.message else f"squeue: {error.message}"
-    return list(found.values()), None
-
-
-def _ask(which: str) -> list[tuple[QueuedJob, str]]:
-    """The jobs of squeue's option `which` that are queued or running, each with the path of its script."""
-    command = ["squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%N|%S|%L|%o", which]
-    try:
-        lines = call(command, Site(), seconds=_SECONDS).splitlines()
-    except LaunchError as error:
-        if "Invalid job id" in error.message:  # the only job is long forgotten
-            return []
-        raise
-    rows = [line.split("|", 6) for line in lines]
-    return [(QueuedJob(*row[:6]), row[6]) for row in rows if len(row) == 7 and row[1] in _WAITING]
+    rows = jobs_of(f"--jobs={','.join(known)}", _COLUMNS, site, _SECONDS) if known else []
+    if script.is_file():
+        rows += [row for row in jobs_of("--me", _COLUMNS, site, _SECONDS) if Path(row[-1]) == script]
+    return list({row[0]: QueuedJob(*row[:-1]) for row in rows if row[1] in _WAITING}.values())

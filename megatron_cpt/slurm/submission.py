@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,11 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.durable import write_atomically
-from megatron_cpt.errors import CheckpointError, LaunchError
+from megatron_cpt.errors import CheckpointError, CptError, LaunchError
 from megatron_cpt.launch.survey import raise_findings, survey
 from megatron_cpt.runs.folder import RunFolder, create_run_folder, resolved_yaml
 from megatron_cpt.runs.metrics import read_rows
-from megatron_cpt.slurm.client import check_client, check_script, submit_script
+from megatron_cpt.slurm.client import cancel, check_client, check_script, submit_script
 from megatron_cpt.slurm.journal import record
 from megatron_cpt.slurm.preflight import excluded_nodes
 from megatron_cpt.slurm.queue import script_path, waiting_jobs
@@ -34,6 +35,8 @@ from megatron_cpt.slurm.script import (
 from megatron_cpt.slurm.site import Site
 from megatron_cpt.slurm.time_limit import check_time_limit, notice_seconds, parse_time_limit, save_seconds
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -41,6 +44,7 @@ class Submission:
 
     folder: Path  # of the scripts and logs
     scripts: tuple[tuple[Path, str, tuple[str, ...]], ...]  # path, text, options
+    check: Callable[[Site], None] = lambda site: None  # raises where Slurm already has such a job
     prepare: Callable[[], None] = lambda: None  # writes what the scripts need beside them
     note: Callable[[str, Path], None] = lambda job, script: None  # called with each job that was submitted
 
@@ -54,10 +58,11 @@ def submit(submission: Submission, site: Site) -> list[str]:
     """Check the scripts with Slurm, write them, and call sbatch. Return the ids of the jobs.
 
     Raises:
-        LaunchError: Slurm does not accept a job.
+        LaunchError: Slurm does not accept a job; then none of this submission stays in the queue.
         CheckpointError: the folder cannot be written.
     """
     check_client(site)
+    submission.check(site)
     for text in dict.fromkeys(text for _, text, _ in submission.scripts):
         check_script(text, site)
     try:
@@ -71,11 +76,23 @@ def submit(submission: Submission, site: Site) -> list[str]:
             f"cannot write {submission.folder}: {error.strerror}", hint="choose a folder that you may write"
         ) from error
     jobs: list[str] = []
-    for path, _, options in submission.scripts:
-        previous = jobs[-1] if jobs else ""
-        jobs.append(submit_script(path, site, [option.format(previous=previous) for option in options]))
-        submission.note(jobs[-1], path)
+    try:
+        for path, _, options in submission.scripts:
+            previous = jobs[-1] if jobs else ""
+            jobs.append(submit_script(path, site, [option.format(previous=previous) for option in options]))
+            submission.note(jobs[-1], path)
+    except CptError:
+        _take_back(jobs, site)
+        raise
     return jobs
+
+
+def _take_back(jobs: Sequence[str], site: Site) -> None:
+    """Cancel the jobs of a submission that failed; say which stay in the queue if that fails too."""
+    try:
+        cancel(jobs, site)
+    except LaunchError as error:
+        logger.error("jobs %s stay in the queue (%s): scancel %s", ", ".join(jobs), error.message, " ".join(jobs))
 
 
 def training(
@@ -91,12 +108,11 @@ def training(
         max_restarts: how often a job starts itself again.
 
     Raises:
-        UserError: all that would stop the run, at once; a job of it that is queued; a time limit shorter than one save.
+        UserError: all that would stop the run, at once; a time limit shorter than one save.
     """
     found = survey(config, named)
     raise_findings(found.blocking(strict=True, packages_are_here=site.container_image is None), named)
     folder = RunFolder(Path(config.folder))
-    _refuse_a_second_job(folder)
     one_save = save_seconds(
         trainable_of(config, found.arch).checkpoint_bytes(), config.parallel.nodes, read_rows(folder.metrics)[0]
     )
@@ -128,11 +144,13 @@ def training(
     def note(job_id: str, path: Path) -> None:
         record(folder, "submitted", job=job_id, script=path.name)
 
-    return Submission(root, ((script, text, ()), *successors), prepare, note)
+    return Submission(
+        root, ((script, text, ()), *successors), lambda site: _refuse_a_second_job(folder, site), prepare, note
+    )
 
 
-def _refuse_a_second_job(folder: RunFolder) -> None:
-    waiting = waiting_jobs(folder)
+def _refuse_a_second_job(folder: RunFolder, site: Site) -> None:
+    waiting = waiting_jobs(folder, site)
     if waiting:
         raise LaunchError(
             f"{folder.root} has a job in the queue: {', '.join(waiting)}",

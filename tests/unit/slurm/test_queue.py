@@ -13,8 +13,11 @@ from megatron_cpt.runs.folder import RunFolder
 from megatron_cpt.slurm.journal import record
 from megatron_cpt.slurm.preflight import exclude
 from megatron_cpt.slurm.queue import slurm_view, waiting_jobs
+from megatron_cpt.slurm.site import Site
 
-ROWS = """12|PENDING|Resources||2026-01-01T00:00:00|1:00:00|/old/submit.sbatch
+HEADER = "JOBID|STATE|REASON|NODELIST|START_TIME|TIME_LEFT|COMMAND"
+ROWS = f"""{HEADER}
+12|PENDING|Resources||2026-01-01T00:00:00|1:00:00|/old/submit.sbatch
 11|RUNNING|None|node[1-2]|2026-01-01T00:00:00|10:00|/old/submit.sbatch
 10|COMPLETED|None|node1|2026-01-01T00:00:00|INVALID|/old/submit.sbatch"""
 
@@ -81,11 +84,11 @@ def test_a_job_that_was_submitted_by_hand_is_known_by_its_script(
     (tmp_path / "other.sbatch").touch()
     row = "{}|PENDING|Priority||N/A|1:00:00|{}"
     rows = [row.format(7, run.root / "submit.sbatch"), row.format(8, tmp_path / "other.sbatch"), row.format(9, "")]
-    write_squeue(tmp_path, "cat <<E\n" + "\n".join(rows) + "\nE")
+    write_squeue(tmp_path, "cat <<E\n" + "\n".join([HEADER, *rows]) + "\nE")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     view = slurm_view(run)
     assert view is not None and view.waits and [job.job for job in view.jobs] == ["7"]
-    assert waiting_jobs(run) == ["7"]
+    assert waiting_jobs(run, Site()) == ["7"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,10 @@ def test_a_job_that_was_submitted_by_hand_is_known_by_its_script(
         ("echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1", "squeue: Unable to contact"),
         ("exit 1", "squeue: exit code 1"),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
+        (f"echo 'Welcome!'; echo '{HEADER}'", None),
+        ("echo 'Welcome!'", "squeue did not answer with a list of jobs, but 'Welcome!'"),
+        ("", "squeue did not answer with a list of jobs, but ''"),
+        (f"echo '{HEADER}'; echo '12|RUNN'", f"squeue did not answer with a list of jobs, but '{HEADER} 12|RUNN'"),
     ],
 )
 def test_what_squeue_says_is_one_sentence(folder: RunFolder, text: str, problem: str | None) -> None:

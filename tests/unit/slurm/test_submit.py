@@ -46,7 +46,10 @@ class Login:
         (folder / "bin").mkdir()
         self.add("sbatch", SBATCH.replace("CALLS", str(self.calls_file)))
         self.add("sinfo", "printf 'gpu\\nfull\\n'")
-        self.add("squeue", "cat QUEUE 2>/dev/null".replace("QUEUE", str(folder / "queue")))
+        self.add(
+            "squeue",
+            f"echo 'JOBID|STATE|REASON|NODELIST|START_TIME|TIME_LEFT|COMMAND'; cat {folder}/queue 2>/dev/null; true",
+        )
         self.add("srun", "echo '  --mpi  '")
 
     def add(self, name: str, text: str) -> None:
@@ -127,6 +130,42 @@ def test_a_run_that_is_in_the_queue_is_not_submitted_twice(login: Login) -> None
     done = login.submit(str(login.config()))
     assert done.returncode == 2 and "has a job in the queue: 101" in done.stderr
     assert len(login.calls) == 1
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("echo 'slurm_load_jobs error: Unable to contact controller' >&2; exit 1", "Unable to contact controller"),
+    ("echo 'maintenance until noon'", "squeue did not answer with a list of jobs, but 'maintenance until noon'"),
+])  # fmt: skip
+def test_where_slurm_does_not_say_what_is_queued_nothing_is_submitted(login: Login, text: str, words: str) -> None:
+    """Else two jobs would train one run."""
+    assert login.submit(str(login.config())).returncode == 0
+    login.add("squeue", text)
+    done = login.submit(str(login.config()))
+    assert (done.returncode, len(login.calls)) == (2, 1) and words in done.stderr, done.stderr
+
+
+def test_the_job_id_is_found_in_what_a_site_adds_to_it(login: Login) -> None:
+    login.add("sbatch", SBATCH.replace("CALLS", str(login.calls_file)) + "echo '1 hour is charged to lab'\n")
+    login.add("sbatch", f"echo 'Welcome to cluster 7'\n{(login.folder / 'bin/sbatch').read_text()}")
+    done = login.submit(str(login.config()), "--chain", "2", "--json")
+    assert json.loads(done.stdout)["jobs"] == ["101", "102"], done.stderr
+    login.run.resolved.parent.joinpath("slurm.jsonl").unlink()
+    login.add("sbatch", "echo queued")
+    done = login.submit(str(login.config()))
+    assert done.returncode == 2 and "sbatch did not say one job id, but 'queued'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("scancel", ["works", "fails"])
+def test_of_a_chain_that_is_refused_in_the_middle_nothing_stays(login: Login, scancel: str) -> None:
+    refuse = "case \"$*\" in *afterany:102*) echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1; esac\n"
+    login.add("sbatch", refuse + SBATCH.replace("CALLS", str(login.calls_file)))
+    login.add("scancel", f'echo "$*" > {login.folder}/cancelled' if scancel == "works" else "exit 1")
+    done = login.submit(str(login.config()), "--chain", "3")
+    assert done.returncode == 2 and "QOSMaxSubmitJobPerUserLimit" in done.stderr, done.stderr
+    if scancel == "works":
+        assert (login.folder / "cancelled").read_text() == "101 102\n"
+    else:
+        assert "jobs 101, 102 stay in the queue (exit code 1): scancel 101 102" in done.stderr
 
 
 @pytest.mark.parametrize(
