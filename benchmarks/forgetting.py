@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--global-batch-size", type=int, default=4)
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--only", default=",".join(AIMS), help="of the steps beside the plain one")
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
@@ -99,7 +100,9 @@ def main() -> None:
         config = run_config(model_dir, args)
         init_runtime(config)
         state = build_train_state(config, read_architecture(model_dir))
-        medians = interleave(steps_of(state, model_dir, folder, args), args.repeats)
+        wanted = ("plain", *args.only.split(","))
+        steps = {name: step for name, step in steps_of(state, model_dir, folder, args).items() if name in wanted}
+        medians = interleave(steps, args.repeats)
         shutdown_runtime()
     clock = "cpu_seconds" if args.device == "cpu" else "wall_seconds"
     rows: list[list[str]] = [

@@ -21,6 +21,9 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.forgetting.fisher import load_importance
 from megatron_cpt.model.owned_parameters import OwnedParameter
 
+_PART_ELEMENTS = 2**26  # of a parameter that are worked on at once
+_CPU_PART_ELEMENTS = 2**17  # so few that they stay in a processor's cache from pass to pass
+
 
 class WeightPenalty:
     """A `train.terms.Penalty`. `base` and `importance` have a tensor per owned parameter, in their order."""
@@ -38,12 +41,23 @@ class WeightPenalty:
     def add_gradients(self, parameters: Sequence[OwnedParameter]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.base[0].device if self.base else None)
         for index, (parameter, base) in enumerate(zip(parameters, self.base, strict=True)):
-            moved = parameter.values - base
-            pull = moved if self.importance is None else moved * self.importance[index]
-            parameter.gradient.add_(pull, alpha=self.strength)
+            importance = None if self.importance is None else self.importance[index]
+            value = self._add_gradient(parameter.values, parameter.gradient, base, importance)
             if parameter.counted:
-                total += pull.dot(moved)
+                total += value
         return total.mul_(self.strength / 2)
+
+    def _add_gradient(self, values: Tensor, gradient: Tensor, base: Tensor, importance: Tensor | None) -> Tensor:
+        """Add the gradient of one parameter. Return its sum of F times the squares, in fp64."""
+        length = _CPU_PART_ELEMENTS if values.device.type == "cpu" else _PART_ELEMENTS
+        total = torch.zeros((), dtype=torch.float64, device=values.device)
+        for start in range(0, len(values), length):
+            part = slice(start, start + length)
+            moved = values[part] - base[part]
+            pull = moved if importance is None else moved * importance[part]
+            gradient[part].add_(pull, alpha=self.strength)
+            total += pull.dot(moved)
+        return total
 
 
 def weight_penalties(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cpt.forgetting.vocab_parallel_kl import PADDING, PART_ELEMENTS, reduced
+from megatron_cpt.forgetting.vocab_parallel_kl import PADDING, part_rows, reduced
 
 _NOTHING_LEFT = 1e-12  # the least probability of all other tokens: below it float16 has no number for the logarithm
 
@@ -62,7 +62,7 @@ def top_log_probabilities(
     shape, device = (*logits_sbv.shape[:2], top_k), logits_sbv.device
     ids = torch.empty(shape, dtype=torch.int32, device=device)
     log_q = torch.empty((*shape[:2], top_k + 1), dtype=torch.float16, device=device)
-    length = max(1, PART_ELEMENTS // logits_sbv.shape[2])
+    length = part_rows(logits_sbv)
     for sample in range(logits_sbv.shape[1]):
         for start in range(0, logits_sbv.shape[0], length):
             where = (slice(start, start + length), sample)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cpt.forgetting.vocab_parallel_kl import PART_ELEMENTS
+from megatron_cpt.forgetting.vocab_parallel_kl import part_rows
 
 
 @torch.no_grad()
@@ -25,9 +25,8 @@ def sampled_labels(
         real_rows: how many of the rows are tokens; the rest is padding. May be 0 or less.
         group: the ranks that hold the vocabulary together, None when this rank holds all of it.
     """
-    rows = logits_sbv.shape[-1]
     labels = torch.empty(logits_sbv.shape[:2], dtype=torch.int64, device=logits_sbv.device)
-    length = max(1, PART_ELEMENTS // rows)
+    length = part_rows(logits_sbv)
     for sample in range(logits_sbv.shape[1]):
         for start in range(0, logits_sbv.shape[0], length):
             where = (slice(start, start + length), sample)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_cpt.forgetting.vocab_parallel_kl import PADDING, PART_ELEMENTS, reduced
+from megatron_cpt.forgetting.vocab_parallel_kl import PADDING, part_rows, reduced
 
 _TINY = 1e-30  # of a probability that is taken the logarithm of
 
@@ -67,7 +67,7 @@ class _TopKKl(torch.autograd.Function):
         divergence_sb = torch.empty(logits_sbv.shape[:2], dtype=torch.float32, device=logits_sbv.device)
         gradient_sbv = torch.empty_like(logits_sbv)  # in the dtype of the logits
         rows = logits_sbv.shape[2]
-        length = max(1, PART_ELEMENTS // rows)
+        length = part_rows(logits_sbv)
         for sample in range(logits_sbv.shape[1]):
             for start in range(0, logits_sbv.shape[0], length):
                 where = (slice(start, start + length), sample)
@@ -103,10 +103,13 @@ def _divergence(
     log_q = log_q.float().log_softmax(dim=1)  # as they were rounded when they were stored
     q = log_q.exp()
     own.sub_(reduced(own.amax(dim=1), dist.ReduceOp.MAX, group).unsqueeze(1))
-    p = own.exp_()
-    p.div_(reduced(p.sum(dim=1), dist.ReduceOp.SUM, group).unsqueeze(1))
-    rest = p.scatter(1, index, 0.0).sum(dim=1, keepdim=True)
-    outcomes = reduced(torch.cat([p.gather(1, index), rest], dim=1), dist.ReduceOp.SUM, group)
+    weights = own.exp_()
+    total = reduced(weights.sum(dim=1), dist.ReduceOp.SUM, group).unsqueeze(1)
+    chosen = weights.gather(1, index)
+    others = weights.scatter_(1, index, 0.0)
+    outcomes = reduced(torch.cat([chosen, others.sum(dim=1, keepdim=True)], dim=1), dist.ReduceOp.SUM, group).div_(
+        total
+    )
     ratio = outcomes.clamp(min=_TINY).log_() - log_q  # log P - log Q
     if reverse:
         divergence = (outcomes * ratio).sub_(outcomes).add_(q).sum(dim=1)
@@ -115,4 +118,4 @@ def _divergence(
         divergence = (q * ratio).add_(q).sub_(outcomes).sum(dim=1).neg_()
         pull = 1 - ratio.neg_().exp_()
     listed = outcomes[:, :-1] * pull[:, :-1]
-    return divergence, p.mul_(pull[:, -1:]).scatter_(1, index, listed)
+    return divergence, others.mul_(pull[:, -1:] / total).scatter_(1, index, listed)

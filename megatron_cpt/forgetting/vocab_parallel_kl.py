@@ -23,7 +23,13 @@ from torch import Tensor
 from megatron_cpt.planner.memory import KL_PART_ELEMENTS
 
 PADDING = -1e30  # a logit whose probability is 0, and which can be subtracted without making a NaN
-PART_ELEMENTS = KL_PART_ELEMENTS  # of the fp32 copies that are worked on at once
+_CPU_PART_ELEMENTS = 2**18  # so few that the copies stay in a processor's cache from pass to pass
+
+
+def part_rows(logits: Tensor) -> int:
+    """Return how many tokens of `logits` [..., rows of the vocabulary] are worked on at once, in fp32."""
+    elements = _CPU_PART_ELEMENTS if logits.device.type == "cpu" else KL_PART_ELEMENTS
+    return max(1, elements // logits.shape[-1])
 
 
 def vocab_parallel_kl(
@@ -64,7 +70,7 @@ class _VocabParallelKl(torch.autograd.Function):
     ) -> Tensor:
         divergence_sb = torch.empty(logits_sbv.shape[:2], dtype=torch.float32, device=logits_sbv.device)
         gradient_sbv = torch.empty_like(logits_sbv)  # kept instead of probabilities, in the dtype of the logits
-        length = max(1, PART_ELEMENTS // logits_sbv.shape[2])
+        length = part_rows(logits_sbv)
         for sample in range(logits_sbv.shape[1]):
             for start in range(0, logits_sbv.shape[0], length):
                 where = (slice(start, start + length), sample)
@@ -93,11 +99,11 @@ def _divergence(own: Tensor, other: Tensor, reverse: bool, group: dist.ProcessGr
     tops = reduced(torch.stack([own.amax(dim=1), other.amax(dim=1)]), dist.ReduceOp.MAX, group)
     own.sub_(tops[0].unsqueeze(1))
     other.sub_(tops[1].unsqueeze(1))
-    sums = torch.stack([own.exp().sum(dim=1), other.exp().sum(dim=1)])
-    logs = reduced(sums, dist.ReduceOp.SUM, group).log_()
-    q = other.sub_(logs[1].unsqueeze(1)).exp()
-    ratio = other.neg_().add_(own.sub_(logs[0].unsqueeze(1)))  # log p - log q
-    p = own.exp_()
+    p, q = own.exp(), other.exp()
+    sums = reduced(torch.stack([p.sum(dim=1), q.sum(dim=1)]), dist.ReduceOp.SUM, group).unsqueeze(2)
+    p.div_(sums[0])
+    q.div_(sums[1])
+    ratio = own.sub_(other).sub_(sums[0].log() - sums[1].log())  # log p - log q
     if reverse:
         divergence = reduced((p * ratio).sub_(p).add_(q).sum(dim=1), dist.ReduceOp.SUM, group)
         return divergence, p.mul_(ratio.sub_(divergence.unsqueeze(1)))

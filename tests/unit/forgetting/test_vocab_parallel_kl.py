@@ -30,7 +30,7 @@ def dense(own: Tensor, other: Tensor, temperature: float, reverse: bool) -> Tens
 def test_value_and_gradient_are_those_of_torch(
     temperature: float, reverse: bool, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PART_ELEMENTS", part)
+    monkeypatch.setattr(module, "_CPU_PART_ELEMENTS", part)
     own, other, upstream = drawn(1).requires_grad_(), drawn(2), torch.rand(11, 3)
     kept = other.clone()
     result = vocab_parallel_kl(own, other, real_rows=REAL, temperature=temperature, reverse=reverse)
