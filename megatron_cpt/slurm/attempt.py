@@ -205,7 +205,8 @@ def end(start: Start, environ: Mapping[str, str] = os.environ) -> dict[str, str]
     """Say what follows from the end of the ranks, and note it."""
     slurm, folder = start.slurm, start.folder
     events = read_journal(folder)
-    began = next((event for event in reversed(events) if event["event"] == "began"), {})
+    own = [e for e in events if (e["event"], e.get("job"), e.get("restart")) == ("began", slurm.job, slurm.restart)]
+    began = own[-1] if own else {}
     attempt = count_attempts(folder)
     ranks_began = attempt > began.get("attempts", attempt)
     rows = [row for row in read_rows(folder.metrics)[0] if ranks_began and row.get("start") == attempt]

@@ -55,6 +55,8 @@ def restarts(events: list[Event]) -> list[Event]:
                 found[-1]["cause"] = event.get("before") or "cut off: its node failed, or it was cancelled or preempted"
             kept = {key: event.get(key) for key in ("job", "restart", "nodes", "consumed_tokens")}
             found.append({**kept, "began": event["time"], "cause": None, "action": None})
-        elif event["event"] == "ended" and found:
-            found[-1] |= {"cause": event["cause"], "action": event["action"]}
+        elif event["event"] == "ended":  # of two jobs that were submitted at once, each ends its own start
+            own = [start for start in found if (start["job"], start["restart"]) == (event["job"], event["restart"])]
+            for start in own[-1:]:
+                start |= {"cause": event["cause"], "action": event["action"]}
     return found

@@ -197,6 +197,13 @@ class Cluster:
     def start_slurmd(self, node: str) -> None:
         self.ask("slurmd", "-N", node, host=node)
 
+    def kill_controller(self) -> None:
+        self.ask("kill", "-9", (self.folder / "pid/slurmctld.pid").read_text().strip())
+
+    def start_controller(self) -> None:
+        """As after a restart of its service: it takes its jobs from StateSaveLocation."""
+        self.ask("slurmctld")
+
     def processes(self, node: str, words: str) -> list[int]:
         """Ids, on this machine, of the processes of a node whose command line contains `words`."""
         inside = subprocess.run(

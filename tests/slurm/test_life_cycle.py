@@ -12,6 +12,7 @@ import pytest
 
 from megatron_cpt.runs.checkpoints import complete_checkpoints
 from megatron_cpt.runs.rank_errors import read_rank_errors
+from megatron_cpt.slurm.preflight import exclude
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.conftest import Job, clean_up
 
@@ -41,6 +42,39 @@ def test_a_killed_rank_starts_the_job_again(job: Job, undisturbed: dict[int, flo
     assert job.ended() == 0, job.describe()
     assert job.losses() == undisturbed
     assert job.journal("ended")[0]["action"] == "requeue"
+
+
+def test_a_rank_that_dies_while_the_controller_is_down_starts_the_job_again(
+    job: Job, undisturbed: dict[int, float]
+) -> None:
+    """Nobody answers scontrol then; the job's script asks until somebody does."""
+    job.submit()
+    job.wait_for_step(15)
+    rank = job.ranks(job.cluster.nodes_of(job.job)[1])[0]
+    job.cluster.kill_controller()
+    try:
+        os.kill(rank, signal.SIGKILL)
+        log = job.run.logs / f"slurm-{job.job}.log"
+        until(lambda: "Unable to contact" in log.read_text(), "the script has asked in vain", 60, log.read_text)
+    finally:
+        job.cluster.start_controller()
+    assert job.ended() == 0, job.describe()
+    assert job.losses() == undisturbed
+    assert [event["action"] for event in job.journal("ended")] == ["requeue", "leave"]
+
+
+def test_of_two_jobs_that_are_submitted_at_once_one_trains_and_the_other_stops(
+    job: Job, undisturbed: dict[int, float]
+) -> None:
+    (first,) = job.submit()
+    second = job.sbatch()
+    codes = {name: job.ended(name) for name in (first, second)}
+    assert sorted(codes.values()) == [0, 2], job.describe()
+    assert job.losses() == undisturbed
+    (trained,) = [name for name, code in codes.items() if code == 0]
+    starts = {start["job"]: start["cause"] for start in job.status()["slurm"]["restarts"]}
+    assert starts.pop(trained) == "the budget is trained and saved"
+    assert "is being written by process" in starts.popitem()[1]
 
 
 @dataclass
@@ -171,7 +205,10 @@ def test_a_rank_that_makes_no_progress_is_ended_by_the_watchdog_and_the_job_star
 
 
 def test_a_node_that_fails_its_check_is_left_out(job: Job, undisturbed: dict[int, float]) -> None:
-    bad = job.cluster.nodes[1]
+    """And so stays a node that was left out before."""
+    bad, worse = job.cluster.nodes[1:3]
+    job.run.root.mkdir()
+    exclude(job.run, {worse: "fans"})
     job.cluster.ask("mount", "-t", "tmpfs", "tmpfs", str(job.inputs / "model"), host=bad)
     try:
         job.submit()
@@ -180,8 +217,8 @@ def test_a_node_that_fails_its_check_is_left_out(job: Job, undisturbed: dict[int
         job.cluster.ask("umount", str(job.inputs / "model"), host=bad)
     assert job.losses() == undisturbed
     first, last = job.journal("began")
-    assert bad in first["nodes"] and bad not in last["nodes"]
-    assert list(job.status()["slurm"]["excluded_nodes"]) == [bad]
+    assert bad in first["nodes"] and not {bad, worse} & set(last["nodes"])
+    assert set(job.status()["slurm"]["excluded_nodes"]) == {bad, worse}
     assert job.causes()[0].startswith(f"preflight: {bad}: ")
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from megatron_cpt.commands.status import slurm_lines
 from megatron_cpt.runs.folder import RunFolder
-from megatron_cpt.slurm.journal import record
+from megatron_cpt.slurm.journal import read_journal, record, restarts
 from megatron_cpt.slurm.preflight import exclude
 from megatron_cpt.slurm.queue import slurm_view, waiting_jobs
 from megatron_cpt.slurm.site import Site
@@ -69,6 +69,15 @@ def test_a_view_has_the_jobs_in_the_queue_and_every_start_with_its_cause(folder:
     for words in ("12 waits: Resources", "11 running on node[1-2], 10:00 left", "node3: GPUs: 7 of 8", "started again"):
         assert words in lines
     assert view.to_json()["excluded_nodes"] == {"node3": "GPUs: 7 of 8"}
+
+
+def test_of_two_jobs_that_ran_at_once_each_ends_its_own_start(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for job in ("1", "2"):
+        record(run, "began", job=job, restart=0, nodes=["n"], attempts=0, consumed_tokens=0, before=None)
+    record(run, "ended", job="1", restart=0, cause="trained", action="leave", exit_code=0)
+    record(run, "ended", job="3", restart=0, cause="refused before it began", action="leave", exit_code=76)
+    assert [start["cause"] for start in restarts(read_journal(run))] == ["trained", None]
 
 
 def test_a_run_that_was_never_submitted_has_no_view(tmp_path: Path) -> None:
