@@ -99,11 +99,11 @@ def _divergence(own: Tensor, other: Tensor, reverse: bool, group: dist.ProcessGr
     tops = reduced(torch.stack([own.amax(dim=1), other.amax(dim=1)]), dist.ReduceOp.MAX, group)
     own.sub_(tops[0].unsqueeze(1))
     other.sub_(tops[1].unsqueeze(1))
-    p, q = own.exp(), other.exp()
-    sums = reduced(torch.stack([p.sum(dim=1), q.sum(dim=1)]), dist.ReduceOp.SUM, group).unsqueeze(2)
-    p.div_(sums[0])
-    q.div_(sums[1])
-    ratio = own.sub_(other).sub_(sums[0].log() - sums[1].log())  # log p - log q
+    sums = torch.stack([own.exp().sum(dim=1), other.exp().sum(dim=1)])
+    logs = reduced(sums, dist.ReduceOp.SUM, group).log_()
+    q = other.sub_(logs[1].unsqueeze(1)).exp()
+    ratio = other.neg_().add_(own.sub_(logs[0].unsqueeze(1)))  # log p - log q
+    p = own.exp_()
     if reverse:
         divergence = reduced((p * ratio).sub_(p).add_(q).sum(dim=1), dist.ReduceOp.SUM, group)
         return divergence, p.mul_(ratio.sub_(divergence.unsqueeze(1)))

@@ -98,7 +98,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("kl_to_itself", 1, NO_DECAY, baseline="kl_to_itself", kl=FORWARD_KL, kl_reference="base"),
     TrainRow("kl_offline", 1, NO_DECAY, kl=OFFLINE_KL),
     TrainRow("kl_offline_reverse", 1, NO_DECAY, kl=REVERSE_KL | {"offline_top_k": 24}),
-    TrainRow("kl_offline_whole", 1, NO_DECAY, kl=FORWARD_KL | {"offline_top_k": 512}),
+    TrainRow("kl_offline_whole", 1, NO_DECAY, baseline="kl_offline_whole", kl=FORWARD_KL | {"offline_top_k": 512}),
     TrainRow("kl_without_weight", 1, kl={"weight": 1e-30}, kl_reference="base"),
     # two ranks
     TrainRow("tp2", 2, parallel(tp=2, sequence_parallel=False)),
@@ -210,7 +210,6 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
         "sabotage_l2sp", 2, NO_DECAY, baseline="l2sp", l2sp=0.05, sabotage="penalty_of_every_data_parallel_rank",
     ),
     TrainRow("sabotage_ewc", 1, NO_DECAY, baseline="ewc", ewc=EWC, sabotage="fisher_of_batches"),
-    TrainRow("sabotage_ewc_norms", 2, parallel(tp=2) | NO_DECAY, baseline="ewc", ewc=EWC, sabotage="fisher_of_a_part"),
     TrainRow("sabotage_kl", 2, parallel(tp=2) | NO_DECAY, baseline="kl", kl=FORWARD_KL, sabotage="kl_of_own_rows"),
     TrainRow(
         "sabotage_kl_offline", 2, parallel(tp=2) | NO_DECAY, baseline="kl_offline", kl=OFFLINE_KL,

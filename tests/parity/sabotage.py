@@ -114,11 +114,6 @@ def fisher_of_batches() -> Any:
     return mock.patch.object(fisher, "_add_squares", add)
 
 
-def fisher_of_a_part() -> Any:
-    """Under sequence parallelism each TP rank squares the norm gradients of its own tokens."""
-    return mock.patch.object(fisher, "_groups_with_parts", lambda chunk, name, parameter: ())
-
-
 def kl_of_own_rows() -> Any:
     """Each tensor-parallel rank normalises over its own rows of the vocabulary."""
     return mock.patch.object(vocab_parallel_kl, "reduced", lambda values, operation, group: values)
@@ -234,7 +229,6 @@ SABOTAGES = {
         term_tensors_cut_in_halves,
         penalty_of_every_data_parallel_rank,
         fisher_of_batches,
-        fisher_of_a_part,
         kl_of_own_rows,
         targets_of_own_rows,
         reference_of_another_micro_batch,
