@@ -8,12 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.yaml_file import read_yaml
 from megatron_cpt.console import print_summary
+from megatron_cpt.corpus.dataset.manifest import idx_path, manifest_path
 from megatron_cpt.corpus.schema import parse_corpus
 from megatron_cpt.errors import LaunchError
 from megatron_cpt.slurm import submission
@@ -29,7 +31,7 @@ class Shape:
 
     chain: int
     max_restarts: int
-    tasks: int
+    tasks: tuple[str, ...]  # of a corpus how many, of `eval tasks` which
     cpus_per_task: int | None
     memory_gib: int | None
     gpus: int | None
@@ -46,7 +48,7 @@ class Shape:
 @click.option("--qos", help="Instead of SBATCH_QOS.")
 @click.option("--chain", type=click.IntRange(1, 1000), default=1, help="A run: jobs to queue one after another.")
 @click.option("--max-restarts", type=click.IntRange(min=0), default=50, show_default=True, help="A run: of one job.")
-@click.option("--tasks", type=click.IntRange(1, 10_000), default=16, show_default=True, help="A corpus: array tasks.")
+@click.option("--tasks", multiple=True, help="A corpus: array tasks.  [default: 16]  `eval tasks`: their names.")
 @click.option("--cpus-per-task", type=click.IntRange(min=1), help="[default: 16 for a corpus, else 8]")
 @click.option("--memory-gib", type=click.IntRange(min=1), help="A command: memory.  [default: 8; with GPUs 64]")
 @click.option("--gpus", type=click.IntRange(min=0), help="A command: GPUs.  [default: 0; eval: 1]")
@@ -61,7 +63,7 @@ def submit(
     account: str | None,
     qos: str | None,
     as_json: bool,
-    **shape: int,
+    **shape: Any,
 ) -> None:
     """Submit a job to Slurm: the run of CONFIG, a corpus, a conversion, an evaluation.
 
@@ -101,15 +103,23 @@ def _submission(target: str, arguments: Sequence[str], site: Site, shape: Shape)
     if arguments:
         raise click.UsageError(f"{arguments[0]}: {target} is a corpus, which takes no KEY=VALUE")
     corpus = parse_corpus(raw, target)
-    cpus = shape.cpus_per_task or 16
-    return submission.preprocessing(corpus, Path(target), site, tasks=shape.tasks, cpus_per_task=cpus)
+    cpus, tasks = shape.cpus_per_task or 16, _array_tasks(shape.tasks)
+    return submission.preprocessing(corpus, Path(target), site, tasks=tasks, cpus_per_task=cpus)
+
+
+def _array_tasks(given: tuple[str, ...]) -> int:
+    allowed: Any = click.IntRange(1, 10_000)
+    try:
+        return int(allowed.convert(given[-1] if given else 16, None, None))
+    except click.BadParameter as error:
+        raise click.UsageError(f"--tasks: {error.message}") from error
 
 
 def _command(target: str, arguments: Sequence[str], site: Site, shape: Shape) -> Submission:
     """Check the arguments as the command itself would; a conversion is planned, which reads its source's index."""
     module, function = COMMANDS[target].split(":")
     command: click.Command = getattr(importlib.import_module(module), function)
-    words, own = [target], list(arguments)
+    words, own = [target], [*arguments, *(word for names in shape.tasks for word in ("--tasks", names))]
     while isinstance(command, click.Group):
         name, following, own = command.resolve_command(click.Context(command), own)
         assert name is not None and following is not None
@@ -123,6 +133,9 @@ def _command(target: str, arguments: Sequence[str], site: Site, shape: Shape) ->
         model: Path = context.params["model"]
         if not model.exists():
             raise LaunchError(f"{model} does not exist", hint="give a Hugging Face directory, a checkpoint or a run")
+        for name in context.params.get("data", ()):
+            if not (Path(name).exists() or manifest_path(name).exists() or idx_path(name).exists()):
+                raise LaunchError(f"{name} does not exist", hint="give the prefix of a dataset, or a text file")
         folder = Path(f"{'-'.join(words)}-{model.absolute().name}.slurm")
     gpus = shape.gpus if shape.gpus is not None else (1 if target == "eval" else 0)
     return submission.command(

@@ -11,6 +11,8 @@ from pathlib import Path
 import megatron_cpt
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.trainable import trainable_of
+from megatron_cpt.corpus.readers.input_files import find_files
+from megatron_cpt.corpus.readers.registry import resolve_datasets
 from megatron_cpt.corpus.schema import Corpus
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import CheckpointError, CptError, LaunchError
@@ -159,7 +161,13 @@ def _refuse_a_second_job(folder: RunFolder, site: Site) -> None:
 
 
 def preprocessing(corpus: Corpus, path: Path, site: Site, *, tasks: int, cpus_per_task: int) -> Submission:
-    """The submission of a corpus: an array, and the job that joins its parts. A passage filter needs two arrays."""
+    """The submission of a corpus: an array, and the job that joins its parts. A passage filter needs two arrays.
+
+    Raises:
+        UserError: a source without files, or of a dataset that the registry does not have.
+    """
+    for source in resolve_datasets(corpus).sources:
+        find_files(source)
     root = Path(f"{corpus.output_prefix}.slurm").absolute()
     limit = _limit(site)
 

@@ -277,3 +277,57 @@ def test_a_corpus_with_passages_needs_the_array_twice(login: Login) -> None:
     done = login.submit(str(corpus(login, dedup={"passages": True})))
     assert done.returncode == 0, done.stderr
     assert [call.split("/")[-1] for call in login.calls] == ["parts.sbatch", "parts.sbatch", "join.sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--partition", "gpus"], "the cluster has no partition gpus"),
+        (["--time", "soon"], "'soon' is not a time limit"),
+        (["--cluster-env", "c.env"], "CONTAINER_IMAGE=/nowhere/x.sqsh in c.env does not exist"),
+    ],
+)
+@pytest.mark.parametrize("target", ["corpus", "eval"])
+def test_other_jobs_are_refused_for_the_same_mistakes(
+    login: Login, target: str, arguments: list[str], words: str
+) -> None:
+    (login.folder / "c.env").write_text("CONTAINER_IMAGE=/nowhere/x.sqsh\n")
+    evaluation = ["eval", "perplexity", str(login.inputs / "model"), "--data", str(login.inputs / "data")]
+    before = [str(corpus(login))] if target == "corpus" else evaluation
+    refused(login, [*before, *arguments], words)
+
+
+def refused(login: Login, arguments: list[str], words: str) -> None:
+    before = sorted(login.folder.rglob("*"))
+    done = login.submit(*arguments)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert (login.calls, sorted(login.folder.rglob("*"))) == ([], before)
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "words"),
+    [
+        ({"sources": [{"files": "nowhere.jsonl"}]}, [], "nowhere.jsonl"),
+        ({"tokenizerr": 1}, [], "is not a key of the corpus"),
+        ({"output_prefix": "/proc/out/set"}, [], "cannot write /proc/out/set.slurm"),
+        ({}, ["--tasks", "0"], "--tasks: 0 is not in the range 1<=x<=10000"),
+        ({}, ["--tasks", "many"], "--tasks: 'many' is not a valid integer"),
+    ],
+)
+def test_a_corpus_that_cannot_be_made_is_not_submitted(
+    login: Login, more: dict[str, Any], options: list[str], words: str
+) -> None:
+    refused(login, [str(corpus(login, **more)), *options], words)
+
+
+def test_an_evaluation_of_nothing_is_not_submitted(login: Login) -> None:
+    model = str(login.inputs / "model")
+    refused(login, ["eval", "perplexity", model, "--data", "/nowhere/data"], "/nowhere/data does not exist")
+    refused(login, ["convert", model, "/proc/out", "--to", "torch_dist"], "cannot write /proc/out.slurm")
+
+
+def test_the_tasks_of_an_evaluation_are_names(login: Login) -> None:
+    model = str(login.inputs / "model")
+    done = login.submit("eval", "tasks", model, "--tasks", "pubmedqa,my.yaml", "--limit", "5", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"set -- {model} --limit 5 --tasks pubmedqa,my.yaml\n" in done.stdout
