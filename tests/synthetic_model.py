@@ -35,7 +35,8 @@ def write_model(folder: Path, seed: int = 0, vocab_size: int = VOCAB) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     head = HIDDEN // HEADS
-    shapes = {"model.embed_tokens.weight": (vocab_size, HIDDEN), "lm_head.weight": (vocab_size, HIDDEN)}
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(ends, (vocab_size, HIDDEN))
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
         for name, rows in (("q", HEADS * head), ("k", KV_HEADS * head), ("v", KV_HEADS * head)):

@@ -223,6 +223,9 @@ def _sources(run: CheckedRun, ledger: Ledger, findings: _Findings) -> tuple[Sour
         return ()
     needed, phase = needed_tokens(run.config, ledger), phase_at(run.config, ledger.tokens)
     first, last = shares_at(phase.mix, ledger.tokens), shares_at(phase.mix, phase.end_tokens)
+    if run.config.phases:  # what each gives over all of them
+        whole = max(1, sum(needed.values()))
+        first = last = {name: tokens / whole for name, tokens in needed.items()}
     known: Mapping[str, SourcePlan] = {}
     long_enough = tuple(d for d in run.datasets.train if d.tokens > run.config.batch.seq_length)
     with findings.of():

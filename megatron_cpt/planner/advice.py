@@ -110,7 +110,8 @@ def _decay_advice(config: RunConfig, derived: Derived) -> Iterator[Advice]:
             f"the decay is {share:.1%} of the budget: the last 10 % is enough, 2.5 % was not",
             "MiniCPM, Hu et al. 2024, arXiv:2404.06395; S",
         )
-    if config.schedule.kind == "constant":
+    decays_last = bool(config.phases) and config.phases[-1].rate.course != "continue"
+    if config.schedule.kind == "constant" and not decays_last:
         yield Advice(
             "the rate never decays: the last stretch of a run usually gains most when it does",
             "MiniCPM, Hu et al. 2024, arXiv:2404.06395; S",

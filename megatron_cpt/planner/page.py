@@ -94,20 +94,20 @@ def _phases(plan: Plan) -> Iterator[str]:
     config, start = plan.survey.config, 0
     for asked in config.phases:
         phase = phase_at(config, start)
-        first, last = (shares_at(phase.mix, tokens) for tokens in (start, phase.end_tokens))
+        end = plan.survey.derived.train_tokens if asked is config.phases[-1] else phase.end_tokens
+        first, last = (shares_at(phase.mix, tokens) for tokens in (start, end))
         shares = ", ".join(
             f"{name} {share:.0%}" + (f" to {last[name]:.0%}" if last[name] != share else "")
             for name, share in first.items()
             if share or last[name]
         )
-        rates = [learning_rate(phase, tokens) for tokens in (start, phase.end_tokens)]
+        rates = [learning_rate(phase, tokens) for tokens in (start, end)]
         yield _row(
             f"phase {phase.name}",
-            f"{start:,} to {phase.end_tokens:,} tokens, a step of {phase.batch_size.full} samples x {phase.seq_length} "
-            "tokens",
+            f"{start:,} to {end:,} tokens, a step of {phase.batch_size.full} samples x {phase.seq_length} tokens",
         )
         yield _row("", f"lr {rates[0]:.3g} to {rates[1]:.3g} ({asked.rate.course}); {shares or 'no data'}")
-        start = phase.end_tokens
+        start = end
 
 
 def _memory(plan: Plan) -> Iterator[str]:

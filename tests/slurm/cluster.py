@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.apt import install
@@ -329,6 +329,6 @@ def _quietly(*command: str) -> None:
     subprocess.run(command, capture_output=True, check=False)
 
 
-def _output(*command: Sequence[str] | str) -> str:
-    done = subprocess.run(command, text=True, capture_output=True, check=False)  # type: ignore[arg-type]
+def _output(*command: str) -> str:
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
     return done.stdout.strip()

@@ -188,3 +188,15 @@ def test_a_png_is_a_png_and_another_ending_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, _, said = plan(EXAMPLE, "--picture", tmp_path / "file" / "plan.png")
     assert code != 0 and "cannot be written" in said
+
+
+def test_the_examples_of_the_data_mix_plan_with_their_phases_and_shares() -> None:
+    code, page, said = plan("examples/curriculum/config.yaml")
+    assert code == 0, said
+    assert "medical           50.0% to 90.0% of the tokens" in page
+    code, page, said = plan("examples/phases_code/config.yaml")
+    assert code == 0, said
+    assert "1,400,000,000 to 1,500,512,256 tokens, a step of 128 samples x 8192" in page
+    assert "pulls             4.7% of the tokens" in page and "never decays" not in page
+    code, page, said = plan("examples/phases_code/config.yaml", "phases.2.rate={course: continue}")
+    assert "never decays" in page, said  # negative control
