@@ -236,11 +236,13 @@ def needed_tokens(config: RunConfig, ledger: Ledger) -> dict[str, int]:
     """Return the tokens that each source gives from `ledger` to the end of the budget, to within a step a phase."""
     needed = dict.fromkeys((source.name for source in config.data.train), 0)
     end, standing = config.steps(ledger.tokens).train_tokens, ledger
-    while standing.tokens < end:
+    while standing.tokens < config.budget.train_tokens:
         phase = phase_at(config, standing.tokens)
-        for name, due in Blend(phase.mix).due_tokens(standing, phase.end_tokens).items():
+        # A phase is taken to begin where the budgets before it end, and the last to end where the run's last step does.
+        until = end if phase.end_tokens >= config.budget.train_tokens else phase.end_tokens
+        for name, due in Blend(phase.mix).due_tokens(standing, until).items():
             needed[name] += max(0, round(due / phase.seq_length)) * phase.seq_length
-        standing = replace(standing, tokens=phase.end_tokens, blend=None)  # from here on nothing is given yet
+        standing = replace(standing, tokens=until, blend=None)  # from here on nothing is given yet
     return needed
 
 

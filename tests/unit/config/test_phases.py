@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_cpt.config.derive import derive
 from megatron_cpt.config.learning_rate import learning_rate
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.phases import phase_at, sample_rates
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.data.datasets import needed_tokens
+from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.phase_budgets import with_token_budgets
 from megatron_cpt.errors import ConfigError
 from tests.synthetic_data import random_documents, write_dataset
@@ -120,6 +124,33 @@ def test_phases_that_contradict_themselves_are_refused(changes: dict[str, Any], 
 def test_a_budget_that_is_not_the_sum_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"the phases add up to 10,240\n.*leave it out, or 10,240"):
         derive(config_of(budget={"train_tokens": 10000, "warmup_tokens": 0}))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5000), st.sampled_from([16, 64, 128])), min_size=1, max_size=5),
+    st.integers(0, 9000),
+)
+@settings(max_examples=100, deadline=None)
+def test_whatever_the_budgets_the_needs_are_those_of_the_steps(budgets: list[tuple[int, int]], consumed: int) -> None:
+    phases = [
+        {
+            "name": f"p{number}",
+            "train_tokens": tokens,
+            "seq_length": length,
+            "data": {"shares": {"code": 0.6, "text": 0.4}},
+        }
+        for number, (tokens, length) in enumerate(budgets)
+    ]
+    config = config_of(phases, budget={"warmup_tokens": 0})
+    ledger, iters = Ledger(samples=0, tokens=consumed), 0
+    needed = sum(needed_tokens(config, ledger).values())
+    steps, position = config.steps(consumed), consumed
+    while position < config.budget.train_tokens:  # as the loop does
+        phase = phase_at(config, position)
+        position += phase.batch_size.at(position) * phase.seq_length
+        iters += 1
+    assert (iters, position) == (steps.train_iters, steps.train_tokens)
+    assert abs(needed - (position - consumed)) <= 128 * (len(phases) + 1)
 
 
 def test_epochs_of_a_source_become_tokens(tmp_path: Path) -> None:
