@@ -17,9 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cpt.architecture.facts import Architecture, YarnRopeScaling
+from megatron_cpt.config.loss_chunk import loss_chunk_tokens
 from megatron_cpt.config.problems import raise_problems
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.config.sections.batch import sliding_window_problems
+from megatron_cpt.model.chunked_loss import chunked_loss
 from megatron_cpt.model.gpu_options import fp8_settings
 from megatron_cpt.model.spec import AdaptLayer, LayerModules, layer_spec, resolve_attention
 
@@ -34,6 +36,26 @@ class CptModel(GPTModel):
     """
 
     true_vocab_size: int
+    loss_chunk_tokens: int | None = None  # whose logits exist at once where a loss is asked for; None: all
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As GPTModel's, which the output layer and the loss are part of."""
+        if self.loss_chunk_tokens is None or labels is None or not self.post_process:
+            result: Tensor = super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+            return result
+        tied = self.share_embeddings_and_output_weights
+        return chunked_loss(
+            hidden_states,
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels,
+            self._loss_of_hidden,
+            chunk_tokens=self.loss_chunk_tokens,
+            spans=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
+        )
+
+    def _loss_of_hidden(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        logits, _ = self.output_layer(hidden, weight=weight)
+        return self.compute_language_model_loss(labels, logits)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, padded vocabulary / TP], overwritten -> loss per token [b, s], fp32."""
@@ -180,6 +202,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     model.true_vocab_size = arch.vocab_size
+    model.loss_chunk_tokens = loss_chunk_tokens(config, arch)
     scaling = arch.rope_scaling
     if isinstance(scaling, YarnRopeScaling):  # tables over the original positions, which only MLA's kernels read
         del model.rotary_pos_emb.cos_cached, model.rotary_pos_emb.sin_cached

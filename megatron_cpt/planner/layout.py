@@ -7,6 +7,7 @@ from typing import Literal
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.linears import LINEAR_NAMES, LinearName
+from megatron_cpt.config.loss_chunk import Asked
 from megatron_cpt.config.run_config import RunConfig
 
 
@@ -40,6 +41,7 @@ class Layout:
     lora_rank: int | None = None  # of adapters that are trained while all weights are frozen
     lora_targets: tuple[LinearName, ...] = LINEAR_NAMES
     lora_dropout: float = 0.0
+    loss_chunk: Asked = None  # tokens whose logits exist at once, as recompute.loss_chunk_tokens
     reference: bool = False  # a frozen model beside the trained one, for forgetting.kl
     target_tokens: int = 0  # of forgetting.kl.offline_top_k, stored for each token
     penalty_bytes: int = 0  # per parameter that the optimizer updates, for forgetting.ewc
@@ -77,6 +79,7 @@ class Layout:
             lora_rank=config.lora.rank,
             lora_targets=config.lora.targets,
             lora_dropout=config.lora.dropout,
+            loss_chunk=None if config.forgetting.active_kl is not None else config.recompute.loss_chunk_tokens,
             reference=config.forgetting.runs_reference,
             target_tokens=_target_tokens(config),
             penalty_bytes=_penalty_bytes(config),

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.architecture.linears import Linear, linears
+from megatron_cpt.config.loss_chunk import chunk_of
 from megatron_cpt.planner.layout import Layout
 
 GIB = 2**30
@@ -188,6 +189,8 @@ def _peak(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]
     if stage < layout.pp - 1:
         return 0.0, in_layer
     rows = arch.padded_vocab_size(layout.tp) / layout.tp
+    if (chunk := chunk_of(layout.loss_chunk, _tokens(layout), rows)) is not None:
+        return _peak_in_chunks(arch, layout, rows, chunk, in_layer)
     kept = _tokens(layout) * (4 * rows + 2 * _item(layout) * h / _norm_split(layout))
     in_loss = one = _tokens(layout) * _item(layout) * rows
     if layout.reference or layout.target_tokens:
@@ -197,6 +200,27 @@ def _peak(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]
     weight = _item(layout) * rows * h if layout.lora_rank is None else 0
     in_linear = one + full_width + _gathered(arch, layout) + weight - 4 * _tokens(layout) * rows
     in_head = max(in_loss, in_linear)
+    if kept + in_head >= in_layer:
+        return kept, in_head
+    return 0.0, in_layer
+
+
+def _peak_in_chunks(
+    arch: Architecture, layout: Layout, rows: float, chunk: int, in_layer: float
+) -> tuple[float, float]:
+    """As `_peak`, where the logits of `chunk` tokens exist at once: model/chunked_loss.py.
+
+    The last norm's input and output are kept. The backward pass holds a chunk's logits as the whole head does, the
+    gradient of the hidden states of all tokens, and that of the weight as an fp32 sum beside one chunk's.
+    """
+    h, item = arch.hidden_size, _item(layout)
+    kept = 2 * _tokens(layout) * item * h / _norm_split(layout)
+    grad_hidden = kept / 2
+    weight = 0.0 if layout.lora_rank is not None else 4 * rows * h
+    gathered = 2 * item * chunk * h if layout.sequence_parallel else item * chunk * h
+    in_loss = (4 + item) * chunk * rows
+    in_linear = item * chunk * rows + gathered + (item * rows * h if weight else 0)
+    in_head = grad_hidden + weight + max(in_loss, in_linear)
     if kept + in_head >= in_layer:
         return kept, in_head
     return 0.0, in_layer

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_cpt.architecture.facts import Architecture
+from megatron_cpt.config.loss_chunk import chunk_of
 from megatron_cpt.planner.hardware import Hardware
 from megatron_cpt.planner.layout import Layout
 from megatron_cpt.planner.timeline import StageTimes
@@ -216,6 +217,9 @@ def _head(shape: Shape, layout: Layout, hardware: Hardware) -> _Work:
     passes = 3 if layout.lora_rank is None else 2  # a frozen weight does without its gradient
     if layout.reference:
         moved += tokens * rows * _DIVERGENCE_BYTES
+        passes += 1
+    if chunk_of(layout.loss_chunk, tokens, rows) is not None:  # forward once more
+        moved += tokens * rows * 12
         passes += 1
     return _Work(
         products=passes * 2 * tokens * shape.head_weights / t / _product_rate(layout, hardware),

@@ -49,6 +49,7 @@ SELECTIVE = {"recompute.granularity": "selective", "recompute.modules": ["core_a
 NO_DECAY = {"optimizer.weight_decay": 0.0}
 ABF = {"theta": 5e6, "max_position_embeddings": 1024}
 YARN = {"yarn_factor": 4.0, "original_max_position_embeddings": 64}
+CHUNKED_LOSS = {"recompute.loss_chunk_tokens": 24}  # of 64 tokens of a micro batch: the last chunk is smaller
 FORWARD_KL = {"weight": 1.5}
 REVERSE_KL = {"weight": 2.0, "direction": "reverse", "temperature": 2.0, "sources": ("1",)}
 EWC = 2000.0  # with it the pull is about as strong as the gradient
@@ -74,6 +75,9 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow("accumulation_4", 1, SINGLES),
     TrainRow("accumulation_1", 1, {"batch.micro_batch_size": 4}),
     TrainRow("recompute_full", 1, {"recompute.granularity": "full"}),
+    TrainRow("chunked_loss", 1, CHUNKED_LOSS),
+    TrainRow("chunked_loss_tied", 1, CHUNKED_LOSS | {"recompute.granularity": "full"}, model="base_tied"),
+    TrainRow("chunked_loss_bf16", 1, CHUNKED_LOSS | BF16, baseline="base_bf16", loss_bound=1e-2, grad_norm_bound=5e-2),
     TrainRow("recompute_mlp", 1, {"recompute.granularity": "selective"}),
     TrainRow("recompute_attention", 1, SELECTIVE),
     TrainRow(
@@ -174,6 +178,10 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
         "kl_odd_vocab_tp2", 2, parallel(tp=2) | NO_DECAY, model="odd_vocab", baseline="kl_odd_vocab", kl=FORWARD_KL,
         kl_reference="reference_odd_vocab",
     ),
+    TrainRow("chunked_loss_tp2", 2, parallel(tp=2, sequence_parallel=False) | CHUNKED_LOSS),
+    TrainRow("chunked_loss_odd_vocab_tp2_sp", 2, parallel(tp=2) | CHUNKED_LOSS, model="odd_vocab"),
+    TrainRow("chunked_loss_tied_pp2_vpp2", 2, parallel(pp=2, vpp=2) | CHUNKED_LOSS, model="base_tied"),
+    TrainRow("chunked_loss_dp2_overlap", 2, OVERLAP | CHUNKED_LOSS, bucket_elements=5000),
     # three ranks: SmolLM2's nine heads
     TrainRow("nine_heads_tp3", 3, parallel(tp=3, sequence_parallel=False), model="nine_heads"),
     # four ranks
@@ -183,6 +191,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     TrainRow(
         "pp4_uneven", 4, parallel(pp=4, first_stage_layers=3, last_stage_layers=1) | SINGLES, model="deep",
     ),
+    TrainRow("chunked_loss_cp2_tp2_sp", 4, parallel(cp=2, tp=2) | CHUNKED_LOSS),
     TrainRow("cp2_tp2_sp", 4, parallel(cp=2, tp=2)),
     TrainRow("dp2_tp2_overlap", 4, parallel(tp=2) | OVERLAP, bucket_elements=5000),
     TrainRow("dp2_pp2_vpp2_overlap", 4, parallel(pp=2, vpp=2) | OVERLAP | SINGLES, bucket_elements=5000),
@@ -194,6 +203,7 @@ TRAIN_ROWS: tuple[TrainRow, ...] = (
     # eight ranks: everything at once
     TrainRow("dp2_tp2_pp2", 8, parallel(tp=2, pp=2) | SINGLES),
     # negative controls
+    TrainRow("sabotage_chunked_loss", 2, parallel(tp=2) | CHUNKED_LOSS, sabotage="chunks_of_another_order"),
     TrainRow("sabotage_padding", 2, parallel(tp=2), model="odd_vocab", sabotage="unmasked_padding"),
     TrainRow("sabotage_dropout", 1, DROPOUT | {"seed": 4321}, baseline="dropout", sabotage="another_seed"),
     TrainRow("sabotage_micro_batch_mean", 1, sabotage="mean_per_micro_batch"),

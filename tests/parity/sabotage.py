@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_cpt.forgetting import fisher, kl, reference, vocab_parallel_kl
-from megatron_cpt.model import attention, build, load_hf, load_origin, spec
+from megatron_cpt.model import attention, build, chunked_loss, load_hf, load_origin, spec
 from megatron_cpt.train import step
 
 
@@ -182,6 +182,13 @@ def yarn_without_attention_factor() -> Any:
     return mock.patch.object(build, "_yarn", lambda arch: original(arch) | {"yarn_mscale": 0.0})
 
 
+def chunks_of_another_order() -> Any:
+    """A chunk of the hidden states meets the labels as if sequence parallelism dealt positions out one by one."""
+    return mock.patch.object(
+        chunked_loss, "_spans", lambda tensor, spans: tensor.view(len(tensor), -1, spans).transpose(1, 2)
+    )
+
+
 def _other_architecture(**changes: Any) -> Any:
     original = build._build_chunk
     return mock.patch.object(
@@ -241,5 +248,6 @@ SABOTAGES = {
         wrong_rope_base,
         no_rope_scaling,
         yarn_without_attention_factor,
+        chunks_of_another_order,
     )
 }

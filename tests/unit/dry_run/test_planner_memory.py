@@ -42,6 +42,8 @@ LAYOUTS = [
     "lora.rank=64 recompute.granularity=full",
     "lora.rank=16 lora.targets=[q_proj,v_proj] parallel.sequence_parallel=false",
     "lora.rank=64 lora.dropout=0.1 recompute.granularity=selective recompute.modules=[mlp]",
+    "recompute.loss_chunk_tokens=512",
+    "recompute.loss_chunk_tokens=1024 parallel.sequence_parallel=false parallel.nodes=4 parallel.pp=1 parallel.tp=8",
     "forgetting.kl.weight=0.5",
     "forgetting.kl.weight=0.5 lora.rank=64",
     "forgetting.kl.weight=0.5 parallel.tp=8 parallel.pp=1",
@@ -78,6 +80,6 @@ def test_the_formulas_are_within_two_percent_of_live_bytes() -> None:
     prepare_process()
     by_layout = {overrides: deviations(overrides) for overrides in LAYOUTS}
     off = [abs(deviation) for found in by_layout.values() for deviation in found]
-    assert len(off) >= 2 * len(LAYOUTS) - 1
+    assert len(off) >= 2 * len(LAYOUTS) - 2  # two have one stage
     assert statistics.median(off) <= 0.02, by_layout
     assert max(off) <= 0.04, by_layout
