@@ -115,11 +115,10 @@ def _field(path: str, info: pydantic.fields.FieldInfo) -> FormField:
 
 
 def _columns(record: type[Section]) -> Iterator[str]:
-    for name, info in record.model_fields.items():
+    for name in record.model_fields:
         if record is Source and name not in ("name", "files", "format", "text"):
             continue
-        if _section(info.annotation) is None:
-            yield name
+        yield name
 
 
 def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...]]:

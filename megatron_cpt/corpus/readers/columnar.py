@@ -152,7 +152,8 @@ def _value(value: Any) -> Any:
         return value.as_py()
     except UnicodeDecodeError:
         raise
-    except (ValueError, OverflowError, ImportError):
+    # An unknown time zone is a LookupError of whichever library of zones Arrow finds.
+    except (ValueError, OverflowError, LookupError, ImportError):
         if isinstance(value, pa.StructScalar):
             return {name: _value(item) for name, item in value.items()}
         if isinstance(value, (pa.ListScalar, pa.MapScalar)):
