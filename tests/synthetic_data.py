@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cpt.corpus.dataset.indexed import write_index
-from megatron_cpt.corpus.dataset.manifest import Manifest, bin_path, idx_path, write_manifest
+from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord, bin_path, idx_path, write_manifest
 from megatron_cpt.corpus.tokenizers.record import TokenizerRecord
 
 EOD = 0
@@ -52,7 +52,7 @@ def write_dataset(
             idx_sha256=digests[1],
             tokenizer=TokenizerRecord("tiny", "huggingface", fingerprint, vocab_size, EOD, "<eod>"),
             append_eod=True,
-            sources=(),
+            sources=(SourceRecord(prefix.name, 1, len(documents), len(tokens), 1.0),),
         ),
     )
     return prefix

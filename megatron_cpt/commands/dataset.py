@@ -11,13 +11,14 @@ from pydantic import ValidationError
 
 from megatron_cpt.commands.preprocess import parse_split
 from megatron_cpt.console import print_summary
+from megatron_cpt.corpus.dataset.describe import describe_dataset
 from megatron_cpt.corpus.dataset.manifest import Manifest
 from megatron_cpt.corpus.dataset.merge import merge_datasets
+from megatron_cpt.corpus.dataset.soundness import not_sound
 from megatron_cpt.corpus.dataset.split import split_dataset
-from megatron_cpt.corpus.dataset.verify import describe_dataset, verify_dataset
+from megatron_cpt.corpus.dataset.verify import verify_dataset
 from megatron_cpt.corpus.dedup.dedup_datasets import dedup_datasets
 from megatron_cpt.corpus.schema_processing import Dedup, Near
-from megatron_cpt.errors import DataError
 
 
 @click.command()
@@ -32,9 +33,7 @@ def verify(prefix: str, tokenizer: str | None, as_json: bool) -> None:
     elif result.ok:
         click.echo("\n".join([f"{prefix}: sound", *(f"  ok  {check}" for check in result.checks)]))
     if not result.ok:
-        raise DataError(
-            f"{prefix} is not sound: " + "; ".join(result.problems), hint="copy it again, or preprocess again"
-        )
+        raise not_sound(prefix, result.problems)
 
 
 @click.command()

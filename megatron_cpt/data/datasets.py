@@ -16,8 +16,9 @@ import numpy as np
 from megatron_cpt.architecture.facts import Architecture
 from megatron_cpt.config.phases import phase_at
 from megatron_cpt.config.run_config import RunConfig
-from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
+from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest, manifest_hash, read_manifest
+from megatron_cpt.corpus.dataset.soundness import foreign_id, index_checks, refuse_damage
 from megatron_cpt.corpus.dataset.text_rules import difference, text_rules
 from megatron_cpt.corpus.tokenizers.load import tokenizer_fingerprint
 from megatron_cpt.data.blend import Blend
@@ -181,23 +182,12 @@ def _check_tokenizer(name: str, manifest: Manifest, arch: Architecture, fingerpr
 
 
 def _check_ids(name: str, prefix: str, manifest: Manifest) -> None:
-    """The index agrees with the manifest, and a sample of ids lies inside the vocabulary."""
+    """The index agrees with the manifest and with .bin, and a sample of ids lies inside the vocabulary."""
     reader = open_indexed(prefix)
-    found = (reader.dtype, reader.token_count, int(reader.sequence_lengths.sum(dtype=np.int64)))
-    if found != (manifest.dtype, manifest.token_count, manifest.token_count):
-        raise DataError(
-            f"dataset {name!r}: {prefix}.idx says {found[0]} and {found[2]:,} tokens, .bin holds {found[1]:,}, the "
-            f"manifest says {manifest.dtype} and {manifest.token_count:,}",
-            hint="copy the dataset again, or preprocess again",
-        )
-    if not _sequences_lie_in_order(reader):
-        raise DataError(
-            f"dataset {name!r}: {prefix}.idx points its sequences to other places than one behind the other",
-            hint="the file is damaged: copy the dataset again, or preprocess again",
-        )
+    refuse_damage(f"dataset {name!r} ({prefix})", index_checks(manifest, reader))
     for start in np.linspace(0, max(0, reader.token_count - 4096), _SAMPLED_TOKENS // 4096, dtype=np.int64):
         window = reader.tokens[start : start + 4096]
-        if len(window) and (int(window.max()) >= manifest.tokenizer.vocab_size or int(window.min()) < 0):
+        if foreign_id(window, manifest.tokenizer.vocab_size) is not None:
             raise DataError(
                 f"dataset {name!r}: an id between tokens {start:,} and {start + 4096:,} is outside the vocabulary of "
                 f"{manifest.tokenizer.vocab_size:,}",
@@ -218,18 +208,6 @@ def _check_document_ends(name: str, prefix: str, manifest: Manifest) -> None:
                 hint=f"megatron-cpt verify {prefix} counts them; preprocess the text again, or set "
                 "model.document_attention: false",
             )
-
-
-def _sequences_lie_in_order(reader: IndexedReader, chunk: int = 1 << 20) -> bool:
-    """Whether each sequence begins where the one before it ends; a few sequences at a time, as there may be many."""
-    end = 0
-    for first in range(0, reader.sequence_count, chunk):
-        lengths = reader.sequence_lengths[first : first + chunk].astype(np.int64)
-        ends = end + np.cumsum(lengths) * reader.tokens.itemsize
-        if not np.array_equal(reader.sequence_pointers[first : first + chunk], ends - lengths * reader.tokens.itemsize):
-            return False
-        end = int(ends[-1])
-    return True
 
 
 def needed_tokens(config: RunConfig, ledger: Ledger) -> dict[str, int]:

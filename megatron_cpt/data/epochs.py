@@ -30,7 +30,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_cpt.corpus.dataset.soundness import foreign_id
 from megatron_cpt.data.datasets import Dataset
+from megatron_cpt.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -123,15 +125,22 @@ class EpochStream:
             position += stop - start
 
     def read(self, position: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(inputs, labels), int64 [tokens]: the stream from token `position` on, over block and epoch borders."""
+        """(inputs, labels), int64 [tokens]: the stream from token `position` on, over block and epoch borders.
+
+        Raises:
+            DataError: an id is outside the vocabulary; before the job only a sample of them was looked at.
+        """
         parts = [(self.epoch(epoch)[block], cut) for epoch, block, cut in self._pieces(position, tokens)]
-        if len(parts) == 1:
-            sample, cut = parts[0]
-            return sample["tokens"][cut], sample["labels"][cut]
-        return (
-            torch.cat([sample["tokens"][cut] for sample, cut in parts]),
-            torch.cat([sample["labels"][cut] for sample, cut in parts]),
-        )
+        inputs, labels = (_joined([sample[name][cut] for sample, cut in parts]) for name in ("tokens", "labels"))
+        # A GPU would end in an assertion of its kernels, and under tensor parallelism embed such an id as zeros.
+        for ids in (inputs, labels):
+            if (wrong := foreign_id(ids.numpy(), self.dataset.vocab_size)) is not None:
+                raise DataError(
+                    f"dataset {self.dataset.name!r}: the id {wrong:,} is outside the vocabulary of "
+                    f"{self.dataset.vocab_size:,}",
+                    hint=f"megatron-cpt verify {self.dataset.prefix}",
+                )
+        return inputs, labels
 
     def documents(self, position: int, tokens: int) -> list[int]:
         """Indices of the documents (sequences of the .idx) that the sample at `position` was cut from."""
@@ -139,6 +148,10 @@ class EpochStream:
         for epoch, block, _ in self._pieces(position, tokens):
             found += self.epoch(epoch)._query_document_sample_shuffle_indices(block)[1].tolist()
         return list(dict.fromkeys(found))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @contextmanager

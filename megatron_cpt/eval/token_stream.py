@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cpt.corpus.dataset.indexed import open_indexed
-from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path, read_manifest
+from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path
+from megatron_cpt.corpus.dataset.soundness import foreign_id, open_dataset
 from megatron_cpt.corpus.documents import UnitTally
 from megatron_cpt.corpus.readers.plan import plan_units
 from megatron_cpt.corpus.readers.read import read_unit
@@ -30,7 +30,7 @@ def open_token_stream(data: str, tokenizer_dir: Path, vocab_size: int, json_key:
     tokenizer's end-of-document token, as preprocessing does.
 
     Raises:
-        DataError: `data` is not there or half-written, or holds ids of another tokenizer than the model's.
+        DataError: `data` is not there, half-written or damaged, or holds ids of another tokenizer than the model's.
     """
     if manifest_path(data).exists() or (bin_path(data).exists() and idx_path(data).exists()):
         stream = _dataset_stream(data, tokenizer_dir)
@@ -38,10 +38,9 @@ def open_token_stream(data: str, tokenizer_dir: Path, vocab_size: int, json_key:
         stream = _text_stream(Path(data), tokenizer_dir, json_key)
     else:
         raise DataError(f"{data}: neither a dataset nor a text", hint="give a PREFIX, a .jsonl, .parquet or .txt file")
-    largest = int(stream.tokens.max()) if len(stream.tokens) else 0
-    if largest >= vocab_size:
+    if (wrong := foreign_id(stream.tokens, vocab_size)) is not None:
         raise DataError(
-            f"{data} holds token id {largest}, the model's vocabulary has {vocab_size:,} rows",
+            f"{data} holds token id {wrong}, the model's vocabulary has {vocab_size:,} rows",
             hint="preprocess the data with the tokenizer of this model",
         )
     return stream
@@ -66,7 +65,8 @@ def text_bytes(stream: TokenStream, ranges: Iterable[tuple[int, int]], tokenizer
 
 
 def _dataset_stream(prefix: str, tokenizer_dir: Path) -> TokenStream:
-    recorded = read_manifest(prefix).tokenizer
+    manifest, reader = open_dataset(prefix)
+    recorded = manifest.tokenizer
     ours = recorded.fingerprint
     if (tokenizer_dir / "tokenizer.json").is_file():
         ours = tokenizer_fingerprint(tokenizer_dir)
@@ -78,7 +78,6 @@ def _dataset_stream(prefix: str, tokenizer_dir: Path) -> TokenStream:
             f"the model in {tokenizer_dir} has another one ({ours[:12]})",
             hint="preprocess the data with the tokenizer of this model",
         )
-    reader = open_indexed(prefix)
     sequence_ends = np.cumsum(reader.sequence_lengths, dtype=np.int64)
     last_sequences = reader.document_indices[1:] - 1
     ends = sequence_ends[last_sequences[np.diff(reader.document_indices) > 0]]

@@ -25,8 +25,14 @@ from megatron_cpt.corpus.dataset.manifest import (
     manifest_path,
     write_manifest,
 )
+from megatron_cpt.corpus.dataset.soundness import (
+    TOKENS_PER_BLOCK,
+    document_problems,
+    foreign_id,
+    not_sound,
+    offset_problems,
+)
 from megatron_cpt.corpus.dataset.text_rules import TextRules
-from megatron_cpt.corpus.dataset.verify import TOKENS_PER_BLOCK, document_problems, offset_problems
 from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from megatron_cpt.corpus.tokenizers.tokenizer import CorpusTokenizer
 from megatron_cpt.errors import DataError
@@ -114,7 +120,7 @@ def _open(prefix: str) -> IndexedReader:
             hint="write the dataset again with a tool that chooses the type by the vocabulary, as Megatron-LM's does",
         )
     if problems := [*offset_problems(reader), *document_problems(reader)]:
-        raise DataError(f"{prefix} is not sound: {'; '.join(problems)}", hint="copy both files again")
+        raise not_sound(prefix, problems)
     if not reader.token_count:
         raise DataError(f"{prefix} holds no tokens", hint="give a dataset with documents")
     return reader
@@ -124,10 +130,9 @@ def _read(prefix: str, reader: IndexedReader, tokenizer: CorpusTokenizer) -> _Co
     digest, counts = hashlib.sha256(), np.zeros(tokenizer.vocab_size, np.int64)
     for start in range(0, reader.token_count, TOKENS_PER_BLOCK):
         block = reader.tokens[start : start + TOKENS_PER_BLOCK]
-        low, high = int(block.min()), int(block.max())
-        if low < 0 or high >= tokenizer.vocab_size:
+        if (wrong := foreign_id(block, tokenizer.vocab_size)) is not None:
             raise DataError(
-                f"{prefix}: the id {low if low < 0 else high:,} near token {start:,} is outside the vocabulary of "
+                f"{prefix}: the id {wrong:,} near token {start:,} is outside the vocabulary of "
                 f"{tokenizer.vocab_size:,} of the tokenizer {tokenizer.name}",
                 hint="give the tokenizer that wrote the dataset",
             )

@@ -82,6 +82,15 @@ def open_indexed(prefix: str | Path) -> IndexedReader:
     for path in (idx, data):
         if not path.is_file():
             raise DataError(f"{path} does not exist", hint="a dataset is PREFIX.bin and PREFIX.idx; give PREFIX")
+    try:
+        return _map(str(prefix), idx, data)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or prefix} cannot be read: {error.strerror}", hint="check the file and its permissions"
+        ) from error
+
+
+def _map(prefix: str, idx: Path, data: Path) -> IndexedReader:
     idx_bytes = idx.stat().st_size
     with idx.open("rb") as file:
         header = file.read(HEADER.size)
@@ -102,7 +111,7 @@ def open_indexed(prefix: str | Path) -> IndexedReader:
         raise DataError(f"{data}: its size is not a multiple of {dtype.itemsize} bytes", hint="copy it again")
     tokens = np.memmap(data, dtype, mode="r") if data.stat().st_size else np.empty(0, dtype)
     return IndexedReader(
-        prefix=str(prefix),
+        prefix=prefix,
         dtype=DTYPE_CODES[code],
         sequence_lengths=raw[HEADER.size : lengths_end].view(np.int32),
         sequence_pointers=raw[lengths_end:pointers_end].view(np.int64),

@@ -144,6 +144,10 @@ def _parse(prefix: str | Path) -> Manifest:
             )
         manifest = TypeAdapter(Manifest).validate_json(data, strict=True)
         TypeAdapter(_ReadOfConfig).validate_json(json.dumps(manifest.config), strict=True)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}", hint="check the file and its permissions"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_cpt import __version__
-from megatron_cpt.corpus.dataset.indexed import open_indexed
-from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord, read_manifest
+from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord, manifest_hash
+from megatron_cpt.corpus.dataset.soundness import open_proven
 from megatron_cpt.corpus.dataset.text_rules import TextRules, common_rules, difference, text_rules
 from megatron_cpt.corpus.dataset.writer import refuse_existing, write_files
 from megatron_cpt.corpus.staging import staging_folder
 from megatron_cpt.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bool = False) -> Manifest:
     """Join datasets of one tokenizer into `output_prefix`. Raises DataError when they do not fit together."""
     if len(prefixes) < 2:
         raise DataError("merge needs at least two datasets", hint="megatron-cpt merge A B --output-prefix C")
-    manifests = [read_manifest(prefix) for prefix in prefixes]
+    manifests, readers = open_proven(prefixes)
     check_same_tokenizer(prefixes, manifests)
+    _tell_of_repeats(prefixes, manifests)
     first = manifests[0]
     refuse_existing(output_prefix, overwrite)
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-    readers = [open_indexed(prefix) for prefix in prefixes]
     template = replace(
         first,
         tool_version=__version__,
@@ -44,6 +47,15 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bo
         return write_files(
             staging, "merged", output_prefix, template, lambda: ((reader.encoded(), None) for reader in readers)
         )
+
+
+def _tell_of_repeats(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    known: dict[str, str] = {}
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        content = manifest_hash(manifest)
+        if other := known.get(content):
+            log.warning("%s has the same documents as %s: the joined dataset will hold them twice", prefix, other)
+        known.setdefault(content, prefix)
 
 
 def check_same_tokenizer(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xxhash
 
-from megatron_cpt.corpus.dataset.indexed import open_indexed
-from megatron_cpt.corpus.dataset.manifest import Manifest, read_manifest
+from megatron_cpt.corpus.dataset.manifest import Manifest
 from megatron_cpt.corpus.dataset.select import ChosenDocuments, write_chosen
+from megatron_cpt.corpus.dataset.soundness import open_proven
 from megatron_cpt.corpus.dataset.writer import refuse_existing
 from megatron_cpt.errors import DataError
 
@@ -31,9 +31,12 @@ def split_of_hashes(hashes: Sequence[int], fractions: Mapping[str, float]) -> li
 def split_dataset(prefix: str, fractions: Mapping[str, float], *, overwrite: bool = False) -> dict[str, Manifest]:
     """Write PREFIX_NAME for each name, documents chosen by a hash of their ids; PREFIX stays.
 
-    No tokenizer is needed. Raises DataError when a split gets no document or its dataset exists already.
+    No tokenizer is needed.
+
+    Raises:
+        DataError: PREFIX is damaged, a split gets no document, or its dataset exists already.
     """
-    manifest, reader = read_manifest(prefix), open_indexed(prefix)
+    [manifest], [reader] = open_proven([prefix])
     hashes = [xxhash.xxh3_64_intdigest(ids.tobytes(), seed=1) for ids in reader]
     owner = np.array(split_of_hashes(hashes, fractions))
     for index, name in enumerate(fractions):

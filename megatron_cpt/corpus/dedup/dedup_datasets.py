@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cpt.corpus.arrays import Array
-from megatron_cpt.corpus.dataset.indexed import IndexedReader, open_indexed
-from megatron_cpt.corpus.dataset.manifest import Manifest, read_manifest
+from megatron_cpt.corpus.dataset.indexed import IndexedReader
+from megatron_cpt.corpus.dataset.manifest import Manifest
 from megatron_cpt.corpus.dataset.merge import check_same_tokenizer
 from megatron_cpt.corpus.dataset.select import ChosenDocuments, write_chosen
+from megatron_cpt.corpus.dataset.soundness import open_proven
 from megatron_cpt.corpus.dataset.writer import refuse_existing
 from megatron_cpt.corpus.dedup.duplicates import DocumentStore, find_duplicates
 from megatron_cpt.corpus.dedup.records import RecordWriter
@@ -68,11 +69,13 @@ def dedup_datasets(
     workers: int | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Join datasets of one tokenizer without their duplicates; the first document in the order given stays."""
-    manifests = [read_manifest(prefix) for prefix in prefixes]
+    """Join datasets of one tokenizer without their duplicates; the first document in the order given stays.
+
+    Raises DataError when one is damaged or they do not fit together.
+    """
+    manifests, readers = open_proven(prefixes)
     check_same_tokenizer(prefixes, manifests)
     refuse_existing(output_prefix, overwrite)
-    readers = [open_indexed(prefix) for prefix in prefixes]
     by_dataset = [ranges_of(reader, f"u{index:03d}-{{:09d}}") for index, reader in enumerate(readers)]
     ranges = [part for own in by_dataset for part in own]
     owners = [index for index, own in enumerate(by_dataset) for _ in own]

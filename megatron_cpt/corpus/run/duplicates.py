@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.corpus.arrays import Array
-from megatron_cpt.corpus.dataset.indexed import open_indexed
-from megatron_cpt.corpus.dataset.manifest import read_manifest
+from megatron_cpt.corpus.dataset.soundness import open_dataset, open_proven
 from megatron_cpt.corpus.dedup.dedup_datasets import DocumentRange, encoded_documents, ranges_of
 from megatron_cpt.corpus.dedup.duplicates import DocumentStore, Duplicates, documents_of, find_duplicates
 from megatron_cpt.corpus.dedup.records import RecordWriter
@@ -60,7 +59,7 @@ def remove_duplicates(run: CorpusRun, done: FinishedUnits) -> DedupResult:
     if dedup is None or not dedup.compares_documents:
         return DedupResult()
     run.begin("find duplicates", f"{done.documents_read - sum(done.reject_counts.values()):,} documents")
-    references = _references(run)
+    references = _reference_ranges(run)
     list(run_units(partial(_write_records, run), references, run.workers))
     parts = [_PartTokens(run.staging, record.unit, run.tokenizer.dtype, tuple(run.splits)) for record in done.records]
     names = [*(reference.name for reference in references), *(unit.name for unit in done.units)]
@@ -68,18 +67,26 @@ def remove_duplicates(run: CorpusRun, done: FinishedUnits) -> DedupResult:
     return _result(run, done, references, find_duplicates(store, dedup, run.workers))
 
 
-def _references(run: CorpusRun) -> list[DocumentRange]:
-    assert run.corpus.dedup is not None
-    references: list[DocumentRange] = []
-    for number, prefix in enumerate(run.corpus.dedup.against):
-        manifest = read_manifest(prefix)
+def check_references(run: CorpusRun) -> None:
+    """Look at the reference datasets before the work starts, as far as it costs no pass over them.
+
+    Raises:
+        DataError: one is not there, its index is damaged, or another tokenizer wrote it.
+    """
+    for prefix in run.corpus.dedup.against if run.corpus.dedup else ():
+        manifest, _ = open_dataset(prefix)
         if manifest.tokenizer.fingerprint != run.tokenizer.fingerprint:
             raise DataError(
                 f"dedup.against: {prefix} was written with another tokenizer ({manifest.tokenizer.name})",
                 hint="preprocess it with this corpus's tokenizer, or leave it out",
             )
-        references += ranges_of(open_indexed(prefix), f"r{number:03d}-{{:09d}}")
-    return references
+
+
+def _reference_ranges(run: CorpusRun) -> list[DocumentRange]:
+    assert run.corpus.dedup is not None
+    _, readers = open_proven(run.corpus.dedup.against)
+    named = enumerate(readers)
+    return [part for number, reader in named for part in ranges_of(reader, f"r{number:03d}-{{:09d}}")]
 
 
 def _write_records(run: CorpusRun, reference: DocumentRange) -> None:

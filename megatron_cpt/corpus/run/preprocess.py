@@ -18,7 +18,7 @@ from megatron_cpt.corpus.readers.standard_input import standard_input_as_file
 from megatron_cpt.corpus.readers.streams import forget_stale_pieces
 from megatron_cpt.corpus.run.assemble import Assembly
 from megatron_cpt.corpus.run.corpus_run import WHOLE, CorpusRun, Shard, StartProgress, open_run
-from megatron_cpt.corpus.run.duplicates import DedupResult, remove_duplicates
+from megatron_cpt.corpus.run.duplicates import DedupResult, check_references, remove_duplicates
 from megatron_cpt.corpus.run.filter_shares import filter_warnings
 from megatron_cpt.corpus.run.fingerprint import is_comparable, staging_fingerprint
 from megatron_cpt.corpus.run.finished import FinishedUnits
@@ -73,6 +73,7 @@ def preprocess(
         prefixes = dataset_prefixes(resolved)
         if not overwrite and (done := _already_done(run, prefixes)):
             return done
+        check_references(run)
         with staging_folder(resolved.output_prefix, staging_fingerprint(run.fingerprint, run.planned)) as staging:
             forget_stale_pieces(staging)
             if run.passages:
@@ -99,6 +100,7 @@ def preprocess_shard(
         raise DataError("standard input cannot be shared by shards", hint="write it to a file first")
     with _disk_full_explained(corpus.output_prefix):
         run = open_run(resolve_datasets(corpus), workers, start_progress, Shard(shard, shards))
+        check_references(run)
         with shared_staging_folder(corpus.output_prefix, staging_fingerprint(run.fingerprint, run.planned)):
             if run.passages:
                 cleaned = _clean(run)
