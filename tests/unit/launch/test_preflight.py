@@ -12,7 +12,13 @@ from megatron_cpt.launch import preflight
 
 
 @pytest.mark.parametrize(
-    ("log", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb_project": "p"}, "wandb")]
+    ("log", "package"),
+    [
+        ({"tensorboard": True}, "tensorboard"),
+        ({"wandb_project": "p"}, "wandb"),
+        ({"mlflow_experiment": "p"}, "mlflow"),
+        ({"trackio_project": "p"}, "trackio"),
+    ],
 )
 def test_a_missing_package_is_said_before_anything_starts(
     log: dict[str, Any], package: str, monkeypatch: pytest.MonkeyPatch
