@@ -16,7 +16,7 @@ from megatron_cpt.corpus.arrays import Array
 BAD_INPUT_REASONS = frozenset(
     {
         "invalid_json", "invalid_utf8", "lone_surrogate", "not_an_object", "missing_key", "text_not_a_string",
-        "document_too_long", "unreadable", "invalid_csv",
+        "document_too_long", "unreadable", "invalid_csv", "not_text",
     }
 )  # fmt: skip
 # A note on documents that were kept: JSON as Python writes it, with NaN, Infinity or a lone surrogate beside the text.

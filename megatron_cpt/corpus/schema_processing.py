@@ -151,7 +151,9 @@ class Dedup(Section):
     passages: Annotated[Passages | None, BeforeValidator(switch)] = Field(
         None, description="Lines or paragraphs within documents, removed before documents are compared."
     )
-    id_key: str | None = Field(None, description="Same value of this key, which `metadata` must list.")
+    id_key: str | None = Field(
+        None, description="Same value of this key, which `metadata` must list; not where it is null or empty."
+    )
     against: tuple[str, ...] = Field((), description="PREFIXes of datasets whose documents are duplicates here.")
 
     @model_validator(mode="after")

@@ -81,8 +81,13 @@ class RecordWriter:
 
 
 def _id_keys(ids: list[object]) -> Array:
-    """Keys of the documents' ids; NO_KEY for a document without one."""
-    keys = [NO_KEY if value is None else xxhash.xxh3_64_intdigest(repr(value).encode()) for value in ids]
+    """Keys of the documents' ids; NO_KEY for a document without one, or with an empty one as csv has it."""
+    keys = [
+        NO_KEY
+        if value is None or (isinstance(value, str) and not value.strip())
+        else xxhash.xxh3_64_intdigest(repr(value).encode())
+        for value in ids
+    ]
     return np.array([keys], np.uint64)
 
 

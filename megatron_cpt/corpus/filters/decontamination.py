@@ -46,14 +46,17 @@ class Decontaminator:
                 found.append(hashes)
                 examples += len(batch)
                 short += len(batch) - len(np.unique(documents))
+        if tally.rejects:
+            first, reasons = tally.rejects[0], ", ".join(f"{n:,} {reason}" for reason, n in tally.counts.items())
+            raise DataError(
+                f"decontaminate: {len(tally.rejects):,} of {tally.documents_read:,} evaluation examples cannot be read "
+                f"({reasons}), the first in {first.path}:{first.place}: {first.detail}",
+                hint="fix the files, or name the key of their text in decontaminate.text",
+            )
         if not examples or short == examples:
             raise DataError(
                 f"decontaminate: none of {examples:,} evaluation examples has {self._settings.ngram_words} words",
                 hint="check decontaminate.files and .text, or lower ngram_words",
-            )
-        if tally.counts:
-            raise DataError(
-                f"decontaminate: unreadable evaluation examples: {dict(tally.counts)}", hint="fix the files"
             )
         if short:
             log.warning(

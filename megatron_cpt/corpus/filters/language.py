@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,12 +18,15 @@ from megatron_cpt.errors import DataError
 
 # The model reads a line; the start of a document tells its language as well as all of it.
 SAMPLE_CHARS = 1000
+_LOAD_SECONDS = 300
 _HINT = "pip install 'megatron-cpt[corpus]'"
 
 
 def language_step(language: Language) -> Step:
     """Reject documents of other languages, and those whose language is uncertain; all are counted by language."""
     allowed = f"allowed {' '.join(language.keep)} from {language.min_score:g}"
+    if language.model is not None:
+        _prove_loadable(model_file(language))
     identify = language_identifier(model_file(language))
 
     def check_language(batch: Batch, tally: UnitTally) -> Batch:
@@ -67,6 +73,25 @@ def model_sha256(path: Path) -> str:
 
 
 @cache
+def _prove_loadable(path: Path) -> None:
+    """Load a model of the user's in a process of its own first: the library dies of a file that is cut short."""
+    code = "import sys, fasttext; fasttext.load_model(sys.argv[1]).predict('any text')"
+    command = [sys.executable, "-c", code, str(path)]
+    try:
+        ended = subprocess.run(command, capture_output=True, timeout=_LOAD_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _no_model(path, f"it does not load within {_LOAD_SECONDS} s") from error
+    if ended.returncode < 0:
+        raise _no_model(path, f"{signal.Signals(-ended.returncode).name} while it was loaded; it may be cut short")
+
+
+def _no_model(path: Path, why: object) -> DataError:
+    return DataError(
+        f"{path} is not a fastText model: {why}", hint="fetch it again; lid.176.ftz and lid.176.bin are models"
+    )
+
+
+@cache
 def language_identifier(path: Path) -> Callable[[str], tuple[str, float]]:
     """A function from text to (ISO 639-1 code, confidence) by the model in a file."""
     try:
@@ -76,9 +101,7 @@ def language_identifier(path: Path) -> Callable[[str], tuple[str, float]]:
     try:
         model = fasttext.load_model(str(path))
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise DataError(
-            f"{path} is not a fastText model: {error}", hint="fetch it again; lid.176.ftz and lid.176.bin are models"
-        ) from error
+        raise _no_model(path, error) from error
 
     def identify(text: str) -> tuple[str, float]:
         labels, scores = model.predict(text[:SAMPLE_CHARS].replace("\n", " "))

@@ -64,10 +64,15 @@ class PerplexityCeiling:
 def load_scorer(settings: Perplexity) -> Scorer:
     """A function from text to perplexity; None for a text of fewer than two tokens, of which nothing can be said."""
     import torch
-    from tokenizers import Tokenizer
 
     model = _load_model(settings.model)
-    tokenizer = Tokenizer.from_file(str(Path(settings.model) / "tokenizer.json"))
+    tokenizer = _load_tokenizer(settings.model)
+    largest, rows = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise DataError(
+            f"filters.perplexity: the tokenizer in {settings.model} has ids up to {largest:,}, the model {rows:,} rows",
+            hint="give a folder whose tokenizer.json is the model's",
+        )
 
     @torch.inference_mode()
     def score(text: str) -> float | None:
@@ -92,13 +97,24 @@ def _load_model(folder: str) -> Any:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of several libraries, some of which raise bare Exception
         raise DataError(
             f"filters.perplexity: transformers cannot open {folder}: {error}", hint="give a whole model folder"
         ) from error
     if wrong := {kind: sorted(names) for kind, names in report.items() if names}:
         raise DataError(f"filters.perplexity: the weights in {folder} do not fit its config.json: {wrong}")
     return model.eval()
+
+
+def _load_tokenizer(folder: str) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(
+            f"filters.perplexity: {folder}/tokenizer.json is not a tokenizer: {error}", hint="copy the model again"
+        ) from error
 
 
 def _check(settings: Perplexity) -> None:
@@ -115,9 +131,14 @@ def _check(settings: Perplexity) -> None:
                 hint="give the folder of a Hugging Face causal language model with its tokenizer.json",
             )
     try:
-        positions = dict(json.loads((Path(settings.model) / "config.json").read_bytes())).get("max_position_embeddings")
-    except (ValueError, TypeError) as error:
-        raise DataError(f"filters.perplexity: {settings.model}/config.json is damaged: {error}") from error
+        stated = dict(json.loads((Path(settings.model) / "config.json").read_bytes())).get("max_position_embeddings")
+        positions = None if stated is None else int(stated)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise DataError(
+            f"filters.perplexity: {settings.model}/config.json is damaged: {error}",
+            hint="copy the model again",
+        ) from error
+    _load_tokenizer(settings.model)
     if positions is not None and settings.max_tokens > positions:
         raise DataError(
             f"filters.perplexity: max_tokens {settings.max_tokens} is more than the {positions} positions of "

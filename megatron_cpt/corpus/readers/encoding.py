@@ -11,6 +11,11 @@ _MARKS = {
 _SAMPLE_BYTES = 4096
 
 
+# Control characters that no text has: all but backspace (printed manuals), tab, line ends, form feed and escape.
+_NO_TEXT = bytes({*range(32), 127} - {8, 9, 10, 11, 12, 13, 27})
+_BINARY_SHARE = 0.02  # of the sample
+
+
 class NotUtf8(Exception):
     """The message says what is wrong with the bytes, for a reject's detail."""
 
@@ -26,7 +31,9 @@ def likely_encoding(data: bytes) -> str | None:
     if _is_utf8(data):
         return None
     high = sum(byte >= 0x80 for byte in sample)
-    if b"\x00" in sample or high > len(sample) // 3:  # as many high bytes are another script's or no text at all
+    if (
+        b"\0" in sample or is_binary(sample) or high > len(sample) // 3
+    ):  # as many high bytes are another script's or no text at all
         return None
     try:
         data.decode("cp1252")
@@ -41,6 +48,13 @@ def _wide_encoding(sample: bytes) -> str | None:
         return None
     zeros = "".join("0" if sample[place::4].count(0) > len(sample) // 6 else "x" for place in range(4))
     return {"x000": "UTF-32LE", "000x": "UTF-32BE", "x0x0": "UTF-16LE", "0x0x": "UTF-16BE"}.get(zeros)
+
+
+def is_binary(data: bytes) -> bool:
+    """Whether the start of the data has many control characters, zero bytes among them, as pictures and programs do."""
+    sample = data[:_SAMPLE_BYTES]
+    found = len(sample) - len(sample.translate(None, _NO_TEXT))
+    return found > _BINARY_SHARE * len(sample)
 
 
 def decoded(data: bytes) -> str:
@@ -59,8 +73,9 @@ def decoded(data: bytes) -> str:
 
 def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
     """What is wrong with `data`, for a reject's detail."""
-    guess = likely_encoding(data)
-    return f"{error}" + (f"; it looks like {guess}" if guess else "")
+    if guess := likely_encoding(data):
+        return f"{error}; it looks like {guess}"
+    return f"{error}" + ("; it looks like no text at all" if is_binary(data) else "")
 
 
 def iconv_hint(encoding: str) -> str:

@@ -41,6 +41,8 @@ def _hint(bad: Mapping[str, int], examples: Sequence[str]) -> str:
         (found for example in examples if (found := re.search(r"it looks like ([\w-]+)$", example))), None
     ):
         return iconv_hint(guess[1])
+    if "not_text" in bad or any(example.endswith("it looks like no text at all") for example in examples):
+        return "leave binary files out: name the files by a pattern, such as files: [docs/**/*.txt]"
     if bad.keys() == {"invalid_utf8"}:
         return "it is not UTF-8; where you know its encoding: iconv -f ENCODING -t UTF-8 FILE > NEW_FILE"
     if bad.keys() == {"missing_key"}:

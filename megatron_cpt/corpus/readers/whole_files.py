@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.readers.compression import open_input
-from megatron_cpt.corpus.readers.encoding import NotUtf8, decoded
+from megatron_cpt.corpus.readers.encoding import NotUtf8, decoded, is_binary
 from megatron_cpt.corpus.readers.html_article import article_text
 from megatron_cpt.corpus.readers.html_text import html_to_text
 from megatron_cpt.corpus.readers.unit import Unit
@@ -27,6 +27,9 @@ def read_whole_files(unit: Unit, tally: UnitTally, max_document_bytes: int) -> I
             text = decoded(data)
         except NotUtf8 as error:
             tally.reject(path, 1, "invalid_utf8", str(error))
+            continue
+        if is_binary(data):
+            tally.reject(path, 1, "not_text", "many zero bytes or control characters, as in a binary file")
             continue
         metadata = [dict.fromkeys(unit.metadata)] if unit.metadata else None
         yield Batch(path, [page_text(text) if is_html else text], [1], metadata, from_pages=is_html)

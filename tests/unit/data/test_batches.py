@@ -25,6 +25,7 @@ from tests.synthetic_data import EOD, random_documents, write_dataset
 adapt_megatron_core_to_cpu()
 
 from megatron_cpt.data.batches import BatchStream, StepPlan, open_batches  # noqa: E402
+from megatron_cpt.data.epochs import EpochStream  # noqa: E402
 from megatron_cpt.data.micro_batch import document_ids  # noqa: E402
 from megatron_cpt.data.validation import ValidationSet  # noqa: E402
 
@@ -320,3 +321,21 @@ def test_each_source_ends_its_documents_with_its_own_eod(data: Path, tmp_path: P
 def test_document_ids_change_after_each_end_of_document() -> None:
     tokens = torch.tensor([[5, 6, 0, 7, 0, 0, 8], [0, 1, 1, 1, 1, 1, 0]])
     assert document_ids(tokens, torch.tensor([[0], [0]])).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+
+
+def test_an_id_beyond_the_vocabulary_that_no_sample_met_ends_the_training(tmp_path: Path) -> None:
+    """The checks before a job look at a sample of ids, the stream at all those that it gives."""
+    prefix = write_dataset(tmp_path / "set", random_documents(12, 100, seed=1), 100)
+    tokens = np.fromfile(bin_path(prefix), np.uint16)
+
+    def read() -> None:
+        stream = EpochStream(Dataset("set", str(prefix), "0", len(tokens), EOD, 100), 16, 1, tmp_path / "cache")
+        for position in range(0, stream.blocks_per_epoch * 16, 16):
+            stream.read(position, 16)
+
+    read()
+    tokens[len(tokens) // 2] = 100
+    tokens.tofile(bin_path(prefix))
+    with pytest.raises(DataError, match="dataset 'set': the id 100 is outside the vocabulary of 100") as caught:
+        read()
+    assert caught.value.hint == f"megatron-cpt verify {prefix}"

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_cpt.cli import cli
 from megatron_cpt.corpus.dataset.indexed import HEADER, open_indexed
@@ -21,12 +23,11 @@ from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_pa
 from megatron_cpt.corpus.dataset.merge import merge_datasets
 from megatron_cpt.corpus.dataset.soundness import open_dataset, open_proven
 from megatron_cpt.corpus.run.preprocess import preprocess
-from megatron_cpt.data.datasets import Dataset
-from megatron_cpt.data.epochs import EpochStream
 from megatron_cpt.errors import DataError
 from megatron_cpt.eval.token_stream import open_token_stream
 from tests.synthetic_data import random_documents, write_dataset
 from tests.unit.corpus.conftest import TEXTS, write_jsonl
+from tools.merge_datasets import datasets_of
 
 ROOT = Path(__file__).parents[4]
 DOCUMENTS, VOCABULARY = 12, 100
@@ -283,19 +284,36 @@ def test_changed_content_of_a_reference_stops_a_corpus_before_its_duplicates(mak
     assert preprocess(corpus, workers=1).datasets[corpus.output_prefix].document_count == len(TEXTS) - 2
 
 
-def test_an_id_beyond_the_vocabulary_that_no_sample_met_ends_the_training(sound: Path, tmp_path: Path) -> None:
-    """The checks before a job look at a sample of ids, the stream at all those that it gives."""
-    shutil.copytree(sound.parent, tmp_path / "in")
-    prefix = tmp_path / "in" / "set"
-
-    def read() -> None:
-        tokens = open_indexed(prefix).token_count
-        stream = EpochStream(Dataset("set", str(prefix), "0", tokens, 0, VOCABULARY), 16, 1, tmp_path / "cache")
-        for position in range(0, stream.blocks_per_epoch * 16, 16):
-            stream.read(position, 16)
-
-    read()
-    id_with(VOCABULARY, hashed=True)(prefix)
-    with pytest.raises(DataError, match=f"dataset 'set': the id {VOCABULARY} is outside the vocabulary") as caught:
-        read()
-    assert caught.value.hint == f"megatron-cpt verify {prefix}"
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    suffix=st.sampled_from([".bin", ".idx", ".manifest.json"]),
+    changes=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=3),
+    cut_bytes=st.sampled_from([0, 0, 1, 2, 8, 40]),
+)
+def test_any_change_of_a_dataset_is_refused_or_leaves_every_document(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    suffix: str,
+    changes: list[tuple[int, int]],
+    cut_bytes: int,
+) -> None:
+    """What tools/merge_datasets.py calls, on the files that it finds."""
+    folder = tmp_path_factory.mktemp("merge")
+    documents = [random_documents(size, VOCABULARY, seed) for seed, size in enumerate(sizes)]
+    for number, own in enumerate(documents):
+        write_dataset(folder / f"part{number}", own, VOCABULARY)
+    path = folder / f"part{len(sizes) - 1}{suffix}"
+    original = path.read_bytes()
+    content = bytearray(original)
+    for place, value in changes:
+        content[place % len(content)] = value
+    path.write_bytes(content[: len(content) - cut_bytes])
+    try:
+        manifest = merge_datasets(datasets_of(folder), str(folder / "out"))
+    except DataError as error:
+        assert error.hint and not list(folder.glob("out*")) and path.read_bytes() != original
+        return
+    assert path.read_bytes() == original or suffix == ".manifest.json"
+    assert [ids.tolist() for ids in open_indexed(folder / "out")] == [ids.tolist() for own in documents for ids in own]
+    assert manifest.document_count == sum(sizes) == sum(source.documents for source in manifest.sources)

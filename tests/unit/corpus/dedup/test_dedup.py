@@ -165,6 +165,16 @@ def test_across_sources_ids_and_sidecar(tmp_path: Path, make_corpus: Any) -> Non
         make_corpus(tmp_path / "a.jsonl", dedup={"id_key": "id"})
 
 
+def test_documents_with_an_empty_id_are_no_duplicates_of_each_other(tmp_path: Path, make_corpus: Any) -> None:
+    """An empty cell of a csv file is an id that is not there."""
+    ids = ["7", "", " ", "", "7"]
+    rows = "".join(f'{own},"{document(index)}"\n' for index, own in enumerate(ids))
+    (tmp_path / "a.csv").write_text(f"id,text\n{rows}")
+    corpus = make_corpus(tmp_path / "a.csv", source={"metadata": ["id"]}, dedup={"id_key": "id"})
+    outcome = preprocess(corpus, workers=1)
+    assert outcome.rejects == {"duplicate_id": 1} and outcome.documents_read == 5
+
+
 def test_against_a_tokenised_dataset(tmp_path: Path, make_corpus: Any, tokenizer_dir: Path) -> None:
     old = make_corpus(
         write_jsonl(tmp_path / "old.jsonl", [document(i) for i in range(20)]), output_prefix=str(tmp_path / "old")

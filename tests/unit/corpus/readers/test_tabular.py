@@ -25,6 +25,17 @@ def test_what_a_spreadsheet_writes_is_read_back(tmp_path: Path, rows: list[tuple
     assert read(file)[0] == [text for _, text in rows]
 
 
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.text(alphabet='ab,"\n', min_size=1, max_size=30), max_size=12))
+def test_a_field_over_the_limit_is_one_reject_whatever_lines_it_has(tmp_path: Path, rows: list[str]) -> None:
+    file = tmp_path / "a.csv"
+    with file.open("w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([["text"], *([row] for row in rows)])
+    texts, tally = read(file, limit=10)
+    assert texts == [row for row in rows if len(row) <= 10]
+    assert tally.counts["document_too_long"] == len(rows) - len(texts)
+
+
 def test_bad_rows_are_rejects_with_their_line(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_bytes(
@@ -45,9 +56,13 @@ def test_bad_rows_are_rejects_with_their_line(tmp_path: Path) -> None:
         ("id,body\n1,x\n", "has no column 'text'"),
         ("text,text\na,b\n", "two columns 'text'"),
         ('id,text\n1,"open\n2,swallowed\n3,swallowed\n', "row at line 2 never closes"),
+        ('id,text\n1,ok\n2,"' + "line\n" * 2000 + '"\n', "row at line 3 has more than 4,000 characters"),
+        ('"id,text\n1,ok\n', "its first row is not csv"),
+        ("id;text\n1;ok\n", "no column 'text'\nhint: its columns stand apart by semicolons"),
+        ("id\ttext\n1\tok\n", r"hint: .* by tabs: .*`format: tsv`"),
     ],
 )
 def test_files_that_cannot_be_read_are_errors(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(DataError, match=message):
-        read(tmp_path / "a.csv")
+        read(tmp_path / "a.csv", limit=1000)

@@ -59,7 +59,7 @@ def test_report_of_a_run(tmp_path: Path, make_corpus: Any) -> None:
     for words in (f"megatron-cpt {manifest.tool_version}", "prefers-color-scheme:dark", "width=device-width", "<svg"):
         assert words in page
     assert f"{manifest.tokenizer.fingerprint[:12]}" in page and "min_chars: 30" in page
-    assert "Languages before the filter" in page and "documents repeat 1 others" in page
+    assert "Languages before the filter" in page and "1 document repeats 1 other. The most" in page
 
 
 def test_advice_names_its_numbers() -> None:
