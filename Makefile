@@ -5,7 +5,7 @@ CONFIG ?= examples/qwen2_72b/config.yaml
 TO     ?= hf
 BIN    := .venv/bin
 
-.PHONY: help setup wheelhouse quickstart preprocess plan train convert eval tasks test test-fast test-matrix test-gpu test-slurm web check docs clean
+.PHONY: help setup wheelhouse quickstart preprocess plan train convert chat report eval tasks test test-fast test-matrix test-gpu test-slurm web check docs clean
 .DEFAULT_GOAL := help
 
 help:         ## this help
@@ -45,6 +45,12 @@ convert: setup  ## export a run to Hugging Face: make convert RUN=runs/JOB [OUT=
 
 tasks: setup  ## downstream tasks before and after: make tasks RUN=runs/JOB BASE=dir TASKS=pubmedqa,my.yaml
 	$(BIN)/megatron-cpt eval tasks $(or $(RUN),$(error say which run: make tasks RUN=runs/JOB TASKS=...)) --tasks $(or $(TASKS),$(error say which tasks: make tasks RUN=... TASKS=pubmedqa)) $(if $(BASE),--base $(BASE))
+
+chat: setup  ## talk to a run's model, beside the one it came from: make chat RUN=runs/JOB
+	$(BIN)/megatron-cpt chat $(or $(RUN),$(error say which run: make chat RUN=runs/JOB)) --compare
+
+report: setup  ## one page on what a run gained, lost and cost: make report RUN=runs/JOB
+	$(BIN)/megatron-cpt report $(or $(RUN),$(error say which run: make report RUN=runs/JOB))
 
 eval: setup  ## perplexity of a model: make eval MODEL=dir DATA=prefix-or-text
 	$(BIN)/megatron-cpt eval perplexity $(or $(MODEL),$(error say which model: make eval MODEL=dir DATA=prefix)) --data $(or $(DATA),$(error say which data: make eval MODEL=dir DATA=prefix))

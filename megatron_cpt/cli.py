@@ -60,6 +60,8 @@ COMMANDS: dict[str, Entry] = {
     "checkpoints": Entry("Run", f"{_COMMANDS}.checkpoints:checkpoints", "List, verify and prune a run's checkpoints."),
     "web": Entry("Run", f"{_COMMANDS}.web:web", "Show runs in a browser: watch, compare, start, stop, export."),
     "eval": Entry("Model", f"{_COMMANDS}.eval:eval_group", "Measure a model: perplexity, downstream tasks."),
+    "chat": Entry("Model", f"{_COMMANDS}.chat:chat", "Talk to a run's model, beside the one it came from."),
+    "generate": Entry("Model", f"{_COMMANDS}.chat:generate", "Continue one prompt with a run's model."),
     "merge-lora": Entry("Model", f"{_COMMANDS}.merge_lora:merge_lora", "Add LoRA adapters to their base model."),
     "interpolate": Entry(
         "Model", f"{_COMMANDS}.interpolate:interpolate", "Mix a trained model with its base, weight by weight."

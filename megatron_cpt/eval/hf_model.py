@@ -49,6 +49,11 @@ class HfModel:
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
 
+    @property
+    def module(self) -> Any:
+        """The model of transformers itself, for what runs it in another way."""
+        return self._model
+
     @torch.inference_mode()
     def nll(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
         tokens = tokens.to(self._device)

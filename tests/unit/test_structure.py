@@ -30,7 +30,8 @@ LAYERS = (
     ("model",),
     ("forgetting", "peft"),
     ("train",),
-    ("doctor", "dry_run", "eval", "report", "chat", "web"),
+    ("doctor", "dry_run", "eval", "report", "web"),
+    ("chat",),
     ("commands",),
     ("cli",),
 )
