@@ -37,6 +37,7 @@ ALIASES: dict[str, str] = {
     "train_tokens": "budget.train_tokens",
     "warmup_tokens": "budget.warmup_tokens",
     "save_every": "checkpoint.save_every",
+    "report": "log.report",
     "save_interval": "checkpoint.save_every",  # counts iterations
     "tensor_model_parallel_size": "parallel.tp",
     "pipeline_model_parallel_size": "parallel.pp",

@@ -61,17 +61,19 @@ def check_run(config: RunConfig, named: str) -> CheckedRun:
 
 
 def refuse_missing_trackers(config: RunConfig) -> None:
-    """Raise ConfigError when trackers are asked for whose packages are not installed."""
+    """Raise ConfigError when trackers or a report are asked for whose packages are not installed."""
     asked = {
         ("tensorboard", "log.tensorboard"): config.log.tensorboard,
         ("wandb", "log.wandb_project"): config.log.wandb_project is not None,
         ("mlflow", "log.mlflow_experiment"): config.log.mlflow_experiment is not None,
         ("trackio", "log.trackio_project"): config.log.trackio_project is not None,
+        ("matplotlib", "log.report"): config.log.report,
     }
     missing = {key: name for (name, key), wanted in asked.items() if wanted and importlib.util.find_spec(name) is None}
     if missing:
         needs = ", ".join(f"{key} needs the package {package}" for key, package in missing.items())
-        raise ConfigError(f"{needs}, not installed here", hint="pip install 'megatron-cpt[trackers]'")
+        extras = sorted({"plots" if package == "matplotlib" else "trackers" for package in missing.values()})
+        raise ConfigError(f"{needs}, not installed here", hint=f"pip install 'megatron-cpt[{','.join(extras)}]'")
 
 
 def check_weights(config: RunConfig, origin: Origin) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 
 from megatron_cpt.config.load import build_config
 from megatron_cpt.config.run_config import RunConfig
+from megatron_cpt.errors import CptError
 from megatron_cpt.launch.local import run_ranks
 from megatron_cpt.launch.place import adopt_slurm_ranks, under_launcher
 from megatron_cpt.launch.start import PreparedRun, prepare
-from megatron_cpt.runs.exit_codes import FINISHED, STOPPED
+from megatron_cpt.report.write import write_report
+from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +53,23 @@ def start_run(read_config: Callable[[], RunConfig], named: str, *, accept_change
     """
     os.environ.update(adopt_slurm_ranks())
 
-    def prepare_here() -> PreparedRun:
-        return prepare(read_config(), named, accept_changes=accept_changes)
+    prepared: list[PreparedRun] = []  # by this process, if it is the one that prepares
 
+    def prepare_here() -> PreparedRun:
+        prepared.append(prepare(read_config(), named, accept_changes=accept_changes))
+        return prepared[-1]
+
+    try:
+        code = _train(prepare_here)
+    except CptError as error:
+        _report_when_asked(prepared, error.exit_code)
+        raise
+    _report_when_asked(prepared, code)
+    return code
+
+
+def _train(prepare_here: Callable[[], PreparedRun]) -> int:
+    """Be one rank of a launcher's, or start the ranks of this machine. Return the exit code."""
     if under_launcher():
         from megatron_cpt.train.rank import join_run
 
@@ -66,3 +82,15 @@ def start_run(read_config: Callable[[], RunConfig], named: str, *, accept_change
     if code == STOPPED:
         logger.info("stopped; the same command continues")
     return code
+
+
+def _report_when_asked(prepared: Sequence[PreparedRun], code: int) -> None:
+    """Write the report of a run that has ended for good; what goes wrong with it is a message alone."""
+    if not prepared or not prepared[0].checked.config.log.report or code not in (FINISHED, DO_NOT_RESTART):
+        return
+    run = prepared[0].folder.root
+    try:
+        for path in write_report([run], run / "report"):
+            logger.info("wrote %s", path)
+    except Exception as error:
+        logger.error("no report: %s; `megatron-cpt report %s` writes it", error, run)

@@ -24,7 +24,7 @@ def test_a_run_from_a_thread_of_a_notebook_equals_the_command(tmp_path: Path, mo
     write_model(tmp_path / "model")
     write_dataset(tmp_path / "data", random_documents(60, 128, 1))
     path = write_tiny_run(tmp_path, budget={"train_tokens": 1024, "warmup_tokens": 0})
-    config = load_config(path, ["optimizer.lr=1e-3"])
+    config = load_config(path, ["optimizer.lr=1e-3", "report=true"])
     notebook, codes = io.StringIO(), []
     monkeypatch.setattr(sys, "stderr", notebook)
     thread = threading.Thread(target=lambda: codes.append(run_training(config)))
@@ -32,6 +32,7 @@ def test_a_run_from_a_thread_of_a_notebook_equals_the_command(tmp_path: Path, mo
     thread.join()
     assert codes == [0]
     assert "finished: 1,024 tokens" in notebook.getvalue() and "loading Megatron-Core" in notebook.getvalue()
+    assert "trained its whole budget" in (tmp_path / "run" / "report.md").read_text()
     assert sum("event" not in row for row in read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
     resolved = yaml.safe_load((tmp_path / "run" / "resolved.yaml").read_text())
     assert resolved["optimizer"]["lr"] == 1e-3

@@ -14,6 +14,7 @@ class LogConfig(Section):
     """Where metrics go. `metrics.jsonl` in the run folder is always written."""
 
     every: Every = Field(Interval(1, "iters"), validate_default=True, description="Interval between metric lines.")
+    report: bool = Field(False, description="Write the page that `megatron-cpt report` writes when the run ends.")
     tensorboard: bool = Field(False, description="Also write <run_dir>/tensorboard.")
     wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project.")
     wandb_mode: Literal["online", "offline"] = Field(

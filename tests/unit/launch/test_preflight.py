@@ -18,6 +18,7 @@ from megatron_cpt.launch import preflight
         ({"wandb_project": "p"}, "wandb"),
         ({"mlflow_experiment": "p"}, "mlflow"),
         ({"trackio_project": "p"}, "trackio"),
+        ({"report": True}, "matplotlib"),
     ],
 )
 def test_a_missing_package_is_said_before_anything_starts(
@@ -27,5 +28,5 @@ def test_a_missing_package_is_said_before_anything_starts(
     raw = {"job_name": "t", "model": {"init_from": "m"}}
     with pytest.raises(ConfigError, match=f"needs the package {package}") as caught:
         preflight.refuse_missing_trackers(build_config(raw | {"log": log}))
-    assert "megatron-cpt[trackers]" in str(caught.value.hint)
+    assert f"megatron-cpt[{'plots' if package == 'matplotlib' else 'trackers'}]" in str(caught.value.hint)
     preflight.refuse_missing_trackers(build_config(raw))
