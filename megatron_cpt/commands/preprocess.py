@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from megatron_cpt.console import ProgressBar, print_summary
-from megatron_cpt.corpus.documents import NONSTANDARD_JSON
+from megatron_cpt.corpus.documents import NONSTANDARD_JSON, unknown_text
 from megatron_cpt.corpus.run.corpus_run import OnUnit, StartProgress
 from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.corpus.run.preprocess import Outcome, preprocess_shard
@@ -163,6 +163,8 @@ def outcome_text(outcome: Outcome) -> str:
         lines.append(f"repeated passages removed within documents: {removed:,} ({chars:,} characters)")
     if count := outcome.notes.get(NONSTANDARD_JSON):
         lines.append(f"kept although their line is not standard JSON (NaN, Infinity, a lone surrogate): {count:,}")
+    if unknown := unknown_text(outcome.notes):
+        lines.append(unknown)
     lines.append("files:")
     lines += [f"  {file}{_ABOUT.get(file.rpartition('.')[0].rpartition('.')[2], '')}" for file in outcome.files]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
@@ -21,7 +21,20 @@ BAD_INPUT_REASONS = frozenset(
 )  # fmt: skip
 # A note on documents that were kept: JSON as Python writes it, with NaN, Infinity or a lone surrogate beside the text.
 NONSTANDARD_JSON = "nonstandard_json"
+# Notes on what the vocabulary cannot say: tokens of the kept documents that stand for it, and the documents with any.
+UNKNOWN_TOKENS = "unknown_tokens"
+WITH_UNKNOWN_TOKENS = "documents_with_unknown_tokens"
 EXCERPT_CHARS = 200
+
+
+def unknown_text(notes: Mapping[str, int]) -> str | None:
+    """What the notes say of text that the vocabulary cannot say, None where it said all of it."""
+    if not notes.get(UNKNOWN_TOKENS):
+        return None
+    return (
+        f"text that the tokenizer cannot say, kept as its unknown token: {notes[UNKNOWN_TOKENS]:,} tokens in "
+        f"{notes[WITH_UNKNOWN_TOKENS]:,} documents"
+    )
 
 
 @dataclass(slots=True)
@@ -104,7 +117,7 @@ class UnitTally:
     counts: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)  # of all documents that the language step saw
     metadata_found: Counter[str] = field(default_factory=Counter)  # documents that have each key of `metadata`
-    notes: Counter[str] = field(default_factory=Counter)  # documents kept of which something is to be said
+    notes: Counter[str] = field(default_factory=Counter)  # of documents kept of which something is to be said
     rejects: list[Reject] = field(default_factory=list)
     passages_removed: int = 0
     passage_chars_removed: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_cpt.corpus.arrays import Array
-from megatron_cpt.corpus.documents import Batch, Encoded, UnitTally
+from megatron_cpt.corpus.documents import UNKNOWN_TOKENS, WITH_UNKNOWN_TOKENS, Batch, Encoded, UnitTally
 from megatron_cpt.corpus.filters.chunking import chunk_texts, chunk_tokens
 from megatron_cpt.corpus.run.corpus_run import CorpusRun
 from megatron_cpt.corpus.tokenizers.tokenizer import Ids, Lengths
@@ -29,8 +29,20 @@ def encode_documents(run: CorpusRun, batch: Batch, tally: UnitTally) -> tuple[Ba
         owner = np.repeat(np.arange(len(batch)), per_document)
         per_document = np.bincount(owner[filled], minlength=len(batch))
         lengths = lengths[filled]
-    encoded = Encoded(ids, lengths, per_document)
-    return _check_special(run, batch, tally, encoded)
+    batch, encoded = _check_special(run, batch, tally, Encoded(ids, lengths, per_document))
+    if tokenizer.unknown_id is not None:
+        _count_unknown(tally, encoded, tokenizer.unknown_id)
+    return batch, encoded
+
+
+def _count_unknown(tally: UnitTally, encoded: Encoded, unknown_id: int) -> None:
+    """Note the tokens that stand for text which the vocabulary cannot say: what it was is lost."""
+    unknown = encoded.ids == unknown_id
+    if unknown.any():
+        tokens = encoded.document_tokens()
+        owners = np.repeat(np.arange(len(tokens)), tokens)[unknown]
+        tally.notes[UNKNOWN_TOKENS] += len(owners)
+        tally.notes[WITH_UNKNOWN_TOKENS] += len(np.unique(owners))
 
 
 def append_eod(ids: Ids, lengths: Lengths, per_document: Array, eod_id: int) -> tuple[Ids, Lengths]:

@@ -44,7 +44,7 @@ class FinishedUnits:
 
     @cached_property
     def notes(self) -> dict[str, int]:
-        """Note -> documents that were kept."""
+        """Note -> how often it holds of the documents that were kept."""
         total: Counter[str] = Counter()
         for record in self.records:
             total.update(record.notes)

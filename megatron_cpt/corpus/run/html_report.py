@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from megatron_cpt.corpus.arrays import Array
 from megatron_cpt.corpus.dataset.indexed import open_indexed
 from megatron_cpt.corpus.dataset.manifest import Manifest
-from megatron_cpt.corpus.documents import BAD_INPUT_REASONS
+from megatron_cpt.corpus.documents import BAD_INPUT_REASONS, unknown_text
 from megatron_cpt.corpus.readers.metadata import json_value
 from megatron_cpt.corpus.run.parts import UnitRecord
 from megatron_cpt.durable import write_atomically
@@ -74,7 +74,7 @@ def write_report(report: Report) -> Path:
         by_source=_by_source(report),
         examples=_examples(Path(f"{report.prefix}.rejects.jsonl")),
         sources=_sources(report),
-        notes=balance_notes(_source_tokens(report), report.train_tokens),
+        notes=[*_unknown_notes(report), *balance_notes(_source_tokens(report), report.train_tokens)],
         train_tokens=report.train_tokens,
         samples={prefix: list(_samples(prefix, report.decode)) for prefix in report.datasets},
         lengths=_lengths(report),
@@ -162,6 +162,14 @@ def _sources(report: Report) -> list[dict[str, Any]]:
         row = {"name": name, "documents": documents[name]["kept"], "tokens": count, "share": count / max(total, 1)}
         rows.append(row | {"damped": damped, "epochs": epochs})
     return rows
+
+
+def _unknown_notes(report: Report) -> list[str]:
+    """What the vocabulary could not say, by source."""
+    by_source: dict[str, Counter[str]] = {}
+    for record in report.records:
+        by_source.setdefault(record.source, Counter()).update(record.notes)
+    return [f"{source}: {text}." for source, notes in by_source.items() if (text := unknown_text(notes))]
 
 
 def balance_notes(tokens: Mapping[str, int], train_tokens: int | None) -> list[str]:

@@ -61,6 +61,7 @@ def load(
         decode=reference.decode,
         prefix_ids=reference.prefix_ids,
         suffix_ids=reference.suffix_ids,
+        unknown_id=_unknown_id(raw, vocabulary, eod_id),
     )
 
 
@@ -101,6 +102,13 @@ def _vocabulary(raw: dict[str, Any], file: Path) -> dict[str, int]:
     if not isinstance(vocab, dict) or not vocab:
         raise DataError(f"{file} has no vocabulary under model.vocab", hint="give a whole tokenizer.json")
     return vocab | {str(token["content"]): int(token["id"]) for token in raw.get("added_tokens", [])}
+
+
+def _unknown_id(raw: dict[str, Any], vocabulary: dict[str, int], eod_id: int) -> int | None:
+    """The id of the model's unknown token, unless it is the EOD, which a document holds for another reason."""
+    model = raw["model"]
+    stated = model["unk_id"] if isinstance(model.get("unk_id"), int) else vocabulary.get(str(model.get("unk_token")))
+    return None if stated == eod_id else stated
 
 
 def _special(raw: dict[str, Any]) -> set[str]:

@@ -46,6 +46,7 @@ def load(file: Path, eod_token: str | None, split_special: bool, bos: bool = Fal
         encode_batch=_with_bos(encode_batch, *prefix_ids) if bos else encode_batch,
         decode=lambda ids: str(processor.decode(list(ids))),
         prefix_ids=prefix_ids,
+        unknown_id=int(processor.unk_id()),
     )
 
 

@@ -65,6 +65,7 @@ class CorpusTokenizer:
     decode: Callable[[Sequence[int]], str]
     prefix_ids: tuple[int, ...] = ()  # what encode_batch puts before every text (post_processor)
     suffix_ids: tuple[int, ...] = ()  # and after it
+    unknown_id: int | None = None  # what text becomes that the vocabulary cannot say; None where it can say any
 
     @property
     def ends_with_eod(self) -> bool:
