@@ -5,6 +5,7 @@ The folder belongs to one plan, named by a fingerprint. The same plan again cont
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_cpt.durable import write_atomically
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import CptError, DataError
 
 SHARE_ATTEMPTS, SHARE_WAIT_SECONDS = 50, 0.1
 
@@ -24,6 +25,24 @@ log = logging.getLogger(__name__)
 
 def staging_path(prefix: str) -> Path:
     return Path(f"{prefix}.partial")
+
+
+@contextmanager
+def write_errors_told(prefix: str) -> Iterator[None]:
+    """An error of the system on the way to a dataset under `prefix` as one of ours; whatever has its name is whole."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = f" ({error.filename})" if error.filename else ""
+            raise DataError(
+                f"cannot write {prefix}: {error.strerror or error}{where}",
+                hint="check the folder, its permissions and the disk, then run the same command again",
+            ) from error
+        raise CptError(
+            f"the disk of {prefix} is full ({error.strerror}); nothing was written under the final name",
+            hint="about 2x the size of the .bin is needed; free some space and run the same command again",
+        ) from error
 
 
 @contextmanager

@@ -41,6 +41,7 @@ SAMPLED_DOCUMENTS = 32
 SAMPLED_TOKENS = 2000  # of a document
 UNSURE_TOKENS = 8  # at the end of a cut sample, where the text that is missing could change them
 MIN_AGREEMENT = 0.5  # of the sampled documents; those of another tokenizer hardly ever come out the same
+LEGACY_TOKENS = 7  # <CLS> <SEP> <EOD> <MASK> <PAD> <BOS> <EOS>, as far as a model lacks them
 NEAR_ZERO = 0.01  # of the median norm of an embedding row
 
 EmbeddingNorms = Callable[[], Array]  # float32 [rows]: the norm of each row of the model's embedding
@@ -120,7 +121,11 @@ def _open(prefix: str) -> IndexedReader:
             hint="write the dataset again with a tool that chooses the type by the vocabulary, as Megatron-LM's does",
         )
     if problems := [*offset_problems(reader), *document_problems(reader)]:
-        raise not_sound(prefix, problems)
+        raise DataError(
+            not_sound(prefix, problems).message,
+            hint="copy both files again; if the tool wrote them so, write them with Megatron-LM's: no sequence without "
+            "tokens, and each document ended",
+        )
     if not reader.token_count:
         raise DataError(f"{prefix} holds no tokens", hint="give a dataset with documents")
     return reader
@@ -134,11 +139,18 @@ def _read(prefix: str, reader: IndexedReader, tokenizer: CorpusTokenizer) -> _Co
             raise DataError(
                 f"{prefix}: the id {wrong:,} near token {start:,} is outside the vocabulary of "
                 f"{tokenizer.vocab_size:,} of the tokenizer {tokenizer.name}",
-                hint="give the tokenizer that wrote the dataset",
+                hint=_foreign_id_hint(wrong, tokenizer),
             )
         digest.update(np.ascontiguousarray(block).view(np.uint8).data)
         counts += np.bincount(block, minlength=tokenizer.vocab_size)
     return _Content(digest.hexdigest(), counts)
+
+
+def _foreign_id_hint(wrong: int, tokenizer: CorpusTokenizer) -> str:
+    hint = "give the tokenizer that wrote the dataset"
+    if tokenizer.kind == "sentencepiece" and 0 <= wrong - tokenizer.vocab_size < LEGACY_TOKENS:
+        hint += "; Megatron-LM's --legacy-tokenizer appends <EOD> and others to the pieces: preprocess without it"
+    return hint
 
 
 def _edges(reader: IndexedReader) -> tuple[Array, Array]:
@@ -178,7 +190,7 @@ def _rules(reader: IndexedReader, tokenizer: CorpusTokenizer, content: _Content,
     firsts, ends = _edges(reader)
     first = int(firsts[0])
     prefix_ids: tuple[int, ...] | None = None
-    if first in tokenizer.special_ids and first != tokenizer.eod_id and (firsts == first).all():
+    if first in tokenizer.special_ids and (firsts == first).all() and not (has_eod and first == tokenizer.eod_id):
         prefix_ids = (first,)
     elif not np.isin(firsts, sorted(tokenizer.special_ids)).any():
         prefix_ids = ()

@@ -25,6 +25,7 @@ from megatron_cpt.corpus.documents import Encoded
 from megatron_cpt.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
+OLDER_MAGIC = b"TNTIDX\x00\x00"  # of fairseq, and of Megatron-LM until 2023
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES: dict[int, str] = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16",
@@ -94,10 +95,18 @@ def _map(prefix: str, idx: Path, data: Path) -> IndexedReader:
     idx_bytes = idx.stat().st_size
     with idx.open("rb") as file:
         header = file.read(HEADER.size)
+    if header.startswith(OLDER_MAGIC):
+        raise DataError(
+            f"{idx} is an index of the older kinds `lazy` and `cached`", hint="write it with --dataset-impl mmap"
+        )
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise DataError(f"{idx} is not a Megatron index", hint="preprocess again")
     _, version, code, sequences, documents_plus_one = HEADER.unpack(header)
     expected = HEADER.size + 12 * sequences + 8 * documents_plus_one
+    if idx_bytes == expected + sequences and sequences:  # a byte for each sequence's mode
+        raise DataError(
+            f"{idx} is of a multimodal dataset, whose sequences have modes", hint="give a dataset of text alone"
+        )
     if version != 1 or code not in DTYPE_CODES or idx_bytes != expected:
         raise DataError(
             f"{idx}: version {version}, dtype code {code}, {idx_bytes:,} bytes where its counts need {expected:,}",

@@ -6,14 +6,13 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from megatron_cpt import __version__
 from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord, manifest_hash
 from megatron_cpt.corpus.dataset.soundness import open_proven
 from megatron_cpt.corpus.dataset.text_rules import TextRules, common_rules, difference, text_rules
 from megatron_cpt.corpus.dataset.writer import refuse_existing, write_files
-from megatron_cpt.corpus.staging import staging_folder
+from megatron_cpt.corpus.staging import staging_folder, write_errors_told
 from megatron_cpt.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,6 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bo
     _tell_of_repeats(prefixes, manifests)
     first = manifests[0]
     refuse_existing(output_prefix, overwrite)
-    Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
     template = replace(
         first,
         tool_version=__version__,
@@ -43,7 +41,7 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str, *, overwrite: bo
             "text_rules": common_rules(manifests),
         },
     )
-    with staging_folder(output_prefix, "merge") as staging:
+    with write_errors_told(output_prefix), staging_folder(output_prefix, "merge") as staging:
         return write_files(
             staging, "merged", output_prefix, template, lambda: ((reader.encoded(), None) for reader in readers)
         )

@@ -13,7 +13,7 @@ from megatron_cpt.corpus.dataset.indexed import IndexedReader
 from megatron_cpt.corpus.dataset.manifest import Manifest, SourceRecord
 from megatron_cpt.corpus.dataset.text_rules import common_rules
 from megatron_cpt.corpus.dataset.writer import write_files
-from megatron_cpt.corpus.staging import staging_folder
+from megatron_cpt.corpus.staging import staging_folder, write_errors_told
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class ChosenDocuments:
 
 def write_chosen(prefix: str, chosen: Sequence[ChosenDocuments], rejects: dict[str, int]) -> Manifest:
     """Write the chosen documents as a dataset. Shares per source are exact only for one source per dataset."""
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     counts = [count_kept(one.selection) for one in chosen]
     tokens = sum(count.tokens for count in counts)
     sources = [
@@ -52,7 +51,7 @@ def write_chosen(prefix: str, chosen: Sequence[ChosenDocuments], rejects: dict[s
             "text_rules": common_rules([one.manifest for one in chosen]),
         },
     )
-    with staging_folder(prefix, "rewrite") as staging:
+    with write_errors_told(prefix), staging_folder(prefix, "rewrite") as staging:
         return write_files(staging, "rewritten", prefix, template, lambda: (one.selection for one in chosen))
 
 

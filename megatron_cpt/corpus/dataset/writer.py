@@ -34,7 +34,11 @@ def in_the_way(prefix: str, of_what: str = "") -> DataError:
 
 
 def refuse_existing(prefix: str, overwrite: bool) -> None:
-    """Raise DataError when `prefix` has a dataset that may not be replaced."""
+    """Raise DataError when `prefix` has a dataset that may not be replaced, or names a folder and no files."""
+    if prefix.endswith("/") or not prefix:
+        raise DataError(
+            f"output prefix {prefix!r} is a folder", hint="add the name that the files begin with, such as out/joined"
+        )
     if manifest_path(prefix).exists() and not overwrite:
         raise in_the_way(prefix)
 

@@ -24,7 +24,7 @@ from megatron_cpt.corpus.dedup.duplicates import DocumentStore, find_duplicates
 from megatron_cpt.corpus.dedup.records import RecordWriter
 from megatron_cpt.corpus.documents import Batch, Encoded
 from megatron_cpt.corpus.schema_processing import Dedup
-from megatron_cpt.corpus.staging import staging_folder
+from megatron_cpt.corpus.staging import staging_folder, write_errors_told
 from megatron_cpt.corpus.workers import run_units, worker_count
 
 DOCUMENTS_PER_RANGE = 4096
@@ -79,7 +79,7 @@ def dedup_datasets(
     by_dataset = [ranges_of(reader, f"u{index:03d}-{{:09d}}") for index, reader in enumerate(readers)]
     ranges = [part for own in by_dataset for part in own]
     owners = [index for index, own in enumerate(by_dataset) for _ in own]
-    with staging_folder(f"{output_prefix}.records", "dedup") as folder:
+    with write_errors_told(output_prefix), staging_folder(f"{output_prefix}.records", "dedup") as folder:
         list(run_units(partial(_write_records, folder, dedup), ranges, worker_count(workers)))
         store = DocumentStore(folder, [part.name for part in ranges], ranges)
         found = find_duplicates(store, dedup, worker_count(workers))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,8 +31,8 @@ from megatron_cpt.corpus.run.rejects import (
 )
 from megatron_cpt.corpus.run.unit import clean_unit, cleaned_record, process_unit, processed_record
 from megatron_cpt.corpus.schema import Corpus
-from megatron_cpt.corpus.staging import shared_staging_folder, staging_folder, staging_path
-from megatron_cpt.errors import CptError, DataError
+from megatron_cpt.corpus.staging import shared_staging_folder, staging_folder, staging_path, write_errors_told
+from megatron_cpt.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ def preprocess(
     only named.
     Raises DataError for bad input, a second writer, or other datasets under the same prefix.
     """
-    with standard_input_as_file(resolve_datasets(corpus)) as resolved, _disk_full_explained(corpus.output_prefix):
+    with standard_input_as_file(resolve_datasets(corpus)) as resolved, write_errors_told(corpus.output_prefix):
         if start_progress is not None:
             start_progress("finding the files and loading the tokenizer", 0)
         run = open_run(resolved, workers, start_progress)
@@ -98,7 +96,7 @@ def preprocess_shard(
     """
     if any("-" in source.files for source in corpus.sources):
         raise DataError("standard input cannot be shared by shards", hint="write it to a file first")
-    with _disk_full_explained(corpus.output_prefix):
+    with write_errors_told(corpus.output_prefix):
         run = open_run(resolve_datasets(corpus), workers, start_progress, Shard(shard, shards))
         check_references(run)
         with shared_staging_folder(corpus.output_prefix, staging_fingerprint(run.fingerprint, run.planned)):
@@ -128,23 +126,6 @@ def _find_repeated(run: CorpusRun) -> bool:
     assert run.passages is not None
     find_repeated(run.staging, [unit.name for unit in units], run.passages, run.workers)
     return True
-
-
-@contextmanager
-def _disk_full_explained(prefix: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            where = f" ({error.filename})" if error.filename else ""
-            raise DataError(
-                f"cannot write {prefix}: {error.strerror or error}{where}",
-                hint="check the folder, its permissions and the disk; the same command continues",
-            ) from error
-        raise CptError(
-            f"the disk of {prefix} is full ({error.strerror}); nothing was written under the final name",
-            hint="about 2x the size of the .bin is needed; free some space and run the same command again",
-        ) from error
 
 
 def dataset_prefixes(corpus: Corpus) -> dict[str, str]:

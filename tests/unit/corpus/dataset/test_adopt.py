@@ -23,6 +23,7 @@ from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.tokenizers.load import load_tokenizer
 from megatron_cpt.errors import DataError
 from tests.unit.corpus.conftest import TEXTS, build_tokenizer, write_jsonl
+from tests.unit.corpus.tokenizers.test_stated_tokens import sentencepiece_folder
 
 EOD = 400
 Ids = list[int]
@@ -101,6 +102,44 @@ REFUSED: list[tuple[str, Callable[[list[Ids]], list[Ids]], str]] = [
 ]
 
 
+def test_documents_that_begin_with_the_eod_are_told_of(tmp_path: Path, tokenizer_dir: Path, encoded: list[Ids]) -> None:
+    """Where the EOD is the beginning of sequence too, as GPT-2's."""
+    prefix = write_foreign(tmp_path / "foreign", [[EOD, *ids] for ids in encoded])
+    adoption = adopt_dataset(prefix, str(tokenizer_dir))
+    assert text_rules(adoption.manifest).prefix_ids == (EOD,) and not adoption.manifest.append_eod
+    assert "every document begins with '<|endoftext|>' = 400" in adoption.proven
+    assert text_rules(adoption.manifest).special_tokens_in_text is None
+
+
+def test_documents_that_were_never_ended_or_have_empty_sequences_are_refused(
+    tmp_path: Path, tokenizer_dir: Path, encoded: list[Ids]
+) -> None:
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    import torch
+
+    for name, words in (("not ended", "do not cover"), ("empty", "sequence 0 has no tokens")):
+        prefix = str(tmp_path / name)
+        builder = indexed_dataset.IndexedDatasetBuilder(str(bin_path(prefix)), dtype=np.uint16)
+        for ids in ([*own, EOD] for own in encoded):
+            if name == "empty":
+                builder.add_document(torch.tensor(ids), [0, len(ids)])
+            else:
+                builder.add_item(torch.tensor(ids))
+        builder.finalize(str(idx_path(prefix)))
+        with pytest.raises(DataError, match=words) as caught:
+            adopt_dataset(prefix, str(tokenizer_dir))
+        assert "each document ended" in str(caught.value.hint) and not manifest_path(prefix).exists()
+
+
+def test_the_ids_that_megatrons_legacy_tokenizer_appends_are_named(tmp_path: Path) -> None:
+    folder = sentencepiece_folder(tmp_path / "m")
+    tokenizer = load_tokenizer(folder)
+    documents = [[*tokenizer.encode_batch([text])[0].tolist(), tokenizer.vocab_size + 2] for text in TEXTS]
+    with pytest.raises(DataError, match="outside the vocabulary") as caught:
+        adopt_dataset(write_foreign(tmp_path / "foreign", documents), str(folder))
+    assert "--legacy-tokenizer" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(("documents", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
 def test_what_is_not_proven_is_refused_and_leaves_nothing(
     tmp_path: Path, tokenizer_dir: Path, encoded: list[Ids], documents: Callable[[list[Ids]], list[Ids]], message: str
@@ -151,6 +190,8 @@ def test_damaged_files_and_other_types_are_refused(tmp_path: Path, tokenizer_dir
         ("gap", lambda p: bin_path(p).write_bytes(bin_path(p).read_bytes() + b"ab"), "is not sound"),
         ("alone", lambda p: idx_path(p).unlink(), "does not exist"),
         ("no index", lambda p: idx_path(p).write_bytes(b"text"), "is not a Megatron index"),
+        ("older", lambda p: idx_path(p).write_bytes(b"TNTIDX\0\0" + bytes(50)), "older kinds"),
+        ("modes", lambda p: idx_path(p).write_bytes(idx_path(p).read_bytes() + bytes(60)), "multimodal"),
         ("started", lambda p: Path(f"{p}.partial").mkdir(), "half-written"),
     ]
     for name, damage, message in cases:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from megatron_cpt.corpus.dataset.indexed import HEADER, open_indexed
 from megatron_cpt.corpus.dataset.manifest import bin_path, idx_path, manifest_path
 from megatron_cpt.corpus.dataset.merge import merge_datasets
 from megatron_cpt.corpus.dataset.soundness import open_dataset, open_proven
+from megatron_cpt.corpus.dataset.split import split_dataset
 from megatron_cpt.corpus.run.preprocess import preprocess
-from megatron_cpt.errors import DataError
+from megatron_cpt.errors import CptError, DataError
 from megatron_cpt.eval.token_stream import open_token_stream
 from tests.synthetic_data import random_documents, write_dataset
 from tests.unit.corpus.conftest import TEXTS, write_jsonl
@@ -317,3 +320,31 @@ def test_any_change_of_a_dataset_is_refused_or_leaves_every_document(
     assert path.read_bytes() == original or suffix == ".manifest.json"
     assert [ids.tolist() for ids in open_indexed(folder / "out")] == [ids.tolist() for own in documents for ids in own]
     assert manifest.document_count == sum(sizes) == sum(source.documents for source in manifest.sources)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("{}/", "is a folder"), ("{}/set.bin/x", "Not a directory"), ("/proc/none/x", "cannot write /proc/none/x")],
+)
+def test_an_output_that_cannot_be_written_is_one_clear_error(sound: Path, output: str, words: str) -> None:
+    folder = sound.parent
+    before = files(folder)
+    for args in (("merge", sound, sound.with_name("other")), ("dedup", sound, "--workers", 1)):
+        assert words in refused(*args, "--output-prefix", output.format(folder))
+    assert files(folder) == before
+
+
+def test_a_full_disk_leaves_nothing_under_the_final_name(sound: Path, tmp_path: Path) -> None:
+    prefixes = [str(write_dataset(tmp_path / name, random_documents(400, VOCABULARY, seed=3))) for name in "ab"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(CptError, match=r"is full \(File too large\)"):
+            merge_datasets(prefixes, str(tmp_path / "out"))
+        with pytest.raises(CptError, match=r"is full \(File too large\)"):
+            split_dataset(prefixes[0], {"x": 0.9, "y": 0.1})
+    assert not [
+        path for path in tmp_path.iterdir() if path.name.startswith(("out", "a_")) and path.suffix != ".partial"
+    ]
+    assert merge_datasets(prefixes, str(tmp_path / "out")).document_count == 800

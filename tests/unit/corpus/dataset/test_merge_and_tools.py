@@ -226,6 +226,35 @@ def test_the_legacy_flag_is_accepted_for_sentencepiece_and_adds_nothing(tmp_path
     assert written["Llama2Tokenizer", True] != written["Llama2Tokenizer", False]  # it adds BOS
 
 
+@pytest.mark.parametrize("has_eod", [True, False])
+def test_the_legacy_sentencepiece_tokenizer_parses_as_megatrons_does(tmp_path: Path, has_eod: bool) -> None:
+    """Megatron-LM's _SentencePieceTokenizer, which cuts the text at its special tokens and encodes what is between."""
+    import sentencepiece
+
+    folder = sentencepiece_folder(tmp_path / "m", controls=("<EOD>",) if has_eod else ())
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    special = [processor.id_to_piece(i) for i in range(len(processor)) if processor.is_control(i)]
+    assert set(special) == {"<s>", "</s>", *(["<EOD>"] if has_eod else [])}
+
+    def theirs(text: str) -> list[int]:
+        places = {token: text.index(token) for token in special if token in text}
+        if not places:
+            return list(processor.encode(text))
+        first = min(places, key=places.__getitem__)
+        before, _, after = text.partition(first)
+        return [*processor.encode(before), processor.piece_to_id(first), *theirs(after)]
+
+    texts = ["a <s> b</s>c", "</s></s> x", "<EOD> and <unk> <pad>", *TEXTS]
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    result = tool("preprocess_data.py", "--input", file, "--output-prefix", tmp_path / "a", "--tokenizer-type",
+                  "SentencePieceTokenizer", "--tokenizer-model", folder / "tokenizer.model", "--append-eod",
+                  "--legacy-tokenizer", "--workers", 1)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    end = processor.piece_to_id("<EOD>" if has_eod else "</s>")
+    assert [ids.tolist() for ids in open_indexed(tmp_path / "a_text_document")] == [[*theirs(t), end] for t in texts]
+    assert ("appends an <EOD>" in result.stderr) is not has_eod
+
+
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(1, 6), min_size=2, max_size=5), seed=st.integers(0, 99))
 def test_merging_any_datasets_of_a_folder_keeps_every_document_in_order(

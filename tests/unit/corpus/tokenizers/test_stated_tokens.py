@@ -146,7 +146,7 @@ def test_a_post_processor_that_adds_nothing_is_told(tmp_path: Path, caplog: pyte
     assert "adds nothing to a text" in caplog.text
 
 
-def sentencepiece_folder(folder: Path, **files: dict[str, Any]) -> Path:
+def sentencepiece_folder(folder: Path, *, controls: tuple[str, ...] = (), **files: dict[str, Any]) -> Path:
     import sentencepiece
 
     folder.mkdir()
@@ -154,6 +154,7 @@ def sentencepiece_folder(folder: Path, **files: dict[str, Any]) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=400, byte_fallback=True,
         hard_vocab_limit=False, minloglevel=2, user_defined_symbols=["</p>", "</doc>"],
+        control_symbols=list(controls),
     )  # fmt: skip
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
