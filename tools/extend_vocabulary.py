@@ -5,6 +5,7 @@ python tools/extend_vocabulary.py --model MODEL_DIR --input domain.jsonl --count
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,8 +43,11 @@ def main(model: Path, inputs: tuple[str, ...], json_key: str, count: int, min_oc
     tokens = propose_tokens(texts_of(inputs, json_key), model, count, min_occurrences)
     if not tokens:
         raise DataError("no word is frequent enough and more than one token", hint="lower --min-occurrences")
-    extension = extend_tokenizer(model, tokens, output)
-    rows = extend_model(model, extension, output)
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    extension = extend_tokenizer(model, tokens, partial)
+    rows = extend_model(model, extension, partial)
+    partial.replace(output)  # an empty folder of that name is replaced
     print_summary(f"{len(tokens):,} tokens added, the first {tokens[:8]}; {rows:,} embedding rows; {output}")
 
 

@@ -62,6 +62,12 @@ class InputFile:
     identity: tuple[int, int]  # equal for two names of one file
 
 
+# Behind the prefix of a dataset: what is written beside .bin and .idx.
+_OWN_OUTPUT = (
+    ".manifest.json", ".documents.jsonl", ".rejects.jsonl", ".duplicates.jsonl", ".report.html", ".kl.json",
+)  # fmt: skip
+
+
 @dataclass
 class _PassedOver:
     """Files that a folder or a glob has and that are not read, by kind."""
@@ -118,7 +124,11 @@ def _expand(pattern: str, source: Source, passed_over: _PassedOver) -> dict[tupl
     else:
         paths = _matches(pattern, passed_over)
     found: dict[tuple[int, int], InputFile] = {}
+    own = set() if pattern.endswith(_OWN_OUTPUT) else _own_output(paths)
     for path in paths:
+        if path in own or _is_of_unfinished_run(path):
+            passed_over.add(path, "output of an earlier run")
+            continue
         file_format = source.format if source.format != "auto" else _format_of(path)
         if file_format is None:
             passed_over.add(path, _kind(path))
@@ -127,6 +137,23 @@ def _expand(pattern: str, source: Source, passed_over: _PassedOver) -> dict[tupl
         if found.setdefault(file.identity, file) is not file:
             passed_over.add(path, "other name(s) of a file that is read")
     return found
+
+
+def _own_output(paths: list[str]) -> set[str]:
+    """Which of the files an earlier run wrote: those named after a dataset that lies beside them."""
+    prefixes: set[str] = set()
+    for path in paths:
+        prefix = path.removesuffix(".manifest.json")
+        if prefix != path and Path(f"{prefix}.idx").exists():  # other tools have files of that name too
+            names = [place for place, letter in enumerate(prefix) if letter == "_"]  # PREFIX_train: of a split
+            prefixes |= {prefix, *(prefix[:place] for place in names)}
+    stems = ((path, suffix) for path in paths for suffix in _OWN_OUTPUT if path.endswith(suffix))
+    return {path for path, suffix in stems if path.removesuffix(suffix) in prefixes}
+
+
+def _is_of_unfinished_run(path: str) -> bool:
+    folder = path.rpartition("/")[0]
+    return folder.endswith(".partial") and Path(folder, "lock").exists()
 
 
 def _matches(pattern: str, passed_over: _PassedOver) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.corpus.arrays import Array
+from megatron_cpt.corpus.tokenizers.tokenizer import read_json
 from megatron_cpt.durable import write_atomically
 from megatron_cpt.errors import DataError
 
@@ -85,7 +86,10 @@ def _tokenizer(folder: Path) -> Any:
 
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"{folder} has no tokenizer.json", hint="give a Hugging Face model folder")
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{folder}/tokenizer.json is not a tokenizer: {error}", hint="copy the model again") from error
 
 
 def extend_rows(rows: Array, extension: Extension) -> Array:
@@ -110,10 +114,13 @@ def extend_model(model_dir: Path, extension: Extension, output_dir: Path) -> int
     if not files:
         raise DataError(f"{model_dir} has no .safetensors weights", hint="give a Hugging Face model folder")
     output_dir.mkdir(parents=True, exist_ok=True)
-    config = json.loads((model_dir / "config.json").read_bytes())
+    config = read_json(model_dir / "config.json")
     rows = 0
     for file in files:
-        rows = max(rows, _extend_file(file, output_dir / file.name, extension))
+        try:
+            rows = max(rows, _extend_file(file, output_dir / file.name, extension))
+        except (ValueError, KeyError, TypeError, EOFError, OverflowError, MemoryError) as error:
+            raise DataError(f"{file} is damaged: {error!r}", hint="copy the model again") from error
     if rows == 0:
         raise DataError(f"{model_dir} has no {EMBEDDING_NAMES[0]}", hint="only Llama- and Qwen-like models are known")
     config["vocab_size"] = rows
@@ -152,6 +159,8 @@ def _extend_file(source: Path, target: Path, extension: Extension) -> int:
                 begin, end = header[name]["data_offsets"]
                 file.seek(data_start + begin)
                 data = file.read(end - begin)
+                if len(data) != end - begin:
+                    raise EOFError(f"{name} is cut short")
                 out.write(_longer(data, header[name], extension) if name in EMBEDDING_NAMES else data)
         partial.replace(target)
     return rows

@@ -106,6 +106,14 @@ def test_extend_vocabulary(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert load_tokenizer(tmp_path / "new").vocab_size == size + 1
     result = tool("extend_vocabulary.py", *flags)
     assert result.returncode == 2 and "not empty" in result.stderr
+    whole = (model / "model.safetensors").read_bytes()
+    flags[-1] = tmp_path / "again"
+    for damage in (whole[:-8], whole[:40], b""):
+        (model / "model.safetensors").write_bytes(damage)
+        result = tool("extend_vocabulary.py", *flags)
+        assert result.returncode == 2 and "is damaged" in result.stderr and not (tmp_path / "again").exists()
+    (model / "model.safetensors").write_bytes(whole)
+    assert tool("extend_vocabulary.py", *flags).returncode == 0
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from megatron_cpt.corpus.readers.globs import matching_names
 from megatron_cpt.corpus.readers.input_files import find_files
 from megatron_cpt.corpus.readers.plan import plan_units
+from megatron_cpt.corpus.run.preprocess import preprocess
 from megatron_cpt.corpus.schema import Source
 from megatron_cpt.errors import DataError
 from tests.unit.corpus.conftest import TEXTS, write_jsonl
@@ -162,3 +163,34 @@ def test_a_glob_in_a_folder_with_brackets_is_told_to_escape_them(
             found(pattern)
         assert caught.value.hint is not None
         assert found(caught.value.hint.rpartition(", ")[2]) == ["data [2024]/x/a.jsonl"]
+
+
+@pytest.mark.parametrize("pattern", ["data", "data/*", "data/**"])
+@pytest.mark.parametrize("split", [{}, {"train": 0.5, "valid": 0.5}])
+def test_what_a_run_writes_into_the_folder_that_it_reads_is_no_input_of_the_next(
+    tmp_path: Path, make_corpus: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    pattern: str, split: dict[str, float],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "data" / "a.jsonl", [*TEXTS, *TEXTS, ""])
+    write_jsonl(tmp_path / "data" / "other.rejects.jsonl", ["a name that a user may give"])
+    (tmp_path / "data" / "unfinished.partial").mkdir()
+    for name in ("lock", "plan", "000001.pieces.json"):
+        (tmp_path / "data" / "unfinished.partial" / name).write_text("{}")
+    keys: dict[str, Any] = {
+        "output_prefix": "data/set",
+        "split": split,
+        "dedup": True,
+        "source": {"metadata": ["text"]},
+    }
+    first = preprocess(make_corpus(Path(pattern), **keys), workers=1)
+    names = {path.name for path in (tmp_path / "data").iterdir()}
+    assert {"set.rejects.jsonl", "set.duplicates.jsonl", "set.report.html"} <= names and first.documents_read == 12
+    with caplog.at_level(logging.INFO):
+        again = preprocess(make_corpus(Path(pattern), **keys), workers=1)
+    assert again.already_done and again.documents_read == 12
+    assert "output of an earlier run" in caplog.text
+    assert found("data/set.rejects.jsonl", "data/*.duplicates.jsonl") == [
+        "data/set.rejects.jsonl",
+        "data/set.duplicates.jsonl",
+    ]
