@@ -45,7 +45,7 @@ def _hint(bad: Mapping[str, int], examples: Sequence[str]) -> str:
         return "leave binary files out: name the files by a pattern, such as files: [docs/**/*.txt]"
     if bad.keys() == {"invalid_utf8"}:
         return "it is not UTF-8; where you know its encoding: iconv -f ENCODING -t UTF-8 FILE > NEW_FILE"
-    if bad.keys() == {"missing_key"}:
+    if bad and bad.keys() <= {"missing_key", "text_not_a_string"}:
         return "name the key that holds the text: --json-key KEY (`text:` of the source in corpus.yaml)"
     if bad.keys() <= {"invalid_json", "not_an_object"} and any(_OPEN.search(example) for example in examples):
         return "each line must be one JSON object; for objects over several lines: jq -c . FILE > FILE.jsonl"

@@ -124,6 +124,19 @@ def test_other_encodings_are_named_with_the_command_that_converts_them(
         assert f"iconv -f {name} -t UTF-8" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_key_without_text_is_told_to_be_another(tmp_path: Path, make_corpus: Any, kind: str) -> None:
+    """A key that holds numbers, or a column of nothing but nulls."""
+    rows = [{"text": None if kind == "parquet" else 5, "body": "what is meant"}] * 3
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="3 text_not_a_string") as caught:
+        preprocess(make_corpus(tmp_path / f"a.{kind}"), workers=1)
+    assert "--json-key KEY" in str(caught.value.hint)
+
+
 def test_another_script_in_utf8_is_not_taken_for_another_encoding(tmp_path: Path, make_corpus: Any) -> None:
     (tmp_path / "a.txt").write_bytes("第一条 为了保护当事人的合法权益，制定本法。".encode("gb18030"))
     with pytest.raises(DataError) as caught:
