@@ -64,13 +64,21 @@ class FineWeb(Section):
 class Language(Section):
     """Language by a fastText model, offline. The sha256 of its file stands in the dataset's manifest."""
 
-    keep: tuple[str, ...] = Field(description="ISO 639-1 codes to keep, such as en and zh.")
+    keep: tuple[str, ...] = Field(min_length=1, description="ISO 639-1 codes to keep, such as en and zh.")
     min_score: float = Field(0.65, ge=0, le=1, description="Confidence, at least (FineWeb's value).")
     model: str | None = Field(
         None,
         description="A fastText model file with labels such as `__label__en`; default: lid.176.ftz (CC-BY-SA 3.0), "
         "which the extra `corpus` installs.",
     )
+
+    @model_validator(mode="after")
+    def _keeps_codes(self) -> Language:
+        """A model of the user's may have labels of any kind."""
+        wrong = [code for code in self.keep if not re.fullmatch("[a-z]{2,3}", code)]
+        if wrong and self.model is None:
+            raise ValueError(f"keep: {wrong[0]!r} is no language code such as en or zh")
+        return self
 
 
 class CodeQuality(Section):

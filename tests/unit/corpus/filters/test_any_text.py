@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from megatron_cpt.corpus.documents import Batch, UnitTally
 from megatron_cpt.corpus.filters.decontamination import _PUNCTUATION, Decontaminator
@@ -37,6 +38,13 @@ _words = st.one_of(
 
 def batch_of(texts: list[str]) -> Batch:
     return Batch("f", texts, list(range(1, len(texts) + 1)))
+
+
+@pytest.mark.parametrize("keep", [[], ["EN"], ["english"], ["en", "zh-CN"], [""]])
+def test_what_is_no_language_code_is_refused_and_would_drop_everything(keep: list[str]) -> None:
+    with pytest.raises(ValidationError, match=r"keep"):
+        Language.model_validate({"keep": keep})
+    assert Language.model_validate({"keep": ["eng_Latn"], "model": "glotlid.bin"}).keep == ("eng_Latn",)
 
 
 @FAST
