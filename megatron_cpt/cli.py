@@ -50,6 +50,7 @@ COMMANDS: dict[str, Entry] = {
     "dry-run": Entry("Run", f"{_COMMANDS}.dry_run:dry_run_command", "Build every rank of a config on one CPU."),
     "index": Entry("Run", f"{_COMMANDS}.index:index", "Build a run's data indices before its job starts."),
     "fisher": Entry("Run", f"{_COMMANDS}.fisher:fisher", "Estimate how much each weight matters, for forgetting.ewc."),
+    "recipe": Entry("Run", f"{_COMMANDS}.recipe:recipe", "Propose rate, replay, schedule and more, with evidence."),
     "ewc-pilot": Entry("Run", f"{_COMMANDS}.ewc_pilot:ewc_pilot", "Choose forgetting.ewc.strength by short runs."),
     "kl-targets": Entry("Run", f"{_COMMANDS}.kl_targets:kl_targets", "Store what the base says, for forgetting.kl."),
     "train": Entry("Run", f"{_COMMANDS}.train:train", "Start or continue the run that a config describes."),

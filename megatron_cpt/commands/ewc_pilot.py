@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from megatron_cpt.commands.kinds_of_text import sets_by_kind
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
@@ -69,7 +70,7 @@ def ewc_pilot(
             hint="megatron-cpt fisher, then forgetting.ewc.fisher=DIR forgetting.ewc.strength=1; or fisher: ones",
         )
     strengths = _strengths(config, low, high, points)
-    domain_sets, general_sets = _sets(config, domain, general)
+    domain_sets, general_sets = sets_by_kind(config, domain, general)
     folder = folder or Path(f"{config.folder}.ewc-pilot")
     tokens = tokens or max(1, config.budget.train_tokens // 20)
 
@@ -101,28 +102,6 @@ def _strengths(config: RunConfig, low: float | None, high: float | None, points:
     if low > high:
         raise click.BadParameter(f"--from {low:g} is above --to {high:g}")
     return list(dict.fromkeys(log_scale(low, high, points)))
-
-
-def _sets(config: RunConfig, domain: Sequence[str], general: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The validation sets of both kinds.
-
-    Raises:
-        ConfigError: one is unknown, or a kind has none.
-    """
-    known, gate = list(config.data.validation), config.forgetting.gate
-    general = list(general) or list(gate.general if gate is not None else ())
-    domain = list(domain) or [name for name in known if name not in general]
-    for name in (*domain, *general):
-        if name not in known:
-            hint = f"one of {', '.join(known)}" if known else "name held-out sets under data.validation"
-            raise ConfigError(f"{name!r} is no set of data.validation", hint=hint)
-    for kind, sets in (("general", general), ("domain", domain)):
-        if not sets:
-            raise ConfigError(
-                f"no validation set is {kind} text, and the pilot weighs both kinds",
-                hint=f"--{kind} NAME, a set of data.validation",
-            )
-    return domain, list(general)
 
 
 def _page(outcomes: Sequence[Outcome], choice: Choice) -> str:
