@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -194,6 +195,10 @@ def test_the_examples_of_the_data_mix_plan_with_their_phases_and_shares() -> Non
     code, page, said = plan("examples/curriculum/config.yaml")
     assert code == 0, said
     assert "medical           50.0% to 90.0% of the tokens" in page
+    for name, share in (("medical", "5.0%"), ("code", "25.0%")):
+        code, page, said = plan(f"examples/{name}/config.yaml")
+        assert code == 0, said
+        assert re.search(rf"general +{share} of the tokens", page)
     code, page, said = plan("examples/phases_code/config.yaml")
     assert code == 0, said
     assert "1,400,000,000 to 1,500,512,256 tokens, a step of 128 samples x 8192" in page
