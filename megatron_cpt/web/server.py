@@ -49,6 +49,8 @@ def serve(
             log_level="warning",
             lifespan="off",
             ws="none",
+            http="h11",  # the same parser and loop whatever else is installed: other packages bring httptools and uvloop
+            loop="asyncio",
             server_header=False,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=2,
