@@ -49,7 +49,7 @@ def serve(
             log_level="warning",
             lifespan="off",
             ws="none",
-            http="h11",  # the same parser and loop whatever else is installed: other packages bring httptools and uvloop
+            http="h11",  # the same parser and loop whatever other packages bring
             loop="asyncio",
             server_header=False,
             timeout_keep_alive=30,
