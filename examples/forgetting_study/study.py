@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -117,13 +118,10 @@ class Study:
         )
         shutil.rmtree(target)
         losses = {Path(row["data"]).name: row["loss"] for row in json.loads(told)["results"]}
-        return results.Row(
+        return replace(
+            trained,
             name=average.name,
             title=average.title,
-            seed=trained.seed,
-            domain_tokens=trained.domain_tokens,
-            train_tokens=trained.train_tokens,
-            before=trained.before,
             after={name: losses[Path(self._measured(name)).name] for name in trained.before},
             seconds=round(time.monotonic() - started, 1),
         )

@@ -7,7 +7,6 @@ language), and `fiction` is far: nothing like it is trained on in any setting.
 from __future__ import annotations
 
 import struct
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
-from assets import WHEELS, wheel
+from assets import WHEELS, unpacked_debian_package, wheel
 from corpora import Document, general_documents, medical_documents, write_jsonl
 
 from megatron_cpt.errors import DataError
@@ -63,15 +62,11 @@ def austen_novels(downloads: Path) -> Iterator[Document]:
 def _austen_database(downloads: Path) -> bytes:
     """The file in which R keeps the novels."""
     with tempfile.TemporaryDirectory(dir=downloads) as work:
-        try:
-            subprocess.run(["apt-get", "download", AUSTEN], cwd=work, check=True, capture_output=True)
-            subprocess.run(["dpkg-deb", "-x", next(Path(work).glob("*.deb")), f"{work}/x"], check=True)
-            return next(Path(work).rglob("Rdata.rdb")).read_bytes()
-        except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-            raise DataError(
-                f"the Debian package {AUSTEN} with the fiction to measure cannot be fetched: {error}",
-                hint="on Debian: apt-get update; elsewhere write .study/SIZE/texts/fiction.jsonl yourself",
-            ) from error
+        unpacked = unpacked_debian_package(AUSTEN, Path(work), "write .study/SIZE/texts/fiction.jsonl yourself")
+        found = next(unpacked.rglob("Rdata.rdb"), None)
+        if found is None:
+            raise DataError(f"{AUSTEN} holds no Rdata.rdb", hint="its release has changed")
+        return found.read_bytes()
 
 
 def _r_texts(database: bytes) -> Iterator[list[str]]:

@@ -91,6 +91,25 @@ def _download(spec: Wheel, downloads: Path) -> None:
     partial.rmdir()
 
 
+def unpacked_debian_package(package: str, work: Path, elsewhere: str) -> Path:
+    """Folder in `work` with the files of a package of Debian, fetched with apt-get and not installed; needs no rights.
+
+    Raises:
+        DataError: it cannot be fetched; `elsewhere` says what to do on a machine without apt-get.
+    """
+    folder = work / "x"
+    try:
+        subprocess.run(["apt-get", "download", package], cwd=work, check=True, capture_output=True)
+        unpack = ["dpkg-deb", "-x", str(next(work.glob("*.deb"))), str(folder)]
+        subprocess.run(unpack, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError, StopIteration) as error:
+        raise DataError(
+            f"the Debian package {package} cannot be fetched: {error}",
+            hint=f"on Debian: apt-get update; elsewhere {elsewhere}",
+        ) from error
+    return folder
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -145,10 +145,9 @@ def _exported(voice: Voice) -> Path:
     if voice.export is None:
         return voice.path
     if not voice.export.exists():
-        to = "peft" if voice.export.name.endswith("_peft") else "hf"
         logger.info("exporting %s to %s, where it is found the next time", voice.path, voice.export)
         voice.export.parent.mkdir(parents=True, exist_ok=True)
-        convert(open_checkpoint(voice.path, adapters=True), voice.export, Options(to=to))  # type: ignore[arg-type]
+        convert(open_checkpoint(voice.path, adapters=True), voice.export, Options(to="peft" if voice.alone else "hf"))
     return voice.export
 
 

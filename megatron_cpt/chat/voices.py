@@ -27,6 +27,7 @@ class Voice:
     Attributes:
         name: how it is called in a list, unique in it.
         kind: a Hugging Face folder, a folder of adapters alone, or a Megatron checkpoint, which is exported first.
+        alone: it holds adapters alone.
         export: of a checkpoint, the folder that its export gets, or has.
         base: of adapters, the model that they were trained on; None where nothing says it.
     """
@@ -34,6 +35,7 @@ class Voice:
     name: str
     path: Path
     kind: Kind
+    alone: bool = False
     export: Path | None = None
     base: Path | None = None
 
@@ -61,7 +63,7 @@ def find_voices(place: Path, base: Path | None = None) -> list[Voice]:
         run = place.parent.parent
         voices, said = [voice for voice in _of_run(run) if voice.path == place], _base_of_run(run)
     elif is_peft(place):
-        voices, said = [Voice(place.name, place, "adapters")], _existing(read_peft(place).base)
+        voices, said = [Voice(place.name, place, "adapters", alone=True)], _existing(read_peft(place).base)
     elif is_hf(place):
         voices, said = [Voice(place.name or str(place), place, "model")], None
     else:
@@ -98,9 +100,10 @@ def _of_run(run: Path) -> Iterator[Voice]:
     for path, marker in complete_checkpoints(run / "checkpoints"):
         alone = adapters_of(path) is not None
         export = exports.pop(path.resolve(), run / "export" / (f"{path.name}_peft" if alone else path.name))
-        yield Voice(f"{path.name} ({marker.consumed_tokens:,} tokens)", path, "checkpoint", export=export)
+        yield Voice(f"{path.name} ({marker.consumed_tokens:,} tokens)", path, "checkpoint", alone, export)
     for export in exports.values():
-        yield Voice(export.name, export, "adapters" if is_peft(export) else "model")
+        alone = is_peft(export)
+        yield Voice(export.name, export, "adapters" if alone else "model", alone)
 
 
 def _exports(run: Path) -> Iterator[tuple[Path, Path]]:
@@ -127,7 +130,7 @@ def _existing(base: str) -> Path | None:
 
 def check_voice(voice: Voice) -> None:
     """Raise ConversionError where a voice needs a base model that nothing names."""
-    if voice.base is None and (voice.kind == "adapters" or (voice.export or Path()).name.endswith("_peft")):
+    if voice.alone and voice.base is None:
         raise ConversionError(
             f"{voice.path} holds adapters alone, and their base model is not where they say",
             hint="--base DIR names the folder of its weights",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from megatron_cpt.commands.kinds_of_text import sets_by_kind
+from megatron_cpt.commands.kinds_of_text import domain_option, general_option, sets_by_kind
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
@@ -34,8 +34,8 @@ _ONES_RANGE = (1e-4, 1.0)
     help="Further runs, each half-way between the largest strength that keeps enough and the next one.",
 )
 @click.option("--keep", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Least share of the gain.")
-@click.option("--domain", multiple=True, help="Validation set of the domain.  [default: those that are not general]")
-@click.option("--general", multiple=True, help="General validation set.  [default: those of forgetting.gate]")
+@domain_option
+@general_option
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder of the runs.  [default: RUN.ewc-pilot]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
 def ewc_pilot(

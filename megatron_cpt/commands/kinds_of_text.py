@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import click
+
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
+
+domain_option = click.option(
+    "--domain", multiple=True, help="Validation set of the domain.  [default: those that are not general]"
+)
+general_option = click.option(
+    "--general", multiple=True, help="General validation set.  [default: those of forgetting.gate]"
+)
 
 
 def sets_by_kind(config: RunConfig, domain: Sequence[str], general: Sequence[str]) -> tuple[list[str], list[str]]:

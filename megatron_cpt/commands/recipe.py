@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megatron_cpt.commands.kinds_of_text import sets_by_kind
+from megatron_cpt.commands.kinds_of_text import domain_option, general_option, sets_by_kind
 from megatron_cpt.config.load import load_config
 from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.errors import ConfigError
@@ -55,8 +55,8 @@ class Measured:
     show_default=True,
     help="Of each set, for the shift.",
 )
-@click.option("--domain", multiple=True, help="Validation set of the domain.  [default: those that are not general]")
-@click.option("--general", multiple=True, help="General validation set.  [default: those of forgetting.gate]")
+@domain_option
+@general_option
 @click.option("--pilot", is_flag=True, help="Measure replay share and rate in five short runs.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Tokens of each short run.  [default: 5 % of the budget]")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Folder of the runs.  [default: RUN.recipe]")

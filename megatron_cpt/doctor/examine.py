@@ -24,7 +24,7 @@ from megatron_cpt.errors import CptError
 from megatron_cpt.launch.base_model import refuse_instruct_model
 from megatron_cpt.launch.origin import model_dir, resolve_origin, run_architecture
 from megatron_cpt.launch.place import rank_here, under_launcher
-from megatron_cpt.launch.preflight import CheckedRun, refuse_missing_trackers, standing_ledger
+from megatron_cpt.launch.preflight import CheckedRun, refuse_missing_log_packages, standing_ledger
 
 
 def examine(config: RunConfig, named: str, *, preflight: bool) -> list[Check]:
@@ -130,7 +130,7 @@ def _trackers(config: RunConfig) -> Check:
         f"log.tensorboard = {log.tensorboard}, log.wandb_project = {log.wandb_project}, "
         f"log.mlflow_experiment = {log.mlflow_experiment}, log.trackio_project = {log.trackio_project}"
     )
-    return _allowed("trackers", looked_at, lambda: refuse_missing_trackers(config))
+    return _allowed("trackers", looked_at, lambda: refuse_missing_log_packages(config))
 
 
 def _allowed(name: str, looked_at: str, refuse: Callable[[], None]) -> Check:

@@ -51,7 +51,7 @@ def check_run(config: RunConfig, named: str) -> CheckedRun:
     """
     refuse_broken_environment()
     check_engine()
-    refuse_missing_trackers(config)
+    refuse_missing_log_packages(config)
     config = with_token_budgets(config)
     origin, folder = resolve_origin(config.model.init_from), model_dir(config)
     refuse_instruct_model(config, folder)
@@ -60,7 +60,7 @@ def check_run(config: RunConfig, named: str) -> CheckedRun:
     return CheckedRun(config, arch, derived, check_datasets(config, arch, folder), origin, folder)
 
 
-def refuse_missing_trackers(config: RunConfig) -> None:
+def refuse_missing_log_packages(config: RunConfig) -> None:
     """Raise ConfigError when trackers or a report are asked for whose packages are not installed."""
     asked = {
         ("tensorboard", "log.tensorboard"): config.log.tensorboard,

@@ -41,7 +41,7 @@ from megatron_cpt.launch.preflight import (
     check_free_space,
     check_reference,
     check_weights,
-    refuse_missing_trackers,
+    refuse_missing_log_packages,
     standing_ledger,
 )
 from megatron_cpt.launch.start import check_beginning, check_continues, refuse_kill_switch
@@ -165,7 +165,7 @@ def _look_at_machine(config: RunConfig, findings: _Findings) -> None:
         refuse_broken_environment()
         check_engine()
     with findings.of(only_here=True, of_packages=True):
-        refuse_missing_trackers(config)
+        refuse_missing_log_packages(config)
 
 
 def _look_at_datasets(config: RunConfig, arch: Architecture, folder: Path, findings: _Findings) -> Datasets:

@@ -15,11 +15,16 @@ from megatron_cpt.config.run_config import RunConfig
 from megatron_cpt.launch.survey import SourceNeed, Survey
 
 _FEW_TOKENS = 1_000_000_000
-_SHORT_BUDGET_TOKENS = 5_000_000_000
-_LONG_BUDGET_TOKENS = 100_000_000_000
+SHORT_BUDGET_TOKENS = 5_000_000_000
+LONG_BUDGET_TOKENS = 100_000_000_000
 # Peak rates for continued pre-training of all weights on fewer than 5B tokens.
 _SHORT_BUDGET_RATES = (5e-6, 3e-5)
-_LARGE_MODEL_PARAMETERS = 6e9  # the rates were measured on models of this size and above
+LARGE_MODEL_PARAMETERS = 6e9  # the rates were measured on models of this size and above
+# What several pieces of advice, and the recipe, rest on.
+WARMUP_EVIDENCE = "Ibrahim et al. 2024, arXiv:2403.08763, Gupta et al. 2023, arXiv:2308.04014; P"
+REPLAY_EVIDENCE = "Ibrahim et al. 2024, arXiv:2403.08763, tables by a secondary note; S"
+EPOCHS_EVIDENCE = "Muennighoff et al. 2023, arXiv:2305.16264; S"
+REWARM_EVIDENCE = "Ibrahim et al. 2024, arXiv:2403.08763; P"
 
 
 @dataclass(frozen=True)
@@ -76,21 +81,21 @@ def _budget_advice(derived: Derived) -> Iterator[Advice]:
 
 def _rate_advice(config: RunConfig, arch: Architecture, derived: Derived) -> Iterator[Advice]:
     rate, tokens = config.optimizer.lr, derived.train_tokens
-    if arch.num_parameters < _LARGE_MODEL_PARAMETERS:
+    if arch.num_parameters < LARGE_MODEL_PARAMETERS:
         return
     low, high = _SHORT_BUDGET_RATES
-    if tokens < _SHORT_BUDGET_TOKENS and not low <= rate <= high:
+    if tokens < SHORT_BUDGET_TOKENS and not low <= rate <= high:
         than = "above" if rate > high else "below"
         yield Advice(
             f"optimizer.lr = {rate:g} is {than} {low:g} to {high:g}, the rates that kept general ability for budgets "
             "below 5B tokens",
             "ChipNeMo and EntiGraph use 5e-6; 3e-4 harmful, 3e-5 good: The Stability Gap, arXiv:2406.14833; S",
         )
-    if tokens >= _LONG_BUDGET_TOKENS and rate < 3e-5:
+    if tokens >= LONG_BUDGET_TOKENS and rate < 3e-5:
         yield Advice(
             f"optimizer.lr = {rate:g} is low for {format_count(tokens)} tokens: re-warm towards the rate of the "
             "pre-training",
-            "Ibrahim et al. 2024, arXiv:2403.08763; P",
+            REWARM_EVIDENCE,
         )
 
 
@@ -99,7 +104,7 @@ def _warmup_advice(derived: Derived) -> Iterator[Advice]:
     if share > 0.02:
         yield Advice(
             f"the warm-up is {share:.1%} of the budget: 0 to 2 % is enough, and its length matters little",
-            "Ibrahim et al. 2024, arXiv:2403.08763, Gupta et al. 2023, arXiv:2308.04014; P",
+            WARMUP_EVIDENCE,
         )
 
 
@@ -123,7 +128,7 @@ def _replay_advice(config: RunConfig) -> Iterator[Advice]:
         yield Advice(
             "one training source: replay of general text is the main remedy against forgetting; 5 % for a related "
             "domain, 25 % for another language or code",
-            "Ibrahim et al. 2024, arXiv:2403.08763, tables by a secondary note; S",
+            REPLAY_EVIDENCE,
         )
 
 
@@ -132,7 +137,7 @@ def _epoch_advice(source: SourceNeed) -> Iterator[Advice]:
         yield Advice(
             f"source {source.name!r} is read {source.epochs_at_end:.2f} times: up to 4 epochs repeats are worth nearly "
             "as much as new text, beyond that little",
-            "Muennighoff et al. 2023, arXiv:2305.16264; S",
+            EPOCHS_EVIDENCE,
         )
 
 

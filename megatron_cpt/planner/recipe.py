@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cpt.launch.survey import Survey
+from megatron_cpt.planner.advice import (
+    EPOCHS_EVIDENCE,
+    LARGE_MODEL_PARAMETERS,
+    LONG_BUDGET_TOKENS,
+    REPLAY_EVIDENCE,
+    REWARM_EVIDENCE,
+    SHORT_BUDGET_TOKENS,
+    WARMUP_EVIDENCE,
+)
 
 Shift = Literal["weak", "strong"]
 # Domain text that needs so many times the bits per byte of general text is another language to the model.
 STRONG_SHIFT_RATIO = 1.25
-_SHORT_BUDGET_TOKENS = 5_000_000_000
-_LONG_BUDGET_TOKENS = 100_000_000_000
-_LARGE_MODEL_PARAMETERS = 6e9  # the published rates are of models of this size and above
 _MAX_EPOCHS = 4.0
 
 
@@ -81,7 +87,7 @@ def _rate(found: Survey, tokens: int) -> Iterator[Proposal]:
             "measure it: --pilot",
         )  # fmt: skip
         return
-    if found.arch.num_parameters < _LARGE_MODEL_PARAMETERS:
+    if found.arch.num_parameters < LARGE_MODEL_PARAMETERS:
         yield Proposal(
             "optimizer.lr", None, current,
             "no published rate for so small a model and budget; too high a rate forgets more and learns less",
@@ -89,11 +95,11 @@ def _rate(found: Survey, tokens: int) -> Iterator[Proposal]:
             "measure it: --pilot",
         )  # fmt: skip
         return
-    if tokens < _SHORT_BUDGET_TOKENS:
+    if tokens < SHORT_BUDGET_TOKENS:
         value, why = 1e-5, "5e-6 to 3e-5 kept general ability for fewer than 5B tokens"
         evidence = "ChipNeMo and EntiGraph use 5e-6; 3e-4 harmful, 3e-5 good: arXiv:2406.14833; S"
         conflict = "a cloud recipe of Qwen2-72B uses 5e-5 and gives no result"
-    elif tokens < _LONG_BUDGET_TOKENS:
+    elif tokens < LONG_BUDGET_TOKENS:
         value, why = 3e-5, "a third to a tenth of the rate of the pre-training"
         evidence, conflict = (
             "a survey of recipes; S",
@@ -101,7 +107,7 @@ def _rate(found: Survey, tokens: int) -> Iterator[Proposal]:
         )
     else:
         value, why = 1e-4, "re-warm towards the rate of the pre-training; take that rate where it is known"
-        evidence = "Ibrahim et al. 2024, arXiv:2403.08763; P"
+        evidence = REWARM_EVIDENCE
         conflict = "starting at the least rate of the pre-training, without warm-up: arXiv:2407.07263; S"
     yield Proposal("optimizer.lr", f"{value:g}", current, why, evidence, conflict)
     yield Proposal(
@@ -115,7 +121,7 @@ def _warmup(found: Survey, tokens: int) -> Proposal:
     return Proposal(
         "budget.warmup_tokens", _tokens(tokens // 100, found.derived.warmup_tokens), str(found.derived.warmup_tokens),
         "1 % of the budget; between 0 and 2 % its length matters little",
-        "Ibrahim et al. 2024, arXiv:2403.08763, Gupta et al. 2023, arXiv:2308.04014; P",
+        WARMUP_EVIDENCE,
         "none at all when it starts at the least rate of the pre-training: arXiv:2407.07263; S",
     )  # fmt: skip
 
@@ -147,7 +153,7 @@ def _replay(found: Survey, shift: Shift) -> Proposal:
     ratio = config.data.replay_ratio
     return Proposal(
         "data.replay_ratio", value, "none" if ratio is None else f"{float(ratio):.3g}", why,
-        "Ibrahim et al. 2024, arXiv:2403.08763, tables by a secondary note; S",
+        REPLAY_EVIDENCE,
         "1 % is said to be enough: Meditron, arXiv:2502.06042; S"
         if shift == "strong"
         else "5 % of another kind of text spared a half, 25 % three quarters: examples/forgetting_study; M",
@@ -164,7 +170,7 @@ def _epochs(found: Survey) -> Iterator[Proposal]:
     yield Proposal(
         "budget.train_tokens", str(tokens), str(found.derived.train_tokens),
         f"in the mix as it is {worst.name!r} is read {worst.epochs_at_end:.1f} times; beyond 4 that is worth little",
-        "Muennighoff et al. 2023, arXiv:2305.16264; S",
+        EPOCHS_EVIDENCE,
         "or a smaller share of it",
     )  # fmt: skip
 

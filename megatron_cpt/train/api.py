@@ -12,7 +12,6 @@ from megatron_cpt.errors import CptError
 from megatron_cpt.launch.local import run_ranks
 from megatron_cpt.launch.place import adopt_slurm_ranks, under_launcher
 from megatron_cpt.launch.start import PreparedRun, prepare
-from megatron_cpt.report.write import write_report
 from megatron_cpt.runs.exit_codes import DO_NOT_RESTART, FINISHED, STOPPED
 
 logger = logging.getLogger(__name__)
@@ -88,6 +87,8 @@ def _report_when_asked(prepared: Sequence[PreparedRun], code: int) -> None:
     """Write the report of a run that has ended for good; what goes wrong with it is a message alone."""
     if not prepared or not prepared[0].checked.config.log.report or code not in (FINISHED, DO_NOT_RESTART):
         return
+    from megatron_cpt.report.write import write_report  # here, as no start of a run needs it
+
     run = prepared[0].folder.root
     try:
         for path in write_report([run], run / "report"):

@@ -27,6 +27,6 @@ def test_a_missing_package_is_said_before_anything_starts(
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     raw = {"job_name": "t", "model": {"init_from": "m"}}
     with pytest.raises(ConfigError, match=f"needs the package {package}") as caught:
-        preflight.refuse_missing_trackers(build_config(raw | {"log": log}))
+        preflight.refuse_missing_log_packages(build_config(raw | {"log": log}))
     assert f"megatron-cpt[{'plots' if package == 'matplotlib' else 'trackers'}]" in str(caught.value.hint)
-    preflight.refuse_missing_trackers(build_config(raw))
+    preflight.refuse_missing_log_packages(build_config(raw))
